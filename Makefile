@@ -1,0 +1,47 @@
+# The doors of the house: `make quickstart` and `make test` need python3 (3.11+), venv and make.
+PYTHON ?= python3
+BIN := .venv/bin
+QUICK := quickstart
+
+.PHONY: setup setup-test quickstart test lint data clean faults
+
+setup: .venv/installed
+setup-test: .venv/installed-test
+
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+.venv/installed-test: .venv/installed requirements-test.txt
+	$(BIN)/pip install --disable-pip-version-check -q -r requirements-test.txt
+	touch $@
+
+# A generated corpus, both sweeps in miniature on the CPU, a CSV and plots, in $(QUICK)/.
+quickstart: setup
+	$(BIN)/python scripts/make_corpus.py --output $(QUICK)/corpus
+	$(BIN)/python scripts/preprocess_lm.py --input $(QUICK)/corpus --vocab_size 512 --output $(QUICK)/tokens
+	$(BIN)/python run_experiment.py --config configs/quickstart_embed.yaml --exp all --device cpu --log_dir $(QUICK)/logs
+	$(BIN)/python run_experiment.py --config configs/quickstart_glu.yaml --exp all --device cpu --log_dir $(QUICK)/logs
+	$(BIN)/python scripts/aggregate_results.py --log_dir $(QUICK)/logs --output $(QUICK)/results_summary.csv
+
+test: setup-test
+	$(BIN)/python -m pytest
+
+lint: setup-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The PRD's three data commands (hub, or a mirror named by HUB_MIRROR).
+data: setup
+	$(BIN)/python scripts/download_wikitext.py --output data/wikitext-2
+	$(BIN)/python scripts/preprocess_lm.py --input data/wikitext-2 --vocab_size 16000 --output data/lm_tokenized
+	$(BIN)/python scripts/download_smallbench.py --output data/smallbench
+
+# The whole fault plan (docs/RELIABILITY.md); `make test` runs a sample of it.
+faults: setup-test
+	$(BIN)/python -m tests.faults
+
+clean:
+	rm -rf .venv quickstart .pytest_cache .hypothesis .mypy_cache .ruff_cache

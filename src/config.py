@@ -1,0 +1,537 @@
+"""The experiment file: strict YAML into frozen dataclasses with units. Imports no torch.
+
+One table of defaults: the dataclasses below. Every mistake a user can make raises `ValueError`
+with one sentence that names file, key, value found, value expected and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+PHASES = ("rank", "full")
+SMALLBENCH_TASKS = Path(__file__).resolve().parent.parent / "configs" / "smallbench.yaml"
+METRICS = ("perplexity", "smallbench_accuracy")
+# Keys that may change between a run and its resumption: none of them changes the result.
+COSMETIC = ("training.checkpoint_minutes", "training.checkpoint_every_steps")
+
+
+def _key(default: Any, says: str, ok: Callable[[Any], bool] = lambda _: True) -> Any:
+    return field(default=default, metadata={"says": says, "ok": ok})
+
+
+def _one_of(default: str, *names: str) -> Any:
+    return _key(default, "one of " + ", ".join(names), lambda v: v in names)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Final integers of one model; made by `src.allocation`, read by `src.models`."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    head_dim: int
+    d_ff: int
+    embedding_dim: int | None = None  # None: table V x d_model; else V x E and E x d_model
+    tie_embeddings: bool = True
+    qk_norm: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRequest:
+    """What the YAML asks for; the allocator answers with a `ModelConfig`."""
+
+    total_params: int = _key(10_000_000, "a number of parameters above 0", lambda v: v > 0)
+    vocab_size: int = _key(16_000, "a number of tokens of at least 2", lambda v: v >= 2)
+    # None only where embedding_dim is set: then V x E decides the share by itself.
+    embedding_ratio: float | None = _key(None, "a share between 0 and 1", lambda v: 0 < v < 1)
+    glu_expansion: float = _key(8 / 3, "a factor above 0, at most 64", lambda v: 0 < v <= 64)
+    tie_embeddings: bool = _key(True, "true or false")
+    embedding_dim: int | None = _key(None, "a width above 0, or null", lambda v: v > 0)
+    allocate: str = _one_of("depth", "depth", "attention")
+    qk_norm: bool = _key(True, "true or false")
+    n_layers: int | None = _key(None, "a number of layers above 0, or null", lambda v: v > 0)
+    d_model: int | None = _key(
+        None, "a multiple of 8 above 0, or null", lambda v: v > 0 and v % 8 == 0
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """One run's optimisation. A batch counts sequences; tokens a step = batch_size * seq_len."""
+
+    tokens: int = _key(50_000_000, "a number of tokens above 0", lambda v: v > 0)
+    ranking_tokens: int = _key(5_000_000, "a number of tokens above 0", lambda v: v > 0)
+    batch_size: int = _key(256, "a number of sequences above 0", lambda v: v > 0)
+    seq_len: int = _key(128, "a number of tokens of at least 2", lambda v: v >= 2)
+    learning_rate: float = _key(4e-3, "a rate above 0, at most 1", lambda v: 0 < v <= 1)
+    embedding_lr_ratio: float = _key(1.0, "a ratio above 0, at most 100", lambda v: 0 < v <= 100)
+    warmup_fraction: float = _key(0.05, "a fraction from 0 to below 1", lambda v: 0 <= v < 1)
+    weight_decay: float = _key(0.1, "a number from 0 to 10", lambda v: 0 <= v <= 10)
+    z_loss: float = _key(1e-4, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+    grad_clip: float = _key(1.0, "a norm above 0", lambda v: v > 0)
+    init_seed: int | None = _key(None, "a seed from 0 to 2^31, or null", lambda v: 0 <= v < 2**31)
+    data_seed: int | None = _key(None, "a seed from 0 to 2^31, or null", lambda v: 0 <= v < 2**31)
+    # None: a twentieth of the budget, and a hundredth of it within 8,192..131,072 tokens.
+    eval_every_tokens: int | None = _key(None, "tokens above 0, or null", lambda v: v > 0)
+    dev_tokens: int | None = _key(None, "tokens above 0, or null", lambda v: v > 0)
+    checkpoint_minutes: float = _key(15.0, "minutes above 0", lambda v: v > 0)
+    checkpoint_every_steps: int | None = _key(None, "steps above 0, or null", lambda v: v > 0)
+    precision: str = _one_of("auto", "auto", "fp32", "bf16", "fp16")
+    micro_batch: int | None = _key(None, "sequences above 0, or null", lambda v: v > 0)
+    compile: str = _one_of("auto", "auto", "on", "off")
+    threads: int | None = _key(None, "threads above 0, or null", lambda v: 0 < v <= 1024)
+    deterministic: bool = _key(False, "true or false")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the budget, the last one whole."""
+        return math.ceil(self.tokens / self.step_tokens)
+
+    @property
+    def warmup_steps(self) -> int:
+        return math.ceil(self.warmup_fraction * self.steps)
+
+    @property
+    def eval_every_steps(self) -> int:
+        """Steps between dev evaluations, at least one."""
+        every = self.eval_every_tokens or self.tokens / 20
+        return max(1, round(every / self.step_tokens))
+
+    @property
+    def dev_token_budget(self) -> int:
+        """Dev tokens read at each evaluation during training."""
+        return self.dev_tokens or min(131_072, max(8_192, self.tokens // 100))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    dir: str = _key("data/lm_tokenized", "a directory made by scripts/preprocess_lm.py")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    metrics: tuple[str, ...] = _key(
+        METRICS, "a list of " + ", ".join(METRICS), lambda v: set(v) <= set(METRICS) and v
+    )
+    smallbench_dir: str = _key("data/smallbench", "a directory")
+    smallbench_tasks: str | None = _key(None, "a task list, or null for configs/smallbench.yaml")
+    smallbench_limit: int | None = _key(None, "items a task above 0, or null", lambda v: v > 0)
+    leakage: str | None = _key(None, "a file of scripts/check_leakage.py, or null to look for it")
+    test: bool = _key(True, "true or false")
+    # None: the whole of dev and test; else the first documents with so many tokens.
+    perplexity_tokens: int | None = _key(None, "tokens above 0, or null", lambda v: v > 0)
+    latency: bool = _key(True, "true or false")
+    latency_repeats: int = _key(200, "repeats above 1", lambda v: v > 1)
+    latency_warmup: int = _key(50, "repeats of at least 0", lambda v: v >= 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KillRuleConfig:
+    """PRD section 4; `grace_tokens` null means 30 % of the run's budget."""
+
+    margin_ppl: float = _key(0.5, "a perplexity difference above 0", lambda v: v > 0)
+    window_tokens: int = _key(1_000_000, "tokens above 0", lambda v: v > 0)
+    grace_tokens: int | None = _key(None, "tokens of at least 0, or null", lambda v: v >= 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run: one experiment of a sweep, one seed, one phase. Nothing here is an integer of
+    the model; those come from the allocator and are saved beside it."""
+
+    experiment: str
+    baseline: str
+    seed: int
+    phase: str
+    model: ModelRequest
+    training: TrainingConfig
+    data: DataConfig
+    evaluation: EvaluationConfig
+    kill_rule: KillRuleConfig | None
+
+    @property
+    def run_name(self) -> str:
+        return run_name(self.experiment, self.phase, self.seed)
+
+    @property
+    def baseline_run_name(self) -> str:
+        return run_name(self.baseline, self.phase, self.seed)
+
+    @property
+    def smallbench_tasks(self) -> Path:
+        """The task list asked for, or the shipped one."""
+        asked = self.evaluation.smallbench_tasks
+        return SMALLBENCH_TASKS if asked is None else Path(asked)
+
+    @property
+    def token_dir(self) -> Path:
+        return Path(self.data.dir) / f"v{self.model.vocab_size}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """A validated experiment file; `runs` are its cells in file order, not yet at a seed."""
+
+    file: Path
+    baseline: str
+    seeds: tuple[int, ...]
+    phase: str
+    runs: tuple[RunConfig, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(run.experiment for run in self.runs)
+
+    def run(self, name: str, seed: int) -> RunConfig:
+        """The cell `name` at `seed`; raises ValueError naming the nearest experiment."""
+        for run in self.runs:
+            if run.experiment == name:
+                return _at_seed(run, seed)
+        raise ValueError(
+            f"{self.file}: experiments: found no experiment named {name!r}, expected one of "
+            f"{', '.join(self.names)}{_nearest(name, self.names)}"
+        )
+
+
+def run_name(experiment: str, phase: str, seed: int) -> str:
+    """`<exp>[-rank][-seed<k>]`: the full budget and seed 0 carry no suffix."""
+    return experiment + ("-rank" if phase == "rank" else "") + (f"-seed{seed}" if seed else "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass of this module as plain, JSON-ready values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def digest(resolved: Mapping[str, Any]) -> str:
+    """SHA-256 of a resolved configuration (nested dicts) without its cosmetic keys."""
+    kept = json.loads(json.dumps(resolved))
+    for dotted in COSMETIC:
+        section, name = dotted.split(".")
+        kept.get(section, {}).pop(name, None)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------ strict YAML
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars (3e-4 is a number, 010 and `no` are not numbers or
+    booleans in disguise) and without silent duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise ValueError(f"line {line}: found the key {key!r}, expected a name")
+            if key in seen:
+                raise ValueError(
+                    f"line {line}: the key {key!r} is there twice (first on line {seen[key]}); "
+                    "expected each key once, so remove one of them"
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _strict_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    text = node.value.replace("_", "").lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_NUMBER_START = list("-+0123456789.")
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", _NUMBER_START),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9_]+([eE][-+]?[0-9]+)?"
+        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+        _NUMBER_START,
+    ),
+):
+    _StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+    )
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _strict_float)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Strict YAML text to plain values; ValueError names `source` and the line."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"{source}:{where} is not valid YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+# --------------------------------------------------------------------------------- keys and types
+
+
+def _nearest(found: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(found, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _known_keys(where: str, found: Mapping[str, Any], valid: Sequence[str]) -> None:
+    for name in found:
+        if name not in valid:
+            raise ValueError(
+                f"{where}{name}: found an unknown key, expected one of {', '.join(valid)}"
+                f"{_nearest(name, valid)}"
+            )
+
+
+def _coerce(value: Any, kind: str) -> Any:
+    """`value` as the annotated `kind`, or raises TypeError. A bool is never a number."""
+    if kind.endswith(" | None"):
+        return None if value is None else _coerce(value, kind.removesuffix(" | None"))
+    if kind == "tuple[str, ...]" and isinstance(value, list):
+        return tuple(_coerce(item, "str") for item in value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "str" and isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if kind == "int":
+            return value
+        if kind == "float" and abs(value) < 2**53:
+            return float(value)
+    if kind == "float" and isinstance(value, float) and math.isfinite(value):
+        return value
+    raise TypeError
+
+
+_KIND_NAMES = {
+    "int": "a whole number: ",
+    "float": "a finite number: ",
+    "str": "text: ",
+    "bool": "",
+    "tuple[str, ...]": "",
+}
+
+
+def _checked(where: str, spec: dataclasses.Field[Any], value: Any) -> Any:
+    kind = str(spec.type)
+    expected = _KIND_NAMES[kind.removesuffix(" | None")] + spec.metadata["says"]
+    message = f"{where}{spec.name}: found {value!r}, expected {expected}"
+    try:
+        value = _coerce(value, kind)
+    except TypeError:
+        raise ValueError(message) from None
+    if value is not None and not spec.metadata["ok"](value):
+        raise ValueError(message)
+    return value
+
+
+def _build(kind: type, where: str, values: Any) -> Any:
+    """A dataclass `kind` from a mapping, every key known, typed and in range."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where.rstrip('.')}: found {values!r}, expected a mapping of keys")
+    specs = {spec.name: spec for spec in dataclasses.fields(kind)}
+    _known_keys(where, values, list(specs))
+    return kind(**{name: _checked(where, specs[name], value) for name, value in values.items()})
+
+
+# -------------------------------------------------------------------------------------- the sweep
+
+_SECTIONS: dict[str, type] = {
+    "model": ModelRequest,
+    "training": TrainingConfig,
+    "data": DataConfig,
+    "evaluation": EvaluationConfig,
+    "kill_rule": KillRuleConfig,
+}
+_TOP_KEYS = (*_SECTIONS, "experiments", "baseline", "seeds")
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = (), phase: str = "full") -> Sweep:
+    """Read an experiment file and `--set` overrides ("section.key=value") into a `Sweep`.
+
+    Raises ValueError (one sentence) for anything a user can get wrong, a missing file included.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: found no such file, expected an experiment file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: found a directory, expected an experiment file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; expected YAML text") from None
+    raw = parse_yaml(text, str(path))
+    where = f"{path}: "
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{where}found {raw!r}, expected a mapping with the key experiments")
+    _known_keys(where, raw, _TOP_KEYS)
+    forced = _parse_overrides(overrides)
+    entries = _experiment_entries(where, raw.get("experiments"))
+    baseline = raw.get("baseline", entries[0]["name"])
+    names = [entry["name"] for entry in entries]
+    if baseline not in names:
+        raise ValueError(
+            f"{where}baseline: found {baseline!r}, expected one of the experiments "
+            f"{', '.join(names)}{_nearest(str(baseline), names)}"
+        )
+    seeds = _seeds(where, raw.get("seeds", [0]))
+    runs = tuple(_run(where, raw, entry, forced, baseline, phase) for entry in entries)
+    return Sweep(
+        file=path,
+        baseline=baseline,
+        seeds=seeds,
+        phase=phase,
+        runs=runs,
+    )
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    forced: dict[str, dict[str, Any]] = {}
+    valid = [
+        f"{section}.{spec.name}"
+        for section, kind in _SECTIONS.items()
+        for spec in dataclasses.fields(kind)
+    ]
+    for text in overrides:
+        dotted, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set: found {text!r}, expected key=value")
+        if dotted not in valid:
+            raise ValueError(
+                f"--set {dotted}: found an unknown key, expected section.key such as "
+                f"training.tokens{_nearest(dotted, valid)}"
+            )
+        section, name = dotted.split(".")
+        parsed = parse_yaml(value, f"--set {dotted}")
+        _build(_SECTIONS[section], f"--set {section}.", {name: parsed})
+        forced.setdefault(section, {})[name] = parsed
+    return forced
+
+
+def _experiment_entries(where: str, entries: Any) -> list[dict[str, Any]]:
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{where}experiments: found {entries!r}, expected a list with a name each")
+    folded: dict[str, str] = {}
+    for index, entry in enumerate(entries):
+        here = f"{where}experiments[{index}]"
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{here}: found {entry!r}, expected a mapping with the key name")
+        name = entry.get("name")
+        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+            raise ValueError(
+                f"{here}.name: found {name!r}, expected 1 to 64 letters, digits, '.', '_' or "
+                "'-', the first a letter or digit"
+            )
+        if name.casefold() in folded:
+            raise ValueError(
+                f"{here}.name: found {name!r}, which clashes with {folded[name.casefold()]!r}; "
+                "expected names that differ by more than case"
+            )
+        folded[name.casefold()] = name
+    return [dict(entry) for entry in entries]
+
+
+def _seeds(where: str, seeds: Any) -> tuple[int, ...]:
+    good = isinstance(seeds, list) and seeds and len(set(map(str, seeds))) == len(seeds)
+    if not good or not all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds):
+        raise ValueError(f"{where}seeds: found {seeds!r}, expected a list of different seeds")
+    return tuple(seeds)
+
+
+def _run(
+    where: str,
+    raw: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    forced: Mapping[str, dict[str, Any]],
+    baseline: str,
+    phase: str,
+) -> RunConfig:
+    """One cell: file defaults, then the experiment's own keys, then --set."""
+    name = entry["name"]
+    here = f"{where}experiments.{name}."
+    model_keys = [spec.name for spec in dataclasses.fields(ModelRequest)]
+    _known_keys(here, entry, ["name", *model_keys, "training"])
+    own = {"model": {k: v for k, v in entry.items() if k in model_keys}}
+    own["training"] = entry.get("training", {})
+    built: dict[str, Any] = {}
+    for section, kind in _SECTIONS.items():
+        layers = (
+            (f"{where}{section}.", raw.get(section) or {}),
+            (here if section == "model" else f"{here}{section}.", own.get(section) or {}),
+            (f"--set {section}.", forced.get(section, {})),
+        )
+        for place, layer in layers:  # each layer by itself, so that an error names its place
+            _build(kind, place, layer)
+        values = {name: value for _, layer in layers for name, value in layer.items()}
+        if section == "kill_rule" and not values and phase != "rank":
+            built[section] = None
+            continue
+        # PRD 6.2 leaves the share out: 0.35, unless a factorised table or a width decides it.
+        if section == "model" and not (values.get("embedding_dim") or values.get("d_model")):
+            values.setdefault("embedding_ratio", 0.35)
+        built[section] = _build(kind, f"{where}{section}.", values)
+    training: TrainingConfig = built["training"]
+    if phase == "rank":
+        training = dataclasses.replace(
+            training, tokens=min(training.tokens, training.ranking_tokens)
+        )
+    built["training"] = training
+    _check_training(where, training)
+    return RunConfig(experiment=name, baseline=baseline, seed=0, phase=phase, **built)
+
+
+def _check_training(where: str, training: TrainingConfig) -> None:
+    if training.tokens < training.step_tokens:
+        raise ValueError(
+            f"{where}training.tokens: found {training.tokens:,}, expected at least one step of "
+            f"batch_size x seq_len = {training.step_tokens:,} tokens; lower training.batch_size"
+        )
+    if training.steps > 1 and training.warmup_steps >= training.steps:
+        raise ValueError(
+            f"{where}training.warmup_fraction: found {training.warmup_fraction}, which warms up "
+            f"for {training.warmup_steps} of {training.steps} steps; expected fewer"
+        )
+    if training.micro_batch is not None and training.batch_size % training.micro_batch:
+        raise ValueError(
+            f"{where}training.micro_batch: found {training.micro_batch}, expected a divisor of "
+            f"batch_size {training.batch_size}"
+        )
+
+
+def _at_seed(run: RunConfig, seed: int) -> RunConfig:
+    """The run at `seed`; seeds of initialisation and data order follow where not stated."""
+    training = run.training
+    training = dataclasses.replace(
+        training,
+        init_seed=seed if training.init_seed is None else training.init_seed,
+        data_seed=seed if training.data_seed is None else training.data_seed,
+    )
+    return dataclasses.replace(run, seed=seed, training=training)

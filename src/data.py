@@ -1,0 +1,167 @@
+"""Memory-mapped tokens; a batch is a pure function of (seed, step). Imports no torch.
+
+Shapes: B sequences, T tokens, D documents.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """One split: the token stream (an end-of-text token before each document) and its documents."""
+
+    tokens: NDArray[np.uint16]  # (N,), memory-mapped
+    documents: NDArray[np.int64]  # (D, 3): token offset, UTF-8 bytes, words
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenData:
+    """A verified token directory of scripts/preprocess_lm.py."""
+
+    path: Path
+    vocab_size: int
+    eot_id: int
+    tokenizer_sha256: str
+    corpus: dict[str, Any]
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all three token files."""
+        parts = "".join(getattr(self, name).sha256 for name in SPLITS)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.json"
+
+
+def load(path: Path, vocab_size: int) -> TokenData:
+    """Open and verify `path` (sizes, SHA-256, ids); ValueError with the way out if not sound.
+
+    A corpus is read once for its hash: 120 MB take about 0.1 s.
+    """
+    command = (
+        f"python scripts/preprocess_lm.py --input CORPUS --vocab_size {vocab_size} "
+        f"--output {path.parent}"
+    )
+    meta_path = path / "meta.json"
+    if not meta_path.is_file():
+        raise ValueError(
+            f"data.dir {path.parent}: found no tokens of vocab_size {vocab_size} ({meta_path} is "
+            f"missing), expected them there; make them with: {command}"
+        )
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8"))
+        found_vocab = int(meta["vocab_size"])
+        if found_vocab != vocab_size:
+            raise ValueError(f"vocab_size: found {found_vocab}, expected {vocab_size}")
+        _check_hash(path / "tokenizer.json", meta["tokenizer_sha256"])
+        splits = {
+            name: _load_split(path, name, meta["splits"][name], vocab_size) for name in SPLITS
+        }
+        return TokenData(
+            path=path,
+            vocab_size=vocab_size,
+            eot_id=int(meta["eot_id"]),
+            tokenizer_sha256=meta["tokenizer_sha256"],
+            corpus=meta["corpus"],
+            **splits,
+        )
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{meta_path}: {what}; delete {path} and run: {command}") from None
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(f"{path.name}: found sha256 {found[:12]}..., expected {expected[:12]}...")
+
+
+def _load_split(path: Path, name: str, meta: dict[str, Any], vocab_size: int) -> Split:
+    file = path / meta["file"]
+    size, count = file.stat().st_size, int(meta["tokens"])
+    if size != 2 * count:
+        raise ValueError(f"{file.name}: found {size:,} bytes, expected {2 * count:,}")
+    if count == 0:
+        raise ValueError(f"{file.name}: found an empty split, expected tokens")
+    _check_hash(file, meta["sha256"])
+    tokens = np.memmap(file, dtype="<u2", mode="r")
+    largest = int(tokens.max())
+    if largest >= vocab_size:
+        raise ValueError(f"{file.name}: found the id {largest}, expected ids below {vocab_size}")
+    table = path / f"{name}_documents.npy"
+    _check_hash(table, meta["documents_sha256"])
+    documents = np.load(table, allow_pickle=False)
+    return Split(tokens=tokens, documents=documents, sha256=meta["sha256"])
+
+
+class Windows:
+    """Training windows of T + 1 tokens, permuted afresh in each epoch from the seed.
+
+    The batch of a step depends on (seed, step) alone: a resumed run needs only its step number,
+    and every variant with one seed sees the same data in the same order.
+    """
+
+    def __init__(
+        self, tokens: NDArray[np.uint16], *, batch_size: int, seq_len: int, seed: int
+    ) -> None:
+        self._tokens = tokens
+        self._batch_size, self._seq_len, self._seed = batch_size, seq_len, seed
+        self.count = (len(tokens) - 1) // seq_len
+        if self.count < batch_size:
+            raise ValueError(
+                f"training.batch_size: found {batch_size} sequences of {seq_len} tokens, but the "
+                f"train split has {self.count}; expected at least one batch, so lower batch_size "
+                "or use a larger corpus"
+            )
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, epoch]).permutation(self.count)
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """(B, T + 1) token ids of optimizer step `step` (from 0)."""
+        places = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        epochs, within = places // self.count, places % self.count
+        index = np.empty(self._batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            index[here] = self._order(int(epoch))[within[here]]
+        columns = np.arange(self._seq_len + 1)
+        return self._tokens[index[:, None] * self._seq_len + columns].astype(np.int64)
+
+    def epochs(self, steps: int) -> float:
+        """How often `steps` steps read the corpus."""
+        return steps * self._batch_size / self.count
+
+
+def consecutive_windows(
+    tokens: NDArray[np.uint16], *, limit: int, seq_len: int
+) -> NDArray[np.int64]:
+    """(B, T + 1): the first `limit` tokens of a split, cut without overlap of targets."""
+    count = min(limit, len(tokens) - 1) // seq_len
+    if count < 1:
+        raise ValueError(
+            f"the validation split has {len(tokens)} tokens, expected at least {seq_len + 1} "
+            "(training.seq_len + 1)"
+        )
+    starts = np.arange(count)[:, None] * seq_len
+    return tokens[starts + np.arange(seq_len + 1)].astype(np.int64)

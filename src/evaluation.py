@@ -1,0 +1,101 @@
+"""Everything measured on a trained model, as keys of metrics.json: perplexity, SmallBench,
+latency and memory. One place calls the measurements; each lives in its own module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from src import eval_latency, eval_smallbench, leakage, perplexity, smallbench
+from src.config import RunConfig
+from src.data import Split, TokenData
+from src.machine import Machine
+from src.models.transformer import Transformer
+
+
+def evaluate(
+    run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
+) -> dict[str, Any]:
+    """Measure `model`; writes per-document losses and SmallBench items into `run_path`.
+
+    Returns flat keys with units. Raises ValueError for unusable data or scores that are not
+    numbers.
+    """
+    model.eval()
+    asked = run.evaluation
+    found: dict[str, Any] = {}
+    if "perplexity" in asked.metrics:
+        found |= _split(run, model, data.validation, "validation", machine, run_path)
+        if asked.test:
+            found |= _split(run, model, data.test, "test", machine, run_path)
+    if "smallbench_accuracy" in asked.metrics:
+        found |= _smallbench(run, model, data, machine, run_path)
+    if asked.latency:
+        found |= eval_latency.measure(
+            model,
+            device=machine.device,
+            autocast_dtype=_autocast_dtype(machine),
+            warmup=asked.latency_warmup,
+            repeats=asked.latency_repeats,
+        )
+    return found
+
+
+def _autocast_dtype(machine: Machine) -> Any:
+    return None if machine.precision == "fp32" else machine.dtype
+
+
+def _split(
+    run: RunConfig,
+    model: Transformer,
+    split: Split,
+    name: str,
+    machine: Machine,
+    run_path: Path,
+) -> dict[str, Any]:
+    result = perplexity.evaluate_split(
+        model,
+        split.tokens,
+        split.documents,
+        context=run.training.seq_len,
+        autocast_dtype=_autocast_dtype(machine),
+        device=machine.device,
+        limit_tokens=run.evaluation.perplexity_tokens,
+    )
+    arrays: dict[str, Any] = {
+        key: value for key, value in result.items() if isinstance(value, np.ndarray)
+    }
+    np.savez_compressed(run_path / f"documents_{name}.npz", **arrays)
+    prefix = "dev" if name == "validation" else name
+    kept = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "perplexity_nonoverlapping")
+    return {f"{prefix}_{key}": result[key] for key in kept}
+
+
+def _smallbench(
+    run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
+) -> dict[str, Any]:
+    asked = run.evaluation
+    directory = Path(asked.smallbench_dir)
+    exclude = leakage.contaminated_rows(asked.leakage, directory, data.corpus)
+    result = eval_smallbench.evaluate(
+        model,
+        Tokenizer.from_file(str(data.tokenizer_path)),
+        smallbench.load_tasks(run.smallbench_tasks),
+        directory,
+        context=run.training.seq_len,
+        device=machine.device,
+        autocast_dtype=_autocast_dtype(machine),
+        limit=asked.smallbench_limit,
+        exclude=exclude,
+        items_path=run_path / "smallbench_items.jsonl",
+    )
+    return {
+        "smallbench_accuracy": result["accuracy"],
+        "smallbench_accuracy_se": result["accuracy_se"],
+        # Without a leakage report the number is unknown, not 0.
+        "smallbench_contaminated_items": None if exclude is None else result["contaminated_items"],
+        "smallbench": result["tasks"],
+    }

@@ -1,0 +1,190 @@
+"""The kill rule: is a run so much worse than the baseline, for so long, that it should stop?
+
+Pure functions over dev-perplexity curves; training asks after each check, the decisions replay it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Curve = Sequence[tuple[int, float]]
+"""Dev checks of one run in training order: (training tokens seen, dev perplexity)."""
+
+Kind = Literal["kill", "keep", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class KillRule:
+    """PRD section 4: stop when dev PPL is >= 0.5 worse than the baseline for 1M consecutive tokens.
+
+    margin_ppl: perplexity points above the baseline's perplexity that count as worse.
+    window_tokens: training tokens from the first to the last bad check of an unbroken streak.
+    grace_tokens: checks before this many training tokens start no streak. Repeats of one 124M
+        configuration differ by 0.5 PPL in the bad direction at a third of the checks in the first
+        8 % of training and at under 5 % of them after 30 %, so the shipped ranking configs set
+        30 % of the budget; 0 is the PRD's own rule.
+    """
+
+    margin_ppl: float = 0.5
+    window_tokens: int = 1_000_000
+    grace_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.margin_ppl) and self.margin_ppl >= 0):
+            raise ValueError(
+                f"kill_rule.margin_ppl is {self.margin_ppl!r}; expected a finite number of "
+                f"perplexity points >= 0, such as 0.5."
+            )
+        for key in ("window_tokens", "grace_tokens"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(
+                    f"kill_rule.{key} is {value!r}; expected a whole number of tokens >= 0."
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the rule says of a run, with grace (`kind`, `tokens`) and to the PRD's letter.
+
+    kind: "kill", "keep", or "none" (the baseline has no check at this point yet).
+    tokens: training tokens at which the rule fired, None unless kind is "kill".
+    literal_kind, literal_tokens: the same with grace_tokens = 0.
+    reason: one sentence with the numbers; it names both verdicts where they differ.
+    """
+
+    kind: Kind
+    reason: str
+    tokens: int | None
+    literal_kind: Kind
+    literal_tokens: int | None
+
+    @property
+    def grace_changes_it(self) -> bool:
+        """True where the PRD's literal rule would have decided otherwise, or earlier."""
+        return (self.kind, self.tokens) != (self.literal_kind, self.literal_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Streak:
+    """An unbroken run of bad checks: its ends in tokens, and the smallest gap in perplexity."""
+
+    first: int
+    last: int
+    smallest_gap: float
+
+
+def verdict(rule: KillRule, baseline: Curve, run: Curve) -> Verdict:
+    """Apply the rule to a run, given the baseline's curve up to at least the same point.
+
+    Perplexities are compared only where both runs were checked at exactly the same token count:
+    runs of one sweep share their batch size and check interval, so interpolating would invent
+    numbers where none are needed. A check before any training (0 tokens) is skipped: it compares
+    two random initialisations. The first streak that reaches the window kills; a later recovery
+    does not undo it, because a live run would not have reached that recovery.
+
+    Returns "none" while the run's newest check has no counterpart in the baseline, unless an
+    earlier stretch already decided. Raises ValueError for a curve that is out of order, counts
+    negative tokens or holds NaN.
+    """
+    _check_curve("baseline", baseline)
+    _check_curve("run", run)
+    reference = dict(baseline)
+    gaps = [(tokens, ppl - reference[tokens]) for tokens, ppl in run if tokens in reference]
+    covered = bool(run) and run[-1][0] in reference and run[-1][0] > 0
+    streak = _first_streak(gaps, rule.margin_ppl, rule.window_tokens, rule.grace_tokens)
+    literal = _first_streak(gaps, rule.margin_ppl, rule.window_tokens, 0)
+    kind = _kind(streak, covered)
+    literal_kind = _kind(literal, covered)
+    reason = _reason(rule, kind, streak, gaps, run)
+    if literal is not None and literal != streak:
+        reason += (
+            f" Without grace ({rule.grace_tokens:,} tokens) the rule kills at "
+            f"{literal.last:,} tokens."
+        )
+    return Verdict(
+        kind=kind,
+        reason=reason,
+        tokens=None if streak is None else streak.last,
+        literal_kind=literal_kind,
+        literal_tokens=None if literal is None else literal.last,
+    )
+
+
+def can_ever_fire(rule: KillRule, total_tokens: int, eval_every_tokens: int) -> bool:
+    """Whether a run of this length, checked this often, can be killed at all.
+
+    Checks happen after every `eval_every_tokens` and at the end; both counts are training tokens.
+    A configuration that states a rule for which this is False is refused.
+    """
+    if total_tokens <= 0 or eval_every_tokens <= 0:
+        raise ValueError(
+            f"total_tokens is {total_tokens} and eval_every_tokens is {eval_every_tokens}; "
+            f"expected both > 0."
+        )
+    first = -(-max(rule.grace_tokens, 1) // eval_every_tokens) * eval_every_tokens
+    if first > total_tokens:
+        first = total_tokens
+    return first >= rule.grace_tokens and total_tokens - first >= rule.window_tokens
+
+
+def _check_curve(name: str, curve: Curve) -> None:
+    previous = -1
+    for tokens, perplexity in curve:
+        if tokens <= previous or math.isnan(perplexity):
+            raise ValueError(
+                f"the {name} curve holds ({tokens}, {perplexity}) after {previous} tokens; expected"
+                f" rising token counts >= 0 and perplexities that are numbers. Was it read while "
+                f"a resumed run rewrote it?"
+            )
+        previous = tokens
+
+
+def _first_streak(
+    gaps: Sequence[tuple[int, float]], margin: float, window: int, grace: int
+) -> _Streak | None:
+    """The first streak of gaps >= margin that spans the window; inf - inf counts as not worse."""
+    streak: _Streak | None = None
+    for tokens, gap in gaps:
+        if tokens <= 0 or tokens < grace or not gap >= margin:
+            streak = None
+            continue
+        first = tokens if streak is None else streak.first
+        smallest = gap if streak is None else min(gap, streak.smallest_gap)
+        streak = _Streak(first, tokens, smallest)
+        if streak.last - streak.first >= window:
+            return streak
+    return None
+
+
+def _kind(streak: _Streak | None, covered: bool) -> Kind:
+    if streak is not None:
+        return "kill"
+    return "keep" if covered else "none"
+
+
+def _reason(
+    rule: KillRule,
+    kind: Kind,
+    streak: _Streak | None,
+    gaps: Sequence[tuple[int, float]],
+    run: Curve,
+) -> str:
+    if streak is not None:
+        return (
+            f"dev perplexity was at least {streak.smallest_gap:.3f} above the baseline "
+            f"(limit {rule.margin_ppl:g}) at every check from {streak.first:,} to "
+            f"{streak.last:,} tokens, {streak.last - streak.first:,} of them "
+            f"(limit {rule.window_tokens:,})."
+        )
+    if kind == "keep":
+        tokens, gap = gaps[-1]
+        return (
+            f"at {tokens:,} tokens dev perplexity is {gap:+.3f} against the baseline; no streak of "
+            f">= {rule.margin_ppl:g} has lasted {rule.window_tokens:,} tokens."
+        )
+    where = f"at {run[-1][0]:,} tokens" if run else "yet"
+    return f"the baseline has no dev check to compare with {where}."

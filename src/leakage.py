@@ -1,0 +1,48 @@
+"""Which SmallBench rows the training text contains, as found by scripts/check_leakage.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def report_path(stated: str | None, smallbench_dir: Path, corpus: Mapping[str, Any]) -> Path | None:
+    """The report to use: the stated file, else the one the script wrote for this corpus.
+
+    `corpus` is the token directory's record of its source; None where there is no report.
+    """
+    if stated is not None:
+        return Path(stated)
+    train = corpus.get("splits", {}).get("train", {}).get("sha256")
+    path = smallbench_dir / f"leakage-{str(train)[:12]}.json"
+    return path if train and path.is_file() else None
+
+
+def contaminated_rows(
+    stated: str | None, smallbench_dir: Path, corpus: Mapping[str, Any]
+) -> dict[str, set[int]] | None:
+    """Rows by task to leave out; None where no report exists (nothing is known, nothing dropped).
+
+    Raises ValueError for a report of another corpus or one that cannot be read.
+    """
+    path = report_path(stated, smallbench_dir, corpus)
+    if path is None:
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        found = report["corpus"]["splits"]["train"]["sha256"]
+        rows = {task: set(entry["contaminated"]) for task, entry in report["tasks"].items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: found no readable leakage report ({error}), expected one of "
+            "scripts/check_leakage.py"
+        ) from None
+    expected = corpus.get("splits", {}).get("train", {}).get("sha256")
+    if found != expected:
+        raise ValueError(
+            f"{path}: found a report on another train split ({str(found)[:12]}), expected "
+            f"{str(expected)[:12]}; run scripts/check_leakage.py on this corpus"
+        )
+    return rows

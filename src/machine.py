@@ -1,0 +1,108 @@
+"""What a run chooses by itself: device, precision, micro-batch, compilation, threads.
+
+Chosen once per log directory and device, stored in `choices.json`, reused by every run that is
+compared and by every resumption; whatever the config states wins.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from src import runtime
+from src.config import ModelConfig, TrainingConfig
+
+# Tokens of a CPU micro-batch: activations of one block stay in the cache.
+CPU_MICRO_BATCH_TOKENS = 4_096
+# Under this budget compiling (11-17 s a block shape on two cores) costs more than it gives.
+COMPILE_PAYS_TOKENS = 1_000_000
+# Activation bytes a token and layer, in units of d_model, with the FFN's share; measured on a GPU
+# by PERFORMANCE's traffic formula (62 d + 18 r d, forward and backward once each).
+_ACTIVATION_UNITS = 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """How this process computes; equal for everything that is compared."""
+
+    device: torch.device
+    precision: str  # fp32, bf16 or fp16
+    micro_batch: int  # sequences
+    compile: bool
+    threads: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of matrix products."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            self.precision
+        ]
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in `dtype`, the rest in float32."""
+        low = self.precision != "fp32"
+        return torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low)
+
+
+def choose(
+    training: TrainingConfig, model: ModelConfig, log_dir: Path, device_asked: str
+) -> Machine:
+    """Pin threads and choose; raises ValueError for what this machine cannot do."""
+    device = runtime.choose_device(device_asked)
+
+    def decide() -> dict[str, object]:
+        threads = runtime.pin_threads(training.threads)
+        return {
+            "threads": threads,
+            "precision": runtime.resolve_precision(
+                training.precision,
+                device,
+                d_model=model.d_model,
+                d_ff=model.d_ff,
+                vocab_size=model.vocab_size,
+            ),
+            "micro_batch_tokens": _micro_batch_tokens(device, model),
+            "compile": _can_compile(device) and training.tokens >= COMPILE_PAYS_TOKENS,
+        }
+
+    stored = runtime.Choices.get(log_dir, runtime.device_name(device), decide)
+    threads = runtime.pin_threads(training.threads or int(stored["threads"]))
+    precision = str(stored["precision"])
+    if training.precision != "auto":
+        precision = runtime.resolve_precision(training.precision, device)
+    compiled = bool(stored["compile"]) if training.compile == "auto" else training.compile == "on"
+    if training.deterministic:
+        runtime.deterministic(True)
+    most = max(1, int(stored["micro_batch_tokens"]) // training.seq_len)
+    return Machine(
+        device=device,
+        precision=precision,
+        micro_batch=training.micro_batch or _largest_divisor(training.batch_size, most),
+        compile=compiled,
+        threads=threads,
+    )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
+
+
+def _micro_batch_tokens(device: torch.device, model: ModelConfig) -> int:
+    if device.type == "cpu":
+        return CPU_MICRO_BATCH_TOKENS
+    free, _ = torch.cuda.mem_get_info(device)
+    width = _ACTIVATION_UNITS * model.d_model + 8 * model.d_ff
+    bytes_per_token = 2 * model.n_layers * width + 8 * model.vocab_size
+    return int(0.5 * free / bytes_per_token)
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Inductor needs a C++ compiler on a CPU and Triton on a GPU (and a C compiler for it)."""
+    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if device.type == "cpu":
+        return compiler is not None
+    return compiler is not None and importlib.util.find_spec("triton") is not None

@@ -1,0 +1,173 @@
+"""A trained model as a stock Hugging Face checkpoint: Qwen3 with QK-norm, Llama without.
+
+Written directly (config.json, model.safetensors, tokenizer files): importing transformers would
+cost training several seconds. Stock models have no embedding projection, so a factorised table is
+folded into V x D; parameter counts, memory and latency always come from the native model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from src.config import ModelConfig
+from src.models.transformer import Attention, Block, Embedding, SwiGLU, Transformer
+from src.run_dir import fsync_directory
+
+EOT = "<|endoftext|>"
+
+
+def export(
+    model: Transformer, tokenizer_json: Path, out_dir: Path, *, max_position_embeddings: int
+) -> None:
+    """Write `out_dir` so that AutoModelForCausalLM and AutoTokenizer load it as it is.
+
+    Weights are float32 and logits equal the native model's within 1e-4.
+    `max_position_embeddings` is the sequence length trained on. The directory appears whole: it is
+    built beside its place and renamed, an older one is replaced. Raises ValueError if the
+    tokenizer has no `<|endoftext|>` or not the model's vocabulary.
+    """
+    tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    eot = tokenizer.token_to_id(EOT)
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if eot is None or size > model.config.vocab_size:
+        raise ValueError(
+            f"{tokenizer_json}: found {size} entries and {EOT} as {eot}, expected {EOT} and at "
+            f"most the model's {model.config.vocab_size} entries; export with the run's tokenizer"
+        )
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    try:
+        save_file(_weights(model), building / "model.safetensors", metadata={"format": "pt"})
+        _write_json(building / "config.json", _config(model.config, max_position_embeddings, eot))
+        generation = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+        _write_json(building / "generation_config.json", generation)
+        shutil.copyfile(tokenizer_json, building / "tokenizer.json")
+        _write_json(building / "tokenizer_config.json", _tokenizer(max_position_embeddings))
+        _replace_directory(building, out_dir)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace_directory(new: Path, place: Path) -> None:
+    """Rename `new` to `place`; a directory that is there is moved away first, then deleted."""
+    new.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from other accounts
+    for path in new.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    old = new.with_name(new.name + "-old")
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    fsync_directory(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _config(config: ModelConfig, max_position_embeddings: int, eot: int) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_position_embeddings,
+        "rms_norm_eps": config.norm_eps,
+        # Both spellings: transformers 5 and vLLM read rope_parameters, older tools rope_theta.
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "pad_token_id": eot,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    if not config.qk_norm:
+        values["mlp_bias"] = False
+    return values
+
+
+def _tokenizer(max_position_embeddings: int) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "pad_token": EOT,
+        "unk_token": None,
+        "model_max_length": max_position_embeddings,
+        # Scores need ids that decode to the very text: no space is tidied away.
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _weights(model: Transformer) -> dict[str, Tensor]:
+    weights = {
+        "model.embed_tokens.weight": _folded(model.embedding),
+        "model.norm.weight": model.norm.weight,
+    }
+    if not model.config.tie_embeddings:
+        weights["lm_head.weight"] = _folded(model.head)
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        for name, weight in _block_weights(block).items():
+            weights[f"model.layers.{layer}.{name}.weight"] = weight
+    return {
+        name: weight.detach().to("cpu", torch.float32).contiguous().clone()
+        for name, weight in weights.items()
+    }
+
+
+def _folded(embedding: Embedding) -> Tensor:
+    """(V, D): the table, multiplied with its projection where it has one.
+
+    The same product serves both ends: rows of table @ projection are the input embeddings, and
+    hidden @ projection.T @ table.T are the logits; so a tied factorised pair stays tied.
+    """
+    if embedding.projection is None:
+        return embedding.table
+    product = embedding.table.detach().double() @ embedding.projection.detach().double()
+    return product.float()
+
+
+def _block_weights(block: Block) -> dict[str, Tensor]:
+    attention, ffn = block.attention, block.ffn
+    assert isinstance(attention, Attention) and isinstance(ffn, SwiGLU)
+    q, k, v = attention.qkv.weight.chunk(3)  # each (A, D)
+    gate, up = ffn.gate_up.weight.chunk(2)  # each (F, D)
+    weights = {
+        "input_layernorm": block.attention_norm.weight,
+        "self_attn.q_proj": q,
+        "self_attn.k_proj": k,
+        "self_attn.v_proj": v,
+        "self_attn.o_proj": attention.out.weight,
+        "post_attention_layernorm": block.ffn_norm.weight,
+        "mlp.gate_proj": gate,
+        "mlp.up_proj": up,
+        "mlp.down_proj": ffn.down.weight,
+    }
+    if attention.q_norm is not None and attention.k_norm is not None:
+        weights["self_attn.q_norm"] = attention.q_norm.weight
+        weights["self_attn.k_norm"] = attention.k_norm.weight
+    return weights

@@ -1,0 +1,418 @@
+"""One run's directory: its lock, its config, its append-only metrics, and the signals that end it.
+
+Nothing here imports torch: refusing a held or foreign directory must not cost its import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import yaml
+
+TEMPORARY = ".tmp"
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SHOWN_DIFFERENCES = 6
+
+
+class Held(Exception):
+    """Another process holds this run; it may be an orphan, so the caller should come again."""
+
+    def __init__(self, path: Path | str, pid: int | None, host: str | None) -> None:
+        self.pid, self.host = pid, host
+        super().__init__(
+            f"{path} is held by process {pid or 'unknown'} on host {host or 'unknown'}: "
+            f"wait for it or stop it, then run the same command again."
+        )
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to `path` so that a reader, or a crash at any instant, sees the old or the new
+    bytes and nothing between.
+
+    Raises OSError with the path and the number of bytes when the disk refuses (full, read-only);
+    the old file is then untouched and the temporary one is gone.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    try:
+        _write_new(temporary, data)
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(
+            error.errno or errno.EIO, f"could not write {len(data)} bytes ({reason})", str(path)
+        ) from error
+
+
+def _write_new(path: Path, data: bytes | memoryview) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        _write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and unlinks in `path` durable (some FUSE mounts cannot, and say EINVAL)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """`write_atomic` of indented JSON, keys in the order given. NaN and infinity: ValueError."""
+    write_atomic(path, (json.dumps(obj, indent=2, allow_nan=False) + "\n").encode())
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what writers that died left in `directory`. Only the holder of the lock may call."""
+    for path in directory.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def open_lock_file(path: Path) -> int:
+    """Open (create) `path` to be flock'ed; the descriptor is closed in forked children.
+
+    A flock lives as long as any copy of its descriptor: a compile worker that outlives a killed
+    run would otherwise keep the run locked for ever.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    identity = _identity(descriptor)
+
+    def close_in_child() -> None:
+        with contextlib.suppress(OSError):  # closed before the fork, its number perhaps reused
+            if _identity(descriptor) == identity:
+                os.close(descriptor)
+
+    os.register_at_fork(after_in_child=close_in_child)
+    return descriptor
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def _parse_rows(data: bytes, path: Path) -> list[dict[str, Any]]:
+    complete = data[: data.rfind(b"\n") + 1]  # a torn last line is a row that never happened
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(complete.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object, {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {row!r}.")
+        rows.append(row)
+    return rows
+
+
+def read_rows(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl` (of one `kind`), also while its run is writing; [] if missing.
+
+    Raises ValueError (file and line) when a line that is not the torn last one is not JSON.
+    """
+    for attempt in range(3):
+        try:
+            rows = _parse_rows(path.read_bytes(), path)
+            return [row for row in rows if kind is None or row.get("kind") == kind]
+        except FileNotFoundError:
+            return []
+        except ValueError:  # its run may be cutting the file back this instant
+            if attempt == 2:
+                raise
+            time.sleep(0.05)
+    raise AssertionError("unreachable")
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    before, now = dict(_flatten(stored)), dict(_flatten(asked))
+    missing = "(absent)"
+    return [
+        f"{key}: {before.get(key, missing)!r} -> {now.get(key, missing)!r}"
+        for key in [*before, *(key for key in now if key not in before)]
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+
+
+def _resolve_run(log_dir: Path, run_name: str) -> Path:
+    """`log_dir/run_name`, refused where it would leave `log_dir` or differ in case alone."""
+    if not _RUN_NAME.fullmatch(run_name):
+        raise ValueError(
+            f"run name {run_name!r}: expected letters, digits, '.', '_' and '-', beginning with a "
+            f"letter or digit; rename the experiment."
+        )
+    path = log_dir / run_name
+    if path.resolve().parent != log_dir.resolve():
+        raise ValueError(f"{path} leads to {path.resolve()}, outside {log_dir}: remove the link.")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is not a directory: move it away or rename the experiment.")
+    others = os.listdir(log_dir) if log_dir.is_dir() else []
+    clash = [o for o in others if o != run_name and o.casefold() == run_name.casefold()]
+    if clash:
+        raise ValueError(
+            f"run name {run_name!r} differs from the existing {log_dir / clash[0]} in letter case "
+            f"alone, which some file systems cannot tell apart: rename the experiment."
+        )
+    return path
+
+
+def _take_lock(path: Path) -> int:
+    descriptor = open_lock_file(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Held(path.parent, *_read_holder(path)) from None
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.ftruncate(descriptor, 0)
+    _write_all(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+    return descriptor
+
+
+def _read_holder(path: Path) -> tuple[int | None, str | None]:
+    for _ in range(20):  # the holder writes its name just after it has the lock
+        try:
+            holder = json.loads(path.read_text())
+            return int(holder["pid"]), str(holder["host"])
+        except (ValueError, KeyError, TypeError):
+            time.sleep(0.01)
+    return None, None
+
+
+class RunDir:
+    """`logs/<run>/`, held by this process. Get one with `RunDir.open`.
+
+    path         the directory
+    checkpoints  `<path>/checkpoints` (created by `open`)
+    metrics_path `<path>/metrics.jsonl`, one JSON object a line, the record of the run
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics_path = path / "metrics.jsonl"
+        self._lock = lock
+        self.checkpoints.mkdir(exist_ok=True)
+        remove_temporaries(path)
+        self._metrics = os.open(
+            self.metrics_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+        )
+        self._cut_torn_line()
+
+    @classmethod
+    def open(cls, log_dir: Path, run_name: str) -> RunDir:
+        """Create `log_dir/run_name` if need be and lock it until `close` or the process's end.
+
+        Raises Held at once if another process has it, ValueError for a name that leaves `log_dir`
+        or clashes. The lock is `flock`: the kernel drops it when the holder dies, however it dies.
+        On NFS it holds between machines only where the mount passes locks on (NFSv4, or `lockd`;
+        not `nolock`/`local_lock=flock`), and not at all on most object-store mounts: machines that
+        share nothing else need `remote.py`'s owner file.
+        """
+        path = _resolve_run(log_dir, run_name)
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(path, _take_lock(path / ".lock"))
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back. Nothing may be written through this object afterwards."""
+        if self._lock >= 0:
+            os.close(self._metrics)
+            os.close(self._lock)
+            self._lock = self._metrics = -1
+
+    def finished(self) -> dict[str, Any] | None:
+        """`metrics.json` if the run is done, else None."""
+        path = self.path / "metrics.json"
+        try:
+            metrics = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}): delete it to go on.") from error
+        if not isinstance(metrics, dict):
+            raise ValueError(f"{path}: expected a JSON object: delete it to go on.")
+        return metrics
+
+    def claim_config(self, resolved: dict[str, Any], digest: str) -> None:
+        """Write `config.yaml` on the first call; later, refuse a config with another digest.
+
+        `resolved` holds plain values only. Raises ValueError that lists `key: stored -> asked`.
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            content = {"config_digest": digest, **resolved}
+            write_atomic(path, yaml.safe_dump(content, sort_keys=False).encode())
+            return
+        try:
+            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not isinstance(stored, dict) or "config_digest" not in stored:
+            raise ValueError(f"{path}, key config_digest: missing, so {self.path} is not a run.")
+        found = stored.pop("config_digest")
+        if found != digest:
+            changes = _differences(stored, yaml.safe_load(yaml.safe_dump(resolved)))
+            shown = "; ".join(changes[:_SHOWN_DIFFERENCES]) or f"digest: {found} -> {digest}"
+            more = len(changes) - _SHOWN_DIFFERENCES
+            raise ValueError(
+                f"{path}: this run was begun with another config (stored -> asked): {shown}"
+                f"{f'; and {more} more' if more > 0 else ''}. Ask for the stored values, give the "
+                f"experiment another name, or delete {self.path}."
+            )
+
+    def append(self, row: dict[str, Any]) -> int:
+        """Add one row to `metrics.jsonl`; returns the file's size in bytes after it.
+
+        The row is with the kernel when this returns (a killed process keeps it); `sync` makes it
+        survive a power cut. NaN or infinity: ValueError. A full disk: OSError, and no half row.
+        """
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        before = self.offset()
+        try:
+            _write_all(self._metrics, line)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._metrics, before)
+            raise OSError(
+                error.errno, f"could not append {len(line)} bytes", str(self.metrics_path)
+            ) from error
+        return before + len(line)
+
+    def offset(self) -> int:
+        """Size of `metrics.jsonl` in bytes."""
+        return os.fstat(self._metrics).st_size
+
+    def sync(self) -> None:
+        """Make every appended row durable; to be called before a checkpoint stores `offset()`."""
+        os.fsync(self._metrics)
+
+    def truncate(self, offset: int) -> None:
+        """Cut `metrics.jsonl` back to a checkpoint's byte offset.
+
+        Raises ValueError if the file is shorter, or `offset` is not the end of a row: then the
+        file is not the one that the checkpoint was saved with.
+        """
+        size = self.offset()
+        if not 0 <= offset <= size:
+            raise ValueError(
+                f"{self.metrics_path} has {size} bytes, but the checkpoint was saved when it had "
+                f"{offset}: rows are lost. Restore the file, or delete {self.path} to start over."
+            )
+        if offset and os.pread(self._metrics, 1, offset - 1) != b"\n":
+            raise ValueError(
+                f"{self.metrics_path}: the checkpoint's byte offset {offset} is not the end of a "
+                f"row. Restore the file, or delete {self.path} to start over."
+            )
+        os.ftruncate(self._metrics, offset)
+        os.fsync(self._metrics)
+
+    def replace_metrics(self, data: bytes) -> None:
+        """Make `metrics.jsonl` hold `data`, rows that another machine wrote for this run."""
+        os.ftruncate(self._metrics, 0)
+        _write_all(self._metrics, data)
+        os.fsync(self._metrics)
+
+    def _cut_torn_line(self) -> None:
+        """Drop what a crash left of a row, so that the next one does not continue it."""
+        data = self.metrics_path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            os.ftruncate(self._metrics, end)
+
+    def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """This run's rows (of one `kind`: "train", "dev" or "event"), oldest first."""
+        return read_rows(self.metrics_path, kind)
+
+    def record_failure(self, kind: str, message: str) -> None:
+        """Leave `failure.json`, so that the aggregator lists this run as failed."""
+        write_json(self.path / "failure.json", {"kind": kind, "message": message})
+
+    def clear_failure(self) -> None:
+        """Remove `failure.json`: the run goes on."""
+        (self.path / "failure.json").unlink(missing_ok=True)
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write `metrics.json`, last of all: its existence means that the run is done."""
+        self.sync()
+        self.clear_failure()
+        write_json(self.path / "metrics.json", metrics)
+
+
+class Preemption:
+    """Turns TERM, INT, USR1 and USR2 into a flag that the training loop reads between steps.
+
+        with Preemption() as stop:
+            ...
+            if stop.requested: save and exit 75
+
+    INT is installed explicitly because a shell starts `command &` with INT ignored. The first
+    signal stays in `signal_name`; more of them change nothing, so that a save is never cut short.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.signal_name: str | None = None
+        self._old: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if not self.requested:
+            self.signal_name = signal.Signals(number).name
+        self.requested = True
+
+    def __enter__(self) -> Preemption:
+        for number in self.SIGNALS:
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        for number, handler in self._old.items():
+            # None: the handler was not installed from Python and cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

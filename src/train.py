@@ -1,0 +1,503 @@
+"""Training, told once from top to bottom: evaluate, save, stop?, accumulate, step, log.
+
+Shapes: B sequences of a micro-batch, T tokens, N = B * T rows of the head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from src import checkpoint, kill_rule, runtime
+from src.config import ModelConfig, RunConfig, TrainingConfig
+from src.data import TokenData, Windows, consecutive_windows
+from src.machine import Machine
+from src.models.loss import chunked_cross_entropy
+from src.models.transformer import Transformer
+from src.run_dir import Preemption, RunDir, read_rows
+
+# Rows in metrics.jsonl for training; a longer run logs every k-th step.
+MOST_TRAIN_ROWS = 5_000
+# fp16 only: skipped steps in a row after which the scaler has nothing left to lower.
+MOST_SKIPPED_STEPS = 40
+_UTILISATION = "gpu_utilisation_percent"
+# Logits rows at a time: on a CPU (chunk, V) in float32 stays near the cache.
+LOSS_CHUNK = {"cpu": 256, "cuda": 8_192}
+
+
+class NonFinite(RuntimeError):
+    """Loss or gradient norm is NaN or infinite; raised before the optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How training ended. status: "trained", "killed" (by the rule) or "preempted"."""
+
+    status: str
+    reason: str | None
+    step: int
+    train_loss: float | None  # nats a token, mean over the last twentieth of the logged steps
+    dev_loss: float | None  # nats a token on the dev windows at the last evaluation
+    train_seconds: float  # over all attempts
+    tokens_per_s: float | None  # median over logged steps
+    gpu_utilisation_percent: float | None  # mean of samples; None on a CPU
+    peak_memory_mib: float
+    device_name: str
+    kill_verdict: str | None  # "kill", "keep", "none"; None where the rule is not on
+    kill_verdict_literal: str | None  # the PRD's rule without grace
+    model: Transformer
+
+
+# ---------------------------------------------------------------------------------- the recipe
+
+
+def build_model(config: ModelConfig, init_seed: int) -> Transformer:
+    """The freshly initialised model of a seed."""
+    runtime.seed_everything(init_seed)
+    return Transformer(config)
+
+
+def build_optimizer(model: Transformer, training: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95); groups: tables (own rate, decayed), matrices (decayed), norms."""
+    groups: dict[str, list[Tensor]] = {"embedding": [], "matrix": [], "norm": []}
+    for name, parameter in model.named_parameters():
+        is_table = name.endswith(("table", "projection"))
+        groups["embedding" if is_table else "matrix" if parameter.ndim == 2 else "norm"].append(
+            parameter
+        )
+    ratio = {"embedding": training.embedding_lr_ratio, "matrix": 1.0, "norm": 1.0}
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr_ratio": ratio[name],
+                "weight_decay": 0.0 if name == "norm" else training.weight_decay,
+            }
+            for name, parameters in groups.items()
+        ],
+        lr=training.learning_rate,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        fused=True,
+    )
+
+
+def learning_rate(training: TrainingConfig, step: int) -> float:
+    """Linear warm-up, then linear to zero (arXiv 2502.15938) over the run's own budget."""
+    warmup, steps = training.warmup_steps, training.steps
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    return training.learning_rate * max(0, steps - step) / (steps - warmup)
+
+
+# ------------------------------------------------------------------------------------- the state
+
+
+class Trainer:
+    """Everything that a checkpoint holds, and how it is saved and restored."""
+
+    def __init__(
+        self, run: RunConfig, config: ModelConfig, data: TokenData, directory: RunDir,
+        machine: Machine, digests: dict[str, str], on_saved: Callable[[Path, Path], None] | None,
+    ) -> None:  # fmt: skip
+        assert run.training.init_seed is not None and run.training.data_seed is not None
+        self.run, self.training, self.machine = run, run.training, machine
+        self.directory, self.digests, self.on_saved = directory, digests, on_saved
+        self.model = build_model(config, run.training.init_seed).to(machine.device)
+        self.optimizer = build_optimizer(self.model, run.training)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
+        self.windows = Windows(
+            data.train.tokens,
+            batch_size=run.training.batch_size,
+            seq_len=run.training.seq_len,
+            seed=run.training.data_seed,
+        )
+        self.dev = torch.from_numpy(
+            consecutive_windows(
+                data.validation.tokens,
+                limit=run.training.dev_token_budget,
+                seq_len=run.training.seq_len,
+            )
+        )
+        self.step = 0
+        self.skipped = 0  # consecutive fp16 steps without an update
+        self.seconds_before = 0.0  # of earlier attempts
+        self.begun = time.perf_counter()
+        if machine.compile:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.begun
+
+    def save(self) -> None:
+        """One checkpoint of this instant; metrics.jsonl is made durable first."""
+        self.directory.sync()
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+            "rng": checkpoint.pack_rng(),
+            "metrics_offset": self.directory.offset(),
+            "seconds": self.seconds,
+            "machine": {
+                "precision": self.machine.precision,
+                "micro_batch": self.machine.micro_batch,
+                "compile": self.machine.compile,
+                "threads": self.machine.threads,
+            },
+        }
+        checkpoint.save(
+            self.directory.checkpoints,
+            state,
+            step=self.step,
+            digests=self.digests,
+            environment=runtime.environment_stamp(self.machine.device),
+            on_saved=self.on_saved,
+        )
+
+    def restore(self) -> bool:
+        """Load the newest valid checkpoint, or cut the record back to nothing."""
+        found = checkpoint.load_latest(self.directory.checkpoints, digests=self.digests)
+        if found is None:
+            self.directory.truncate(0)
+            return False
+        state, _ = found
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.seconds_before = state["seconds"]
+        checkpoint.restore_rng(state["rng"])
+        self.directory.truncate(state["metrics_offset"])
+        return True
+
+    # ------------------------------------------------------------------------------ one step
+
+    def loss(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T + 1) -> objective and mean nats of the micro-batch."""
+        with self.machine.autocast():
+            hidden = self.model.hidden(tokens[:, :-1])
+            rows = self.model.head.head_input(hidden).flatten(0, 1)  # (N, D or E)
+        return chunked_cross_entropy(
+            rows,
+            self.model.head.table,
+            tokens[:, 1:].flatten(),
+            self.training.z_loss,
+            chunk=LOSS_CHUNK[self.machine.device.type],
+            dtype=self.machine.dtype,
+        )
+
+    def accumulate(self) -> Tensor:
+        """Gradients of one step's whole batch; returns its mean nats."""
+        device = self.machine.device
+        batch = torch.from_numpy(self.windows.batch(self.step))
+        if device.type == "cuda":
+            batch = batch.pin_memory().to(device, non_blocking=True)
+        parts = batch.split(self.machine.micro_batch)
+        nats = torch.zeros((), device=device)
+        for part in parts:
+            objective, part_nats = self.loss(part)
+            self.scaler.scale(objective / len(parts)).backward()
+            nats += part_nats / len(parts)
+        return nats
+
+    def update(self, nats: Tensor) -> tuple[float, float]:
+        """Clip and step; returns (nats, gradient norm). Raises NonFinite before the step."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
+        loss, size = torch.stack((nats, norm)).tolist()  # the step's only wait for the device
+        overflowed = self.scaler.is_enabled() and not math.isfinite(size)
+        self.skipped = self.skipped + 1 if overflowed else 0
+        tolerated = overflowed and self.skipped <= MOST_SKIPPED_STEPS  # the scaler skips the step
+        if not math.isfinite(loss) or not (math.isfinite(size) or tolerated):
+            raise NonFinite(
+                f"step {self.step + 1}: loss {loss}, gradient norm {size}; the last checkpoint is "
+                "intact. Lower training.learning_rate or set training.precision=fp32"
+            )
+        rate = learning_rate(self.training, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_ratio"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, size
+
+    @torch.no_grad()
+    def dev_loss(self) -> float:
+        """Mean nats a token over the dev windows."""
+        total = torch.zeros((), device=self.machine.device, dtype=torch.float64)
+        rows = 0
+        for part in self.dev.split(self.machine.micro_batch):
+            part = part.to(self.machine.device)
+            with self.machine.autocast():
+                hidden = self.model.hidden(part[:, :-1])
+                head_rows = self.model.head.head_input(hidden).flatten(0, 1)
+            targets = part[:, 1:].flatten()
+            total += _sum_nats(head_rows, self.model.head.table, targets, self.machine)
+            rows += targets.numel()
+        return float(total / rows)
+
+
+def _sum_nats(rows: Tensor, table: Tensor, targets: Tensor, machine: Machine) -> Tensor:
+    chunk = LOSS_CHUNK[machine.device.type]
+    weight = table.to(machine.dtype)
+    total = torch.zeros((), device=rows.device, dtype=torch.float64)
+    for part, target in zip(rows.split(chunk), targets.split(chunk), strict=True):
+        logits = torch.nn.functional.linear(part.to(machine.dtype), weight).float()
+        total += torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+    return total
+
+
+# -------------------------------------------------------------------------------------- the loop
+
+
+def train(
+    run: RunConfig,
+    config: ModelConfig,
+    data: TokenData,
+    directory: RunDir,
+    machine: Machine,
+    *,
+    digests: dict[str, str],
+    on_saved: Callable[[Path, Path], None] | None = None,
+    fenced: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train `run` from its last checkpoint to its end, a kill verdict or a signal.
+
+    `fenced()` says that another machine has taken this run over: then stop as at a signal.
+
+    Raises NonFinite, OSError (disk), ValueError (a checkpoint that does not fit).
+    """
+    trainer = Trainer(run, config, data, directory, machine, digests, on_saved)
+    training = run.training
+    resumed = trainer.restore()
+    steps, every = training.steps, training.eval_every_steps
+    log_every = math.ceil(steps / MOST_TRAIN_ROWS)
+    board = SummaryWriter(
+        str(directory.path / "tensorboard"), purge_step=trainer.step + 1 if resumed else None
+    )
+    status, reason = "trained", None
+    saved_at, saved_step = time.perf_counter(), trainer.step if resumed else -1
+    _freeze_garbage()
+    with Preemption() as stop, board, _progress(run, trainer.step) as progress:
+        while True:
+            step = trainer.step
+            last = step == steps
+            if (step % every == 0 or last) and not _evaluated(directory, step):
+                row = _dev_row(trainer, step)
+                directory.append(row)
+                _board_dev(board, row, training)
+                verdict = _verdict(run, directory, step)
+                if verdict is not None and verdict.kind == "kill":
+                    directory.append(_kill_row(step, training, verdict))
+                    status, reason = "killed", verdict.reason
+            minutes = (time.perf_counter() - saved_at) / 60
+            chosen = training.checkpoint_every_steps
+            due = minutes >= training.checkpoint_minutes or (chosen and step % chosen == 0)
+            leaving = stop.requested or fenced()
+            ending = last or leaving or status == "killed"
+            if (due or ending) and step != saved_step:
+                trainer.save()
+                saved_at, saved_step = time.perf_counter(), step
+            if status == "killed" or last:
+                break
+            if leaving:
+                status, reason = "preempted", stop.signal_name or "another machine has this run"
+                break
+            begun = time.perf_counter()
+            loss, norm = trainer.update(trainer.accumulate())
+            trainer.step += 1
+            if trainer.step % log_every == 0 or trainer.step == steps:
+                row = _train_row(trainer, loss, norm, time.perf_counter() - begun)
+                directory.append(row)
+                _board_train(board, row, machine)
+            progress(trainer.step, loss)
+    gc.unfreeze()
+    return _outcome(trainer, status, reason, _verdict(run, directory, trainer.step))
+
+
+def _outcome(
+    trainer: Trainer, status: str, reason: str | None, verdict: kill_rule.Verdict | None
+) -> Outcome:
+    rows = trainer.directory.rows()
+    trained = [row for row in rows if row["kind"] == "train"]
+    dev = [row["dev_loss"] for row in rows if row["kind"] == "dev"]
+    losses = [row["train_loss"] for row in trained]
+    used = [row[_UTILISATION] for row in trained if _UTILISATION in row]
+    device = trainer.machine.device
+    return Outcome(
+        status=status,
+        reason=reason,
+        step=trainer.step,
+        train_loss=float(np.mean(losses[-max(1, len(losses) // 20) :])) if losses else None,
+        dev_loss=dev[-1] if dev else None,
+        train_seconds=trainer.seconds,
+        tokens_per_s=statistics.median(row["tokens_per_s"] for row in trained) if trained else None,
+        gpu_utilisation_percent=statistics.mean(used) if used else None,
+        peak_memory_mib=runtime.peak_memory_mib(device),
+        device_name=runtime.device_name(device),
+        kill_verdict=verdict.kind if verdict else None,
+        kill_verdict_literal=verdict.literal_kind if verdict else None,
+        model=trainer.model,
+    )
+
+
+def _freeze_garbage() -> None:
+    """Nothing built so far is garbage; scanning it at every collection costs time."""
+    gc.collect()
+    gc.freeze()
+
+
+def _evaluated(directory: RunDir, step: int) -> bool:
+    """Whether the dev row of this step is in the record (a run resumed at an evaluation)."""
+    rows = directory.rows("dev")
+    return bool(rows) and rows[-1]["step"] == step
+
+
+def _dev_row(trainer: Trainer, step: int) -> dict[str, Any]:
+    loss = trainer.dev_loss()
+    if not math.isfinite(loss):
+        raise NonFinite(f"step {step}: the dev loss is {loss}; the last checkpoint is intact")
+    return {
+        "step": step,
+        "tokens": step * trainer.training.step_tokens,
+        "kind": "dev",
+        "dev_loss": loss,
+        "dev_perplexity": math.exp(loss),
+        "elapsed_s": trainer.seconds,
+    }
+
+
+def _train_row(trainer: Trainer, loss: float, norm: float, seconds: float) -> dict[str, Any]:
+    training = trainer.training
+    return {
+        "step": trainer.step,
+        "tokens": trainer.step * training.step_tokens,
+        "kind": "train",
+        "train_loss": loss,
+        "gradient_norm": norm if math.isfinite(norm) else None,
+        "learning_rate": learning_rate(training, trainer.step - 1),
+        "tokens_per_s": training.step_tokens / seconds,
+        "elapsed_s": trainer.seconds,
+        **(runtime.gpu_stats(trainer.machine.device) if trainer.step % 10 == 0 else {}),
+    }
+
+
+# --------------------------------------------------------------------------------- the kill rule
+
+
+def _verdict(run: RunConfig, directory: RunDir, step: int) -> kill_rule.Verdict | None:
+    """The rule's verdict against the baseline's curve on disk; None where it is not on."""
+    if run.kill_rule is None or run.experiment == run.baseline or step == 0:
+        return None
+    rule = kill_rule_of(run)
+    baseline = directory.path.parent / run.baseline_run_name
+    if not _comparable(directory.path, baseline):
+        return None
+    return kill_rule.verdict(rule, _curve(baseline), _curve(directory.path))
+
+
+def kill_rule_of(run: RunConfig) -> kill_rule.KillRule:
+    """The stated rule; grace left out means 30 % of the run's budget (SCIENCE, fact 4)."""
+    stated = run.kill_rule
+    assert stated is not None
+    grace = stated.grace_tokens
+    return kill_rule.KillRule(
+        margin_ppl=stated.margin_ppl,
+        window_tokens=stated.window_tokens,
+        grace_tokens=int(0.3 * run.training.tokens) if grace is None else grace,
+    )
+
+
+def _curve(path: Path) -> list[tuple[int, float]]:
+    rows = read_rows(path / "metrics.jsonl", "dev")
+    return [(row["tokens"], row["dev_perplexity"]) for row in rows]
+
+
+def _comparable(mine: Path, baseline: Path) -> bool:
+    """Same schedule, batches and dev windows, so that equal tokens mean equal conditions."""
+    try:
+        ours, theirs = (
+            yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+            for path in (mine, baseline)
+        )
+    except FileNotFoundError:
+        return False
+    keys = ("tokens", "batch_size", "seq_len", "eval_every_tokens", "dev_tokens")
+    same = all(ours["training"][key] == theirs["training"][key] for key in keys)
+    return same and ours["data_sha256"] == theirs["data_sha256"]
+
+
+def _kill_row(step: int, training: TrainingConfig, verdict: kill_rule.Verdict) -> dict[str, Any]:
+    return {
+        "step": step,
+        "tokens": step * training.step_tokens,
+        "kind": "event",
+        "event": "killed",
+        "reason": verdict.reason,
+    }
+
+
+# ---------------------------------------------------------------------------------------- views
+
+
+def _board_dev(board: SummaryWriter, row: dict[str, Any], training: TrainingConfig) -> None:
+    board.add_scalar("dev/loss", row["dev_loss"], row["step"])
+    board.add_scalar("dev/perplexity", row["dev_perplexity"], row["step"])
+
+
+def _board_train(board: SummaryWriter, row: dict[str, Any], machine: Machine) -> None:
+    step = row["step"]
+    board.add_scalar("train/loss", row["train_loss"], step)
+    board.add_scalar("train/perplexity", math.exp(row["train_loss"]), step)
+    board.add_scalar("train/learning_rate", row["learning_rate"], step)
+    board.add_scalar("train/tokens_per_s", row["tokens_per_s"], step)
+    board.add_scalar("device/peak_memory_mib", runtime.peak_memory_mib(machine.device), step)
+    for name in (_UTILISATION, "gpu_memory_mib"):
+        if name in row:
+            board.add_scalar(f"device/{name}", row[name], step)
+
+
+class _progress:
+    """A bar on a terminal; in a log file one plain line every tenth of the run."""
+
+    def __init__(self, run: RunConfig, step: int) -> None:
+        self._name, self._steps = run.run_name, run.training.steps
+        self._every = max(1, self._steps // 10)
+        self._bar = (
+            tqdm(total=self._steps, initial=step, desc=self._name, unit="step")
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def __enter__(self) -> _progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, step: int, loss: float) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix(loss=f"{loss:.3f}")
+        elif step % self._every == 0 or step == self._steps:
+            print(f"{self._name}: step {step}/{self._steps} train loss {loss:.4f}", flush=True)

@@ -1,0 +1,258 @@
+"""Plausible run directories without training, for tests of whatever reads logs/."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+CHECKS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One experiment of a sweep; `gain` is its final loss against the baseline's, in nats."""
+
+    name: str
+    share: float = 0.35
+    glu: float = 8 / 3
+    gain: float = 0.0
+    depth: int = 11
+    vocab_size: int = 16_000
+    tied: bool = True
+
+
+SHARE_SWEEP = (
+    Cell(name="emb35"),
+    Cell(name="emb25", share=0.25, gain=-0.06, depth=26),
+    Cell(name="emb45", share=0.45, gain=0.05, depth=6),
+)
+GLU_SWEEP = (
+    Cell(name="glu2x", glu=2.0, gain=-0.004, depth=14),
+    Cell(name="glu266x", glu=2.66, gain=-0.01, depth=11),
+    Cell(name="glu3x", glu=3.0, gain=0.004, depth=10),
+    Cell(name="glu4x", glu=4.0, gain=0.0, depth=8),
+)
+
+
+def write_sweep(
+    log_dir: Path,
+    file: str,
+    cells: Sequence[Cell],
+    *,
+    baseline: str | None = None,
+    phase: str = "full",
+    seeds: Sequence[int] = (0,),
+    tokens: int = 50_000_000,
+    killed: Mapping[str, float] | None = None,
+    names: Sequence[str] | None = None,
+    **overrides: Any,
+) -> None:
+    """Write a run directory for each cell and seed; `killed` maps a cell to the fraction it ran.
+
+    `names` are the experiments the sweep file lists, where more than `cells` were begun.
+    `overrides` replace keys of every metrics.json.
+    """
+    for cell in cells:
+        for seed in seeds:
+            run = cell.name + ("-rank" if phase == "rank" else "") + (f"-seed{seed}" * (seed > 0))
+            write_run(
+                log_dir / run,
+                cell,
+                sweep={
+                    "file": file,
+                    "experiments": list(names or [c.name for c in cells]),
+                    "baseline": baseline or cells[0].name,
+                },
+                phase=phase,
+                seed=seed,
+                tokens=tokens,
+                ran=(killed or {}).get(cell.name, 1.0),
+                **overrides,
+            )
+
+
+def write_run(
+    path: Path,
+    cell: Cell,
+    *,
+    sweep: Mapping[str, Any],
+    phase: str = "full",
+    seed: int = 0,
+    tokens: int = 50_000_000,
+    ran: float = 1.0,
+    metrics_json: bool = True,
+    failure: Mapping[str, str] | None = None,
+    **overrides: Any,
+) -> None:
+    """Write config.yaml, metrics.jsonl and, unless told otherwise, metrics.json of one run.
+
+    ran: the fraction of the budget after which the kill rule stopped it; 1 is a finished run.
+    """
+    path.mkdir(parents=True)
+    config = {
+        "config_digest": "0" * 64,
+        "experiment": cell.name,
+        "baseline": sweep["baseline"],
+        "seed": seed,
+        "phase": phase,
+        "model": {
+            "total_params": 10_000_000,
+            "vocab_size": cell.vocab_size,
+            "embedding_ratio": cell.share,
+            "glu_expansion": cell.glu,
+            "tie_embeddings": cell.tied,
+        },
+        "training": {"tokens": tokens, "batch_size": 256, "seq_len": 128, "learning_rate": 4e-3},
+        "sweep": dict(sweep),
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    curve = loss_curve(cell, seed, tokens)
+    curve = curve[: max(1, round(ran * CHECKS))]
+    rows = [
+        {
+            "step": t // 32_768,
+            "tokens": t,
+            "kind": "dev",
+            "dev_loss": loss,
+            "dev_perplexity": math.exp(loss),
+        }
+        for t, loss in curve
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if failure is not None:
+        (path / "failure.json").write_text(json.dumps(failure))
+    if metrics_json and failure is None:
+        metrics = _metrics(path.name, cell, sweep, phase, seed, curve[-1], ran < 1.0) | overrides
+        (path / "metrics.json").write_text(json.dumps(metrics))
+
+
+def loss_curve(cell: Cell, seed: int, tokens: int) -> list[tuple[int, float]]:
+    """(tokens, dev loss) of CHECKS checks: a power law, the cell's gain, and seed noise."""
+    rng = np.random.default_rng([*cell.name.encode(), seed])  # no str hash: it is salted
+    noise = rng.normal(0.0, 0.004)
+    points = [round(tokens * (i + 1) / CHECKS) for i in range(CHECKS)]
+    floor = 4.9 - 0.16 * math.log(tokens / 1e6)
+    return [
+        (t, floor + 1.6 * (1 - t / tokens) ** 2 + cell.gain + noise + rng.normal(0, 0.003))
+        for t in points
+    ]
+
+
+def _metrics(
+    run: str,
+    cell: Cell,
+    sweep: Mapping[str, Any],
+    phase: str,
+    seed: int,
+    last: tuple[int, float],
+    killed: bool,
+) -> dict[str, Any]:
+    tokens, loss = last
+    d_model = round(cell.share * 10_000_000 / cell.vocab_size / (1 if cell.tied else 2) / 8) * 8
+    d_ff = round(d_model * cell.glu / 8) * 8
+    table = cell.vocab_size * d_model * (1 if cell.tied else 2)
+    bytes_per_token = 4.1 if cell.vocab_size >= 16_000 else 3.74
+    latency = 0.9 + 0.28 * cell.depth
+
+    def evaluated(split: str, nats: float) -> dict[str, Any]:
+        return {
+            f"{split}_loss": nats,
+            f"{split}_perplexity": math.exp(nats),
+            f"{split}_bits_per_byte": nats / math.log(2) / bytes_per_token,
+            f"{split}_word_perplexity": math.exp(nats * 1.3),
+            f"{split}_perplexity_nonoverlapping": math.exp(nats + 0.04),
+        }
+
+    missing = {key: None for key in evaluated("test", 1.0)}
+    return {
+        "schema": 1,
+        "run": run,
+        "experiment": cell.name,
+        "sweep": sweep["file"],
+        "baseline": cell.name == sweep["baseline"],
+        "baseline_name": sweep["baseline"],
+        "phase": phase,
+        "seed": seed,
+        "init_seed": seed,
+        "data_seed": seed,
+        "status": "killed" if killed else "finished",
+        "reason": "dev perplexity was 2.1 above the baseline." if killed else None,
+        "config_digest": "0" * 64,
+        "tokenizer_sha256": f"{cell.vocab_size:064x}",
+        "data_sha256": "d" * 64,
+        "corpus": "wikitext-2-v1",
+        "git_sha": "1234567",
+        "git_dirty": False,
+        "device": "cuda",
+        "device_name": "NVIDIA A100-SXM4-40GB",
+        "precision": "bf16",
+        "threads": 8,
+        "asked_total_params": 10_000_000,
+        "asked_embedding_ratio": cell.share,
+        "asked_glu_expansion": cell.glu,
+        "total_params": 10_012_345,
+        "embedding_ratio": table / 10_012_345,
+        "glu_expansion": d_ff / d_model,
+        "vocab_size": cell.vocab_size,
+        "d_model": d_model,
+        "n_layers": cell.depth,
+        "n_heads": 4,
+        "head_dim": 32,
+        "d_ff": d_ff,
+        "embedding_dim": None,
+        "tie_embeddings": cell.tied,
+        "qk_norm": True,
+        "attention_width_ratio": 128 / d_model,
+        "params_embedding": table,
+        "params_projection": 0,
+        "params_attention": 2_000_000,
+        "params_ffn": 10_012_345 - table - 2_000_000 - 9_000,
+        "params_norm": 9_000,
+        "flops_per_token": 2 * (10_012_345 - table)
+        + 2 * cell.vocab_size * d_model
+        + cell.depth * 9e4,
+        "tokens": tokens,
+        "steps": tokens // 32_768,
+        "epochs": tokens / 2_800_000,
+        "batch_size": 256,
+        "seq_len": 128,
+        "learning_rate": 0.004,
+        "embedding_lr_ratio": 1.0,
+        "train_loss": loss - 0.1,
+        **evaluated("dev", loss),
+        **(missing if killed else evaluated("test", loss + 0.02)),
+        "smallbench_accuracy": None if killed else 0.52 - 0.1 * cell.gain,
+        "smallbench_accuracy_se": None if killed else 0.011,
+        "smallbench": {}
+        if killed
+        else {
+            "blimp": {"accuracy": 0.61 - 0.2 * cell.gain, "accuracy_se": 0.006, "n": 6700},
+            "arc_easy": {"accuracy": 0.29, "accuracy_se": 0.02, "n": 500},
+        },
+        "smallbench_contaminated_items": 3,
+        "latency_ms_p50_l128": latency,
+        "latency_ms_p95_l128": latency * 1.1,
+        "latency_ms_p50_l512": latency * 1.5,
+        "latency_ms_p95_l512": latency * 1.7,
+        "decode_ms_per_token_p50": latency * 0.8,
+        "decode_ms_per_token_p95": latency * 0.9,
+        "weights_mib": 19.1,
+        "kv_cache_mib": cell.depth * 0.06,
+        "activations_mib": 8.0 + d_model / 32,
+        "peak_memory_mib": 36.0 + d_model / 32 + cell.depth * 0.06,
+        "train_seconds": 900.0 * tokens / 5e7,
+        "eval_seconds": 60.0,
+        "wall_seconds": 60.0 + 900.0 * tokens / 5e7,
+        "tokens_per_s": 55_000.0,
+        "gpu_utilisation_percent": 71.0,
+        "train_peak_memory_mib": 4_100.0,
+        "gpu_hours": (60.0 + 900.0 * tokens / 5e7) / 3600,
+        "cost_usd": (60.0 + 900.0 * tokens / 5e7) / 3600 * 1.29,
+    }

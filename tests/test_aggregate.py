@@ -1,0 +1,403 @@
+"""The aggregator on synthetic run directories: every run a row, every refusal a sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, Cell, write_run, write_sweep
+
+ROOT = Path(__file__).parents[1]
+SHARE_FILE, GLU_FILE = "configs/embed_ratio.yaml", "configs/glu_expansion.yaml"
+SWEEP = {"file": SHARE_FILE, "experiments": ["emb35", "emb25", "emb45"], "baseline": "emb35"}
+FIGURES = (
+    "ppl_vs_embedding_ratio.png",
+    "ppl_vs_glu_expansion.png",
+    "learning_curves.png",
+    "pareto.png",
+)
+
+
+def aggregate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "scripts/aggregate_results.py"), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def tabulate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return aggregate(folder, "--no_figures", *arguments)
+
+
+def rows_of(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(newline="") as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both PRD sweeps, ranked and in full, with every way in which a run can be incomplete."""
+    folder = tmp_path_factory.mktemp("study")
+    logs = folder / "logs"
+    names = ["emb35", "emb25", "emb45", "emb15"]
+    write_sweep(
+        logs,
+        SHARE_FILE,
+        SHARE_SWEEP,
+        phase="rank",
+        tokens=5_013_504,
+        killed={"emb45": 0.6},
+        names=names,
+    )
+    write_sweep(logs, SHARE_FILE, SHARE_SWEEP[:2], seeds=(0, 1, 2), names=names)
+    write_sweep(logs, GLU_FILE, GLU_SWEEP, baseline="glu4x")
+    sweep = SWEEP | {"experiments": names}
+    write_run(
+        logs / "emb25-seed3", SHARE_SWEEP[1], sweep=sweep, seed=3, metrics_json=False, ran=0.4
+    )
+    write_run(
+        logs / "emb45",
+        SHARE_SWEEP[2],
+        sweep=sweep,
+        ran=0.1,
+        failure={"kind": "out_of_memory", "message": "CUDA out of memory at step 12"},
+    )
+    (logs / "emb35-seed9").mkdir()
+    (logs / "emb35-seed9" / "config.yaml").write_text("experiment: emb35\nseed: 9\n")
+    (logs / "study.json").write_text(
+        json.dumps({"decisions": [{"phase": "1", "outcome": "emb25", "p": 0.0123456}]})
+    )
+    done = aggregate(folder, "--log_dir", "logs", "--output", "results/results_summary.csv")
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def test_every_run_is_a_row_with_its_status(study: Path) -> None:
+    rows = rows_of(study / "results/results_summary.csv")
+    folders = {path.name for path in (study / "logs").iterdir() if path.is_dir()}
+    assert set(rows) == folders | {"emb15"}
+    assert rows["emb25"]["status"] == "finished"
+    assert rows["emb45-rank"]["status"] == "killed"
+    assert rows["emb45"]["status"] == "failed"
+    assert rows["emb45"]["reason"] == "out_of_memory: CUDA out of memory at step 12"
+    assert rows["emb25-seed3"]["status"] == "unfinished"
+    assert rows["emb25-seed3"]["tokens"] == str(20_000_000)
+    assert rows["emb25-seed3"]["seed"] == "3"
+    assert rows["emb35-seed9"]["status"] == "unfinished"
+    assert (rows["emb15"]["status"], rows["emb15"]["sweep"]) == ("missing", SHARE_FILE)
+    told = (study / "stdout").read_text()
+    for run in ("emb45-rank", "emb45", "emb25-seed3", "emb15"):
+        assert f": {run}: " in told
+
+
+def test_values_arrive_unchanged_and_missing_ones_stay_empty(study: Path) -> None:
+    rows = rows_of(study / "results/results_summary.csv")
+    metrics = json.loads((study / "logs/emb25-seed1/metrics.json").read_text())
+    row = rows["emb25-seed1"]
+    for key in ("test_perplexity", "embedding_ratio", "flops_per_token", "cost_usd"):
+        assert float(row[key]) == metrics[key]
+    assert row["baseline"] == "false"
+    assert float(row["smallbench_blimp_accuracy"]) == metrics["smallbench"]["blimp"]["accuracy"]
+    killed = rows["emb45-rank"]
+    assert killed["test_perplexity"] == "" and killed["smallbench_blimp_accuracy"] == ""
+    assert float(killed["dev_perplexity"]) > 0
+    assert rows["emb15"]["tokens"] == ""
+
+
+def test_the_figures_stand_beside_the_csv(study: Path) -> None:
+    for name in (*FIGURES, "rank_agreement.png"):
+        assert is_png(study / "results" / name), name
+
+
+def test_the_columns_are_the_documented_list() -> None:
+    page = (ROOT / "docs/METRICS.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert len(documented) == len(set(documented))
+    printed = subprocess.run(
+        [sys.executable, "-c", "import run_table; print(*run_table.COLUMNS)"],
+        cwd=ROOT / "scripts",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert set(printed) == set(documented)
+    assert len(printed) == len(set(printed))
+
+
+def test_the_synthetic_runs_write_exactly_the_documented_keys(study: Path) -> None:
+    page = (ROOT / "docs/METRICS.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    metrics = json.loads((study / "logs/emb25/metrics.json").read_text())
+    assert set(metrics) - {"smallbench"} == documented - {"path"}
+
+
+def test_an_undocumented_key_is_tabulated_and_told(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:2], new_number=3)
+    done = tabulate(tmp_path)
+    assert done.returncode == 0
+    assert "new_number" in done.stdout
+    assert rows_of(tmp_path / "results_summary.csv")["emb25"]["new_number"] == "3"
+
+
+def test_a_broken_metrics_file_is_a_failed_run_not_a_crash(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP)
+    (tmp_path / "logs/emb25/metrics.json").write_text('{"run": ')
+    (tmp_path / "logs/emb45/config.yaml").write_text("{")
+    with (tmp_path / "logs/emb35/metrics.jsonl").open("a") as file:
+        file.write('{"kind": "dev", "tok')
+    assert tabulate(tmp_path).returncode == 0
+    rows = rows_of(tmp_path / "results_summary.csv")
+    assert rows["emb25"]["status"] == "failed" and "metrics.json" in rows["emb25"]["reason"]
+    assert rows["emb45"]["status"] == "finished"
+
+
+def test_runs_are_found_in_subfolders_and_not_inside_runs(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "logs" / "monday", SHARE_FILE, SHARE_SWEEP)
+    inner = tmp_path / "logs/monday/emb25/checkpoints/step-10"
+    inner.mkdir(parents=True)
+    (inner / "config.yaml").write_text("experiment: not a run\n")
+    assert tabulate(tmp_path).returncode == 0
+    assert set(rows_of(tmp_path / "results_summary.csv")) == {
+        "monday/emb25",
+        "monday/emb35",
+        "monday/emb45",
+    }
+
+
+@pytest.mark.parametrize("logs", ["absent", "empty", "a file"])
+def test_no_runs_is_refused_before_anything_is_written(tmp_path: Path, logs: str) -> None:
+    if logs == "empty":
+        (tmp_path / "logs").mkdir()
+    elif logs == "a file":
+        (tmp_path / "logs").write_text("")
+    done = aggregate(tmp_path)
+    assert done.returncode == 78
+    assert "run an experiment first" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "results_summary.csv").exists()
+
+
+def test_an_unknown_metric_is_refused_with_the_choices(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP)
+    done = aggregate(tmp_path, "--metric", "perplexit")
+    assert done.returncode == 78
+    assert "'perplexit'" in done.stderr and "bits_per_byte" in done.stderr
+
+
+# --- tokenizers ---------------------------------------------------------------------------------
+
+
+def test_mixed_tokenizers_in_a_perplexity_figure_are_refused_naming_runs(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:2])
+    write_run(tmp_path / "logs/emb45", SHARE_SWEEP[2], sweep=SWEEP, tokenizer_sha256="ab" * 32)
+    done = aggregate(tmp_path)
+    assert done.returncode == 78
+    assert "emb45" in done.stderr and "emb25" in done.stderr and "bits_per_byte" in done.stderr
+    assert not (tmp_path / "ppl_vs_embedding_ratio.png").exists()
+    assert len(rows_of(tmp_path / "results_summary.csv")) == 3  # the table holds both all the same
+
+
+def test_mixed_tokenizers_are_drawn_in_bits_per_byte(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:2])
+    write_run(tmp_path / "logs/emb45", SHARE_SWEEP[2], sweep=SWEEP, tokenizer_sha256="ab" * 32)
+    done = aggregate(tmp_path, "--metric", "bits_per_byte")
+    assert done.returncode == 0, done.stderr
+    assert is_png(tmp_path / "ppl_vs_embedding_ratio.png")
+
+
+def test_a_vocabulary_sweep_beside_the_share_sweep_is_drawn_in_bits_per_byte(
+    tmp_path: Path,
+) -> None:
+    write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP)
+    cells = [
+        Cell(name=f"v{v}-{s}", share=s, vocab_size=v) for v in (8_000, 16_000) for s in (0.25, 0.35)
+    ]
+    write_sweep(tmp_path / "logs", "configs/vocab_tying.yaml", cells, baseline="v16000-0.35")
+    done = aggregate(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert is_png(tmp_path / "bits_per_byte_vs_embedding_ratio.png")
+    assert is_png(tmp_path / "ppl_vs_embedding_ratio.png")
+
+
+def test_a_vocabulary_sweep_alone_cannot_be_a_perplexity_figure(tmp_path: Path) -> None:
+    cells = [Cell(name=f"v{v}", vocab_size=v) for v in (8_000, 16_000)]
+    write_sweep(tmp_path / "logs", "configs/vocab_tying.yaml", cells)
+    assert aggregate(tmp_path).returncode == 78
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+REPORT = (
+    "# Report\n\nProse before.\n\n<!-- table:metrics-full -->\nold\n<!-- /table:metrics-full -->\n"
+    "\nProse between.\n<!-- table:runs -->\n<!-- /table:runs -->\n<!-- table:cost -->"
+    "<!-- /table:cost -->\n<!-- table:allocation --><!-- /table:allocation -->\nProse after.\n"
+)
+
+
+def test_the_report_gets_its_tables_and_keeps_its_prose(study: Path, tmp_path: Path) -> None:
+    report = tmp_path / "REPORT.md"
+    report.write_text(REPORT + "<!-- table:decisions --><!-- /table:decisions -->\n")
+    output = tmp_path / "results_summary.csv"
+    arguments = ("--log_dir", "logs", "--output", str(output), "--report", str(report))
+    assert tabulate(study, *arguments).returncode == 0
+    text = report.read_text()
+    for prose in ("Prose before.", "Prose between.", "Prose after."):
+        assert prose in text
+    assert "old" not in text
+    full = text[text.index("table:metrics-full") : text.index("/table:metrics-full")]
+    line = next(line for line in full.splitlines() if "emb25" in line)
+    values = [
+        json.loads((study / f"logs/emb25{s}/metrics.json").read_text())["test_perplexity"]
+        for s in ("", "-seed1", "-seed2")
+    ]
+    mean = sum(values) / 3
+    sd = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
+    assert f"| 3 | {mean:.2f} ± {sd:.2f} |" in line
+    assert "(25.0 %)" in line
+    assert "**(baseline)**" in full and "-rank" not in full
+    runs = text[text.index("table:runs") : text.index("/table:runs")]
+    assert "| missing | emb15 |" in runs and "| killed | emb45-rank |" in runs
+    assert "| 1 | emb25 | 0.01235 |" in text
+
+
+def test_the_report_made_from_the_csv_is_the_same_and_can_be_checked(
+    study: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "REPORT.md"
+    report.write_text(REPORT)
+    output = tmp_path / "results_summary.csv"
+    tabulate(study, "--log_dir", "logs", "--output", str(output), "--report", str(report))
+    from_runs = report.read_text()
+    report.write_text(REPORT)
+    check = ("--from_csv", str(output), "--report", str(report), "--check")
+    assert tabulate(tmp_path, *check).returncode == 78
+    assert report.read_text() == REPORT  # --check writes nothing
+    assert tabulate(tmp_path, *check[:-1]).returncode == 0
+    assert report.read_text() == from_runs
+    assert tabulate(tmp_path, *check).returncode == 0
+    report.write_text(from_runs.replace("| emb25", "| emb24", 1))
+    stale = tabulate(tmp_path, *check)
+    assert stale.returncode == 78 and "differ" in stale.stderr
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("<!-- table:metrcs -->\n<!-- /table:metrcs -->", "metrics-full"),
+        ("<!-- table:metrics -->\n", "no <!-- /table:metrics -->"),
+        ("<!-- table:decisions --><!-- /table:decisions -->", "study.json"),
+    ],
+)
+def test_a_marker_that_cannot_be_served_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:1])
+    (tmp_path / "REPORT.md").write_text(text)
+    done = tabulate(tmp_path, "--report", "REPORT.md")
+    assert done.returncode == 78
+    assert told in done.stderr
+    assert (tmp_path / "REPORT.md").read_text() == text
+
+
+# --- panels, without drawing --------------------------------------------------------------------
+
+PANELS = """
+import json, sys
+import plots
+from run_table import read_rows
+from pathlib import Path
+rows = read_rows(Path(sys.argv[1]))
+out = {}
+for axis in (plots.SHARE, plots.GLU):
+    panels = plots.panels_of(plots.rows_of_axis(rows, axis))
+    out[axis.key] = [
+        [p.sweep, p.phase, p.tokens, sorted(r["run"] for r in p.runs), [r["run"] for r in p.killed]]
+        for p in panels
+    ]
+print(json.dumps(out))
+"""
+
+
+def panels(logs: Path) -> dict[str, list[list[object]]]:
+    done = subprocess.run(
+        [sys.executable, "-c", PANELS, str(logs)],
+        cwd=ROOT / "scripts",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def test_phases_sweeps_and_budgets_never_share_a_panel(study: Path) -> None:
+    found = panels(study / "logs")
+    assert found["embedding_ratio"] == [
+        [SHARE_FILE, "rank", 5.0e6, ["emb25-rank", "emb35-rank"], ["emb45-rank"]],
+        [
+            SHARE_FILE,
+            "full",
+            5.0e7,
+            ["emb25", "emb25-seed1", "emb25-seed2", "emb35", "emb35-seed1", "emb35-seed2"],
+            [],
+        ],
+    ]
+    assert found["glu_expansion"] == [
+        [GLU_FILE, "full", 5.0e7, ["glu266x", "glu2x", "glu3x", "glu4x"], []]
+    ]
+
+
+def test_runs_of_two_budgets_are_two_panels(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:2], tokens=50_000_000)
+    write_run(tmp_path / "logs/emb45", SHARE_SWEEP[2], sweep=SWEEP, tokens=1_000_000)
+    assert [p[2] for p in panels(tmp_path / "logs")["embedding_ratio"]] == [1.0e6, 5.0e7]
+
+
+# --- prices -------------------------------------------------------------------------------------
+
+
+def test_every_price_is_positive_dated_and_sourced() -> None:
+    table = yaml.safe_load((ROOT / "configs/prices.yaml").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", table["as_of"])
+    for key, price in table["devices"].items():
+        assert set(price) == {"match", "usd_per_hour", "kind", "read_on", "source"}, key
+        assert price["usd_per_hour"] > 0
+        assert price["kind"] in ("spot", "on-demand", "marketplace")
+        dated = price["read_on"] and re.fullmatch(r"\d{4}-\d\d-\d\d", price["read_on"])
+        assert dated or "assumption" in price["source"] or "undated" in price["source"], key
+
+
+@pytest.mark.parametrize(
+    "device, expected",
+    [
+        ("cpu AMD EPYC 7B12", "cpu"),
+        ("cuda NVIDIA H200", "H200"),
+        ("cuda NVIDIA H100 80GB HBM3", "H100"),
+        ("cuda NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("cuda NVIDIA A100 80GB PCIe", "A100-80"),
+        ("cuda NVIDIA A100-SXM4-40GB", "A100-40"),
+        ("cuda Tesla V100-SXM2-16GB", "V100"),
+        ("cuda NVIDIA L40S", "L40S"),
+        ("cuda NVIDIA L4", "L4"),
+        ("cuda NVIDIA GeForce RTX 4090", "other"),
+    ],
+)
+def test_a_device_finds_its_price(device: str, expected: str) -> None:
+    table = yaml.safe_load((ROOT / "configs/prices.yaml").read_text(encoding="utf-8"))
+    found = next(
+        key
+        for key, price in table["devices"].items()
+        if any(text.lower() in device.lower() for text in price["match"])
+    )
+    assert found == expected

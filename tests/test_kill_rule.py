@@ -1,0 +1,179 @@
+"""The kill rule on hand-made curves, and properties that hold for any curve."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.kill_rule import KillRule, can_ever_fire, verdict
+
+EVERY = 250_000
+
+
+def curve(perplexities: list[float], every: int = EVERY) -> list[tuple[int, float]]:
+    return [((i + 1) * every, ppl) for i, ppl in enumerate(perplexities)]
+
+
+def flat(value: float, checks: int) -> list[tuple[int, float]]:
+    return curve([value] * checks)
+
+
+def test_kills_at_the_check_where_the_streak_reaches_one_million_tokens() -> None:
+    result = verdict(KillRule(), flat(30.0, 8), flat(30.5, 8))
+    assert (result.kind, result.tokens) == ("kill", 5 * EVERY)  # 250k .. 1,250k spans 1M
+    assert "1,250,000" in result.reason and "0.500" in result.reason
+    assert (result.literal_kind, result.literal_tokens) == ("kill", 5 * EVERY)
+    assert not result.grace_changes_it
+
+
+def test_one_check_short_of_the_window_is_kept() -> None:
+    assert verdict(KillRule(), flat(30.0, 4), flat(30.5, 4)).kind == "keep"
+
+
+def test_just_under_the_margin_is_kept() -> None:
+    assert verdict(KillRule(), flat(30.0, 20), flat(30.4375, 20)).kind == "keep"
+
+
+def test_one_good_check_breaks_the_streak() -> None:
+    run = curve([31.0] * 4 + [30.25] + [31.0] * 4)
+    assert verdict(KillRule(), flat(30.0, 9), run).kind == "keep"
+    run = curve([31.0] * 4 + [30.25] + [31.0] * 5)
+    assert verdict(KillRule(), flat(30.0, 10), run).tokens == 10 * EVERY
+
+
+def test_recovery_after_the_kill_does_not_undo_it() -> None:
+    run = curve([31.0] * 5 + [29.0] * 5)
+    assert verdict(KillRule(), flat(30.0, 10), run).tokens == 5 * EVERY
+
+
+def test_grace_delays_the_kill_and_both_verdicts_are_told() -> None:
+    result = verdict(KillRule(grace_tokens=4 * EVERY), flat(30.0, 10), flat(31.0, 10))
+    assert (result.kind, result.tokens) == ("kill", 8 * EVERY)
+    assert (result.literal_kind, result.literal_tokens) == ("kill", 5 * EVERY)
+    assert result.grace_changes_it and "Without grace" in result.reason
+
+
+def test_grace_can_save_a_run_that_starts_badly() -> None:
+    run = curve([33.0] * 5 + [29.0] * 5)
+    result = verdict(KillRule(grace_tokens=5 * EVERY), flat(30.0, 10), run)
+    assert (result.kind, result.literal_kind, result.literal_tokens) == ("keep", "kill", 5 * EVERY)
+
+
+def test_no_baseline_at_this_point_is_no_verdict() -> None:
+    assert verdict(KillRule(), [], flat(31.0, 3)).kind == "none"
+    assert verdict(KillRule(), flat(30.0, 2), flat(31.0, 3)).kind == "none"
+    assert verdict(KillRule(), flat(30.0, 3), []).kind == "none"
+
+
+def test_a_decision_already_reached_needs_no_further_baseline() -> None:
+    result = verdict(KillRule(), flat(30.0, 5), flat(31.0, 7))
+    assert (result.kind, result.tokens) == ("kill", 5 * EVERY)
+
+
+def test_the_check_before_training_starts_no_streak() -> None:
+    base = [(0, 16000.0), *flat(30.0, 4)]
+    run = [(0, 16100.0), *flat(31.0, 4)]
+    assert verdict(KillRule(), base, run).kind == "keep"
+    assert verdict(KillRule(window_tokens=0), base[:1], run[:1]).kind == "none"
+
+
+def test_only_common_checks_count() -> None:
+    base = [(t, p) for t, p in flat(30.0, 10) if (t // EVERY) % 2 == 0]
+    assert verdict(KillRule(), base, flat(31.0, 10)).tokens == 6 * EVERY  # 500k .. 1.5M
+
+
+def test_infinite_perplexity_is_worse_than_any_finite_one() -> None:
+    assert verdict(KillRule(), flat(30.0, 5), flat(math.inf, 5)).kind == "kill"
+    assert verdict(KillRule(), flat(math.inf, 5), flat(math.inf, 5)).kind == "keep"
+
+
+@pytest.mark.parametrize(
+    "bad", [[(2, 30.0), (1, 30.0)], [(1, 30.0), (1, 30.0)], [(1, math.nan)], [(-5, 30.0)]]
+)
+def test_a_broken_curve_is_refused(bad: list[tuple[int, float]]) -> None:
+    with pytest.raises(ValueError, match="curve holds"):
+        verdict(KillRule(), flat(30.0, 2), bad)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("margin_ppl", -0.1), ("margin_ppl", math.nan), ("window_tokens", -1)]
+)
+def test_a_senseless_rule_names_its_key(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=key):
+        KillRule(**{key: value})  # type: ignore[arg-type]
+
+
+def test_a_token_count_must_be_whole() -> None:
+    with pytest.raises(ValueError, match="grace_tokens"):
+        KillRule(grace_tokens=0.3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "grace, total, every, possible",
+    [
+        (0, 5_000_000, 250_000, True),
+        (0, 1_000_000, 250_000, False),  # first check at 250k: only 750k left
+        (0, 1_250_000, 250_000, True),
+        (4_000_000, 5_000_000, 250_000, True),
+        (4_000_001, 5_000_000, 250_000, False),
+        (0, 5_000_000, 5_000_000, False),  # a single check
+        (0, 5_000_000, 3_000_000, True),  # 3M and the end
+        (6_000_000, 5_000_000, 250_000, False),
+    ],
+)
+def test_can_ever_fire(grace: int, total: int, every: int, possible: bool) -> None:
+    assert can_ever_fire(KillRule(grace_tokens=grace), total, every) is possible
+
+
+perplexities = st.lists(st.floats(10.0, 60.0), min_size=1, max_size=30)
+rules = st.builds(
+    KillRule,
+    margin_ppl=st.floats(0.0, 5.0),
+    window_tokens=st.integers(0, 12 * EVERY),
+    grace_tokens=st.integers(0, 12 * EVERY),
+)
+
+
+@given(rules, perplexities, perplexities)
+def test_prefix_property_a_verdict_never_changes_its_mind(
+    rule: KillRule, base: list[float], run: list[float]
+) -> None:
+    """Asked after each check, the live verdict kills exactly where the replay says."""
+    n = min(len(base), len(run))
+    full = verdict(rule, curve(base[:n]), curve(run[:n]))
+    live = [verdict(rule, curve(base[:n]), curve(run[: i + 1])) for i in range(n)]
+    kills = [v.tokens for v in live if v.kind == "kill"]
+    assert full.tokens == (kills[0] if kills else None)
+    assert len(set(kills)) <= 1
+
+
+@given(rules, perplexities, perplexities)
+def test_grace_only_ever_delays(rule: KillRule, base: list[float], run: list[float]) -> None:
+    result = verdict(rule, curve(base), curve(run))
+    if result.tokens is not None:
+        assert result.literal_tokens is not None
+        assert result.tokens >= rule.grace_tokens + rule.window_tokens
+        assert result.literal_tokens <= result.tokens
+    without = KillRule(margin_ppl=rule.margin_ppl, window_tokens=rule.window_tokens)
+    assert verdict(without, curve(base), curve(run)).tokens == result.literal_tokens
+
+
+@given(rules, st.lists(st.floats(10.0, 60.0), min_size=1, max_size=20), st.floats(0.0, 10.0))
+def test_an_always_worse_run_dies_exactly_when_the_rule_can_fire(
+    rule: KillRule, base: list[float], extra: float
+) -> None:
+    run = [ppl + rule.margin_ppl + extra + 1e-6 for ppl in base]
+    total = len(base) * EVERY
+    fired = verdict(rule, curve(base), curve(run)).kind == "kill"
+    assert fired == can_ever_fire(rule, total, EVERY)
+
+
+@given(rules, perplexities)
+def test_a_run_equal_to_the_baseline_is_kept_unless_the_margin_is_zero(
+    rule: KillRule, base: list[float]
+) -> None:
+    result = verdict(rule, curve(base), curve(base))
+    assert result.kind == "keep" or rule.margin_ppl == 0.0

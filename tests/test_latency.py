@@ -1,0 +1,156 @@
+"""Latency and memory: the right work is timed, in the right order, and the numbers add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src import eval_latency
+from src.config import ModelConfig
+from src.eval_latency import PeakMemory, compare, measure, median_interval, ratio_interval
+from src.models.transformer import Transformer
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(vocab_size=2001, d_model=16, n_layers=2, n_heads=2, head_dim=16, d_ff=24)
+
+
+def small_model(seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(CONFIG)
+
+
+def test_keys_and_memory_that_can_be_computed() -> None:
+    model = small_model()
+    found = measure(model, device="cpu", autocast_dtype=None, lengths=(8, 32), warmup=1, repeats=5)
+    for key in ("latency_ms_p50_l8", "latency_ms_p95_l32", "decode_ms_per_token_p95",
+                "latency_full_logits_ms_p50_l32"):  # fmt: skip
+        assert found[key] > 0
+    assert found["latency_ms_p50_low_l8"] <= found["latency_ms_p50_l8"]
+    assert found["latency_ms_p50_l8"] <= found["latency_ms_p50_high_l8"]
+    assert found["latency_ms_p50_l8"] <= found["latency_ms_p95_l8"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert found["weights_mib"] == parameters * 4 / 2**20
+    keys_and_values = 2 * CONFIG.n_layers * CONFIG.n_heads * CONFIG.head_dim * 32
+    assert found["kv_cache_mib"] == keys_and_values * 4 / 2**20
+    # all logits at once dwarf the body's activations here, and the last token's do not
+    logits = 32 * CONFIG.vocab_size * 4 / 2**20
+    assert logits <= found["activations_full_logits_mib"] < 1.5 * logits
+    assert 0 < found["activations_mib"] < 0.5 * logits
+    parts = found["weights_mib"] + found["kv_cache_mib"] + found["activations_mib"]
+    assert found["peak_memory_mib"] == parts
+    assert found["process_peak_memory_mib"] > parts
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_bfloat16_halves_the_cache() -> None:
+    options = {"device": "cpu", "lengths": (8, 16), "warmup": 0, "repeats": 2}
+    exact = measure(small_model(), autocast_dtype=None, **options)  # type: ignore[arg-type]
+    low = measure(small_model(), autocast_dtype=torch.bfloat16, **options)  # type: ignore[arg-type]
+    assert low["kv_cache_mib"] == exact["kv_cache_mib"] / 2
+    assert low["weights_mib"] == exact["weights_mib"]
+
+
+@torch.no_grad()
+def test_every_timed_step_does_the_work_it_is_named_after() -> None:
+    model = small_model()
+    steps = eval_latency._steps(model, CPU, torch.float32, (8, 32))
+    prompt = eval_latency._prompt(model, 32, CPU)
+    assert steps["full_l32"]().shape == (1, 32, CONFIG.vocab_size)
+    torch.testing.assert_close(steps["l32"](), model(prompt)[:, -1])
+    past = eval_latency._prompt(model, 31, CPU)
+    whole = torch.cat((past, eval_latency._prompt(model, 1, CPU)), dim=1)
+    expected = model(whole)[:, -1]
+    for _ in range(3):  # the cache is rewound: every repeat decodes the same token
+        torch.testing.assert_close(steps["decode"](), expected)
+
+
+def test_repeats_are_interleaved_after_the_warm_up() -> None:
+    called: list[str] = []
+
+    def step(name: str) -> torch.Tensor:
+        called.append(name)
+        return torch.empty(0)
+
+    steps = {name: (lambda name=name: step(name)) for name in ("a", "b")}
+    times = eval_latency.time_interleaved(steps, device=CPU, warmup=2, repeats=3)
+    assert called == ["a", "b"] * 5
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+def test_interval_of_the_median_covers_it() -> None:
+    """200 experiments of known median: a 95 % interval misses about 10; 25 is beyond 1 in 10^4."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for experiment in range(200):
+        low, high = median_interval(rng.lognormal(0.0, 0.3, 60), seed=experiment)
+        missed += not low <= 1.0 <= high
+    assert 1 <= missed <= 25
+
+
+def test_ratio_cancels_drift_that_both_models_share() -> None:
+    drift = np.linspace(1.0, 3.0, 100)
+    assert ratio_interval(1.25 * drift, drift) == pytest.approx((1.25, 1.25))
+    low, high = median_interval(drift)
+    assert high - low > 0.1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (0.90, 0.95, "not slower"),
+        (0.99, 1.03, "not slower"),
+        (1.00, 1.04, "undecided"),
+        (1.04, 1.06, "slower"),
+    ],
+)
+def test_verdict(low: float, high: float, says: str) -> None:
+    assert eval_latency.verdict(low, high) == says
+
+
+def test_a_deeper_model_is_told_from_a_shallow_one() -> None:
+    """Sixteen times the layers, so that no noise can turn the verdict."""
+    torch.manual_seed(0)
+    values = {name: getattr(CONFIG, name) for name in ("vocab_size", "d_model", "n_heads",
+              "head_dim", "d_ff")}  # fmt: skip
+    shallow = Transformer(ModelConfig(n_layers=1, **values))
+    deep = Transformer(ModelConfig(n_layers=16, **values))
+    found = compare(
+        deep, shallow, device="cpu", autocast_dtype=None, lengths=(8, 16), warmup=2, repeats=21
+    )
+    assert set(found) == {"l8", "full_l8", "l16", "full_l16", "decode"}
+    assert found["l16"]["verdict"] == "slower"
+    assert found["l16"]["ratio_low"] <= found["l16"]["ratio"] <= found["l16"]["ratio_high"]
+
+
+def test_peak_memory_counts_what_is_alive_together() -> None:
+    x = torch.zeros(1000, 250)  # 1e6 bytes, made outside: not counted
+    with PeakMemory() as memory:
+        a = x + 1
+        b = a * 2
+        del a
+        c = b.view(-1)  # a view holds no storage of its own
+        d = torch.relu(c)
+        del b, c
+        total = d.sum()
+    assert memory.peak == 2_000_000
+    assert memory.now == 1_000_000 + total.element_size()
+
+
+def test_measuring_leaves_model_and_generator_alone() -> None:
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    measure(model, device="cpu", autocast_dtype=None, lengths=(4,), warmup=0, repeats=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_that_is_not_there_is_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert eval_latency.main(["--run", str(tmp_path / "none"), "--device", "cpu"]) == 78
+    assert "expected the directory of a finished run" in capsys.readouterr().err

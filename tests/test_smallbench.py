@@ -1,0 +1,585 @@
+"""SmallBench: the task list is data, its numbers have known answers, and guessing gets chance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from src import eval_smallbench, smallbench
+from src.config import ModelConfig
+from src.eval_smallbench import credit, encode_requests, evaluate, matthews, random_row
+from src.models.transformer import Transformer
+from src.smallbench import TASKS_FILE, Task, load_items, load_tasks, select_rows
+
+# One row of every dataset in the shipped list, with the prompt and choices it must become.
+ROWS: dict[str, tuple[dict[str, Any], str, list[str], int]] = {
+    "blimp_adjunct_island": (
+        {"sentence_good": "Who left?", "sentence_bad": "Who left left?", "UID": "x"},
+        "",
+        ["Who left?", "Who left left?"],
+        0,
+    ),
+    "ag_news": (
+        {"text": "Oil rises.", "label": 2},
+        "Oil rises.\nQuestion: Is this about world, sports, business or technology?\nAnswer:",
+        ["world", "sports", "business", "technology"],
+        2,
+    ),
+    "sst2": (
+        {"sentence": "it 's charming . ", "label": 1, "idx": 0},
+        "it 's charming . \nQuestion: Is this sentence positive or negative?\nAnswer:",
+        ["negative", "positive"],
+        1,
+    ),
+    "trec": (
+        {"text": "Who ?", "coarse_label": 3, "fine_label": 1},
+        "Who ?\nQuestion: Does this ask for an abbreviation, a thing, a description, a person, "
+        "a place or a number?\nAnswer:",
+        ["abbreviation", "thing", "description", "person", "place", "number"],
+        3,
+    ),
+    "subj": (
+        {"text": "a plot .", "label": 0, "label_text": "objective"},
+        "a plot .\nQuestion: Is this sentence objective or subjective?\nAnswer:",
+        ["objective", "subjective"],
+        0,
+    ),
+    "snli": (
+        {"premise": "A man runs.", "hypothesis": " A man moves", "label": 0},
+        "A man runs.\nQuestion: A man moves. True, False or Neither?\nAnswer:",
+        ["True", "Neither", "False"],
+        0,
+    ),
+    "rte": (
+        {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 1, "idx": 0},
+        "It rains.\nQuestion: It is wet. True or False?\nAnswer:",
+        ["True", "False"],
+        1,
+    ),
+    "arc_easy": (
+        {
+            "question": "What melts?",
+            "choices": {"text": ["ice", "iron", "air", "fire"], "label": ["1", "2", "3", "4"]},
+            "answerKey": "3",
+        },
+        "Question: What melts?\nAnswer:",
+        ["ice", "iron", "air", "fire"],
+        2,
+    ),
+    "sciq": (
+        {
+            "question": "Who?",
+            "distractor1": "a",
+            "distractor2": "b",
+            "distractor3": "c",
+            "correct_answer": "d",
+            "support": "\nSome text.",
+        },
+        "Some text.\nQuestion: Who?\nAnswer:",
+        ["a", "b", "c", "d"],
+        3,
+    ),
+    "piqa": (
+        {"goal": "To cut", "sol1": "use a knife", "sol2": "use a pen", "label": 0},
+        "Question: To cut\nAnswer:",
+        ["use a knife", "use a pen"],
+        0,
+    ),
+    "hellaswag": (
+        {
+            "activity_label": "Cooking",
+            "ctx_a": "How to boil [title] Water  [substeps] hot",
+            "ctx_b": "the COOK",
+            "endings": ["stirs [step] it.", "sings.", "flies.", "eats."],
+            "label": "1",
+        },
+        "Cooking: How to boil. Water  hot The cook",
+        ["stirs it.", "sings.", "flies.", "eats."],
+        1,
+    ),
+    "lambada": (
+        {"text": "the long road went on and\non to Rome"},
+        "the long road went on and\non to",
+        ["Rome"],
+        0,
+    ),
+}
+
+
+def write_rows(directory: Path, name: str, rows: list[dict[str, Any]], **source: str) -> None:
+    """What the download leaves: one JSON line a row, and its entry in source.json."""
+    directory.mkdir(exist_ok=True)
+    lines = [json.dumps({**row, "_row": row.get("_row", i)}) + "\n" for i, row in enumerate(rows)]
+    data = "".join(lines).encode()
+    (directory / f"{name}.jsonl").write_bytes(data)
+    path = directory / "source.json"
+    listed = json.loads(path.read_text()) if path.exists() else {"tasks": {}, "mirror": True}
+    listed["tasks"][name] = {
+        "rows": len(rows),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        **source,
+    }
+    path.write_text(json.dumps(listed))
+
+
+def make_task(**changes: Any) -> Task:
+    values: dict[str, Any] = {
+        "name": "toy",
+        "path": "me/toy",
+        "config": "default",
+        "split": "test",
+        "prompt": "{{ q }}",
+        "choices": ("a", "b"),
+        "gold": "{{ label }}",
+    }
+    return Task(**(values | changes))
+
+
+def toy_rows(count: int, classes: int = 2) -> list[dict[str, Any]]:
+    return [{"q": f"item {i} is", "label": i % classes} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """Byte-level, without merges but for two, so that lengths are easy to count."""
+    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "Ġb"]
+    vocabulary = {token: i for i, token in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "a"), ("Ġ", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+class ConstantModel:
+    """The same logits for every token of every text."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.row = torch.full((1, 300), value)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        return torch.zeros(*tokens.shape, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ torch.zeros(1, 300) + self.row
+
+
+class FavouriteModel(ConstantModel):
+    """Prefers some tokens, whatever came before."""
+
+    def __init__(self, preferences: dict[int, float]) -> None:
+        super().__init__()
+        for token, logit in preferences.items():
+            self.row[0, token] = logit
+
+
+def run(model: Any, tokenizer: Tokenizer, tasks: list[Task], directory: Path, **changes: Any):
+    options = {"context": 128, "device": "cpu", "autocast_dtype": None} | changes
+    return evaluate(model, tokenizer, tasks, directory, **options)
+
+
+# ------------------------------------------------------------------------------------ the task list
+
+
+def test_shipped_list_renders_every_kind_of_row(tmp_path: Path) -> None:
+    tasks = {task.name: task for task in load_tasks(TASKS_FILE)}
+    blimp = [task for task in tasks.values() if task.path == "nyu-mll/blimp"]
+    assert len(blimp) == 67 and len({task.group for task in blimp}) == 4
+    assert {task.unit for task in tasks.values()} - set(ROWS) == {task.group for task in blimp}
+    for name, (row, prompt, choices, gold) in ROWS.items():
+        write_rows(tmp_path, name, [{**row, "_row": 7}])
+        (item,) = load_items(tasks[name], tmp_path) or []
+        assert (item.prompt, list(item.choices), item.gold) == (prompt, choices, gold), name
+        assert item.row == 7 and item.delimiter == " "
+
+
+def test_hub_rows_without_a_gold_label_are_left_out(tmp_path: Path) -> None:
+    (snli,) = [task for task in load_tasks(TASKS_FILE) if task.name == "snli"]
+    row = ROWS["snli"][0]
+    write_rows(tmp_path, "snli", [{**row, "label": label} for label in (-1, 0, -1, 2)])
+    items = load_items(snli, tmp_path)
+    assert items is not None and [item.row for item in items] == [1, 3]
+
+
+def test_adding_a_task_is_an_edit_of_the_list(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    listed = tmp_path / "tasks.yaml"
+    listed.write_text(
+        "templates: {base: &base {path: me/toy, split: test, config: default}}\n"
+        "tasks:\n"
+        "- {<<: *base, name: toy, n: 3, prompt: '{{ q | upper }}', choices: {field: options},\n"
+        "   gold: '{{ options.index(answer) }}', metrics: [accuracy, matthews], chance: 0.5}\n"
+    )
+    rows = [{"q": "ab", "options": ["x", "y"], "answer": "y"}, {"q": "c", "options": ["x", "y"],
+             "answer": "x"}]  # fmt: skip
+    write_rows(tmp_path, "toy", rows, path="me/toy", config="default", split="test")
+    result = run(ConstantModel(), tokenizer, load_tasks(listed), tmp_path)
+    assert result["tasks"]["toy"]["accuracy"] == 0.5
+    assert result["tasks"]["toy"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("colour: red", r"task 1 \(toy\): colour: found an unknown key"),
+        ("n: 0", "n: found 0, expected at least 1"),
+        ("n: true", "n: found True"),
+        ("metrics: [f1]", "metrics: found 'f1'"),
+        ("choices: []", "choices: found"),
+        ("choices: {expression: x}", "expected {field: expression}"),
+        ("gold: 1", "gold: found 1, expected str"),
+    ],
+)
+def test_mistakes_in_the_list_are_named(change: str, says: str, tmp_path: Path) -> None:
+    base = {
+        "name": "toy", "path": "me/toy", "config": "default", "split": "test",
+        "prompt": '"{{ q }}"', "choices": "[a, b]", "gold": '"{{ label }}"',
+    }  # fmt: skip
+    key, _, value = change.partition(": ")
+    base[key] = value
+    lines = [f"  {key}: {value}" for key, value in base.items()]
+    listed = tmp_path / "tasks.yaml"
+    listed.write_text("tasks:\n- " + "\n".join(lines).strip() + "\n")
+    with pytest.raises(ValueError, match=says) as caught:
+        load_tasks(listed)
+    assert str(listed) in str(caught.value)
+
+
+def test_same_name_twice_is_refused(tmp_path: Path) -> None:
+    entry = "- {name: t, path: p, config: c, split: s, prompt: '', choices: [a], gold: '0'}\n"
+    (tmp_path / "tasks.yaml").write_text("tasks:\n" + 2 * entry)
+    with pytest.raises(ValueError, match="two tasks or a group called 't'"):
+        load_tasks(tmp_path / "tasks.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompt": "{{ question }}"}, r"task toy, row 0: .*question.*; the rows have .*q, label"),
+        ({"gold": "2"}, "gold: found 2, expected an index below 2"),
+        ({"gold": "{{ q }}"}, "task toy, row 0"),
+        ({"choices": "q"}, "expected texts"),
+        ({"choices": "options.text"}, "task toy, row 0"),
+        ({"prompt": "{% if %}"}, "not valid Jinja2"),
+        ({"prompt": "{{ q.__class__.__mro__ }}"}, "task toy, row 0"),
+        ({"chance": 0.25}, "chance: found 0.25, expected 0.5000"),
+        ({"balanced": "colour"}, "without the field 'colour'"),
+        ({"keep": "{{ label > 5 }}"}, "no usable row"),
+    ],
+)
+def test_mistakes_in_templates_are_named(
+    changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    write_rows(tmp_path, "toy", toy_rows(4))
+    with pytest.raises(ValueError, match=says):
+        load_items(make_task(**changes), tmp_path)
+
+
+def test_missing_changed_and_foreign_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="source.json.*download_smallbench.py"):
+        load_items(make_task(), tmp_path)
+    write_rows(tmp_path, "toy", toy_rows(4), split="train")
+    with pytest.raises(ValueError, match="split: found the rows of 'train', expected 'test'"):
+        load_items(make_task(), tmp_path)
+    with pytest.raises(ValueError, match="other.jsonl: found no rows"):
+        load_items(make_task(name="other"), tmp_path)
+    assert load_items(make_task(name="other", only_in_mirror=True), tmp_path) is None
+    (tmp_path / "toy.jsonl").write_text('{"q": "changed", "label": 0, "_row": 0}\n')
+    with pytest.raises(ValueError, match="other bytes"):
+        load_items(make_task(split="train"), tmp_path)
+
+
+# --------------------------------------------------------------------------------- item selection
+
+
+def test_the_choice_of_items_is_fixed_nested_and_balanced() -> None:
+    rows = [{"label": int(i % 10 < 8), "_row": i} for i in range(200)]
+    plain = make_task()
+    ten = [row["_row"] for row in select_rows(plain, rows, 10)]
+    # the very rows: a changed choice would change every published score
+    assert ten == [9, 54, 58, 85, 122, 132, 155, 160, 188, 193]
+    assert ten == sorted(ten)
+    assert [row["_row"] for row in select_rows(plain, rows[::-1], 10)] == ten
+    assert set(ten) < {row["_row"] for row in select_rows(plain, rows, 50)}
+    other_seed = select_rows(make_task(seed=1), rows, 10)
+    assert [row["_row"] for row in other_seed] != ten
+    balanced = select_rows(make_task(balanced="label"), rows, 21)
+    assert sorted(row["label"] for row in balanced) in ([0] * 10 + [1] * 11, [0] * 11 + [1] * 10)
+    assert len(select_rows(plain, rows, None)) == 200
+
+
+def test_limit_full_and_n(tmp_path: Path) -> None:
+    write_rows(tmp_path, "toy", toy_rows(30))
+    task = make_task(n=10)
+
+    def count(**options: Any) -> int:
+        return len(load_items(task, tmp_path, **options) or [])
+
+    assert (count(), count(limit=4), count(limit=20), count(full=True)) == (10, 4, 10, 30)
+
+
+def test_hash_of_items_changes_with_what_is_asked(tmp_path: Path) -> None:
+    write_rows(tmp_path, "toy", toy_rows(5))
+    hashes = {
+        smallbench.items_sha256(load_items(make_task(**changes), tmp_path) or [])
+        for changes in ({}, {"prompt": "{{ q }}?"}, {"choices": ("a", "c")}, {"n": 4})
+    }
+    assert len(hashes) == 4
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def test_a_scorer_without_preference_gets_exactly_chance() -> None:
+    """Gold always first (BLiMP), always last (SciQ) or anywhere: 1/k of it each time."""
+    for k in (2, 3, 4, 6):
+        for gold in range(k):
+            assert credit(np.full(k, -3.7), gold) == 1 / k
+    assert credit(np.array([-1.0, -1.0, -2.0]), 1) == 0.5
+    assert credit(np.array([-1.0, -1.0, -2.0]), 2) == 0.0
+
+
+@pytest.mark.parametrize("gold", ["0", "1", "{{ label }}"])
+@pytest.mark.parametrize("value", [0.0, 0.1, -31.7])
+def test_constant_logits_canary(
+    gold: str, value: float, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Classification, minimal pairs without a prompt, and multiple choice: exactly chance."""
+    rows = [{**row, "x": f" {i % 7}", "y": f" {i % 5}"} for i, row in enumerate(toy_rows(41))]
+    tasks = [
+        make_task(name="labels", gold=gold),
+        make_task(name="pairs", gold=gold, prompt="", choices=("{{ x }}", "{{ y }}")),
+        make_task(name="choice", gold=gold, choices=("{{ x }}", "{{ y }}")),
+    ]
+    for task in tasks:
+        write_rows(tmp_path, task.name, rows)
+    result = run(ConstantModel(value), tokenizer, tasks, tmp_path)
+    assert result["accuracy"] == 0.5
+    for row in result["tasks"].values():
+        assert row["accuracy"] == row["accuracy_norm"] == row["chance"] == 0.5
+        assert row["accuracy_uniform"] == 0.5
+        assert row["accuracy_calibrated"] in (0.5, None)
+        assert row["ties"] == row["n"] == 41
+        assert row["gold_margin"] == 0.0
+
+
+def test_not_a_number_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_rows(tmp_path, "toy", toy_rows(4))
+    with pytest.raises(ValueError, match="not finite"):
+        run(ConstantModel(math.nan), tokenizer, [make_task()], tmp_path)
+    with pytest.raises(ValueError, match="finite"):
+        credit(np.array([0.0, math.nan]), 0)
+
+
+def test_matthews_correlation() -> None:
+    golds = [0, 0, 0, 1, 1, 1, 1, 1]
+    predictions = [0, 1, 0, 1, 1, 0, 1, 1]
+    # (TP TN - FP FN) / sqrt(...) with TP = 4, TN = 2, FP = 1, FN = 1
+    assert matthews(predictions, golds) == pytest.approx(7 / math.sqrt(5 * 5 * 3 * 3))
+    assert matthews(golds, golds) == pytest.approx(1.0)
+    assert matthews([1] * 8, golds) is None
+
+
+def test_a_label_bias_is_calibrated_away(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The model always prefers b: raw accuracy is b's share, calibrated credit is a guess."""
+    token_b = tokenizer.token_to_id("Ġb")
+    write_rows(tmp_path, "toy", toy_rows(40))
+    row = run(FavouriteModel({token_b: 5.0}), tokenizer, [make_task()], tmp_path)["tasks"]["toy"]
+    assert (row["accuracy"], row["accuracy_calibrated"]) == (0.5, 0.5)
+    assert row["majority"] == 0.5 and row["ties"] == 0
+    assert row["gold_margin"] == pytest.approx(0.0, abs=1e-5)
+    assert row["gold_margin_se"] == pytest.approx(5 * math.sqrt(40 / 39) / math.sqrt(40))
+    always_b = make_task(gold="1")
+    row = run(FavouriteModel({token_b: 5.0}), tokenizer, [always_b], tmp_path)["tasks"]["toy"]
+    assert (row["accuracy"], row["accuracy_calibrated"], row["majority"]) == (1.0, 0.5, 1.0)
+    assert row["accuracy_se"] == 0.0
+    assert row["gold_margin"] == pytest.approx(5.0, abs=1e-5)
+
+
+def test_length_decides_for_a_uniform_model_and_is_normalised_away(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    write_rows(tmp_path, "toy", toy_rows(10))
+    task = make_task(choices=("cccc", "cc"), gold="1", prompt="{{ q }}:", target_delimiter="")
+    row = run(ConstantModel(), tokenizer, [task], tmp_path)["tasks"]["toy"]
+    assert row["accuracy"] == row["accuracy_uniform"] == 1.0  # fewer tokens
+    assert row["accuracy_norm"] == 0.5  # a token is a character here
+    assert row["gold_margin"] == pytest.approx(2 * math.log(300), rel=1e-5)
+
+
+def test_last_word_task(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": "so it goes a"}, {"text": "so it goes b"}, {"text": "and so a"}]
+    write_rows(tmp_path, "last", rows)
+    task = make_task(
+        name="last",
+        prompt="{{ text.split(' ')[:-1] | join(' ') }}",
+        choices=("{{ text.split(' ')[-1] }}",),
+        gold="0",
+        metrics=("accuracy", "perplexity"),
+        chance=0.0,
+    )
+    model = FavouriteModel({tokenizer.token_to_id("Ġa"): 5.0})
+    row = run(model, tokenizer, [task], tmp_path)["tasks"]["last"]
+    log_z = math.log(299 + math.exp(5))
+    assert row["accuracy"] == pytest.approx(2 / 3) and row["chance"] == 0.0
+    assert row["gold_logprob"] == pytest.approx(10 / 3 - log_z, rel=1e-5)
+    assert row["perplexity"] == pytest.approx(math.exp(log_z - 10 / 3), rel=1e-5)
+    assert "accuracy_norm" not in row
+
+
+def test_groups_weigh_as_one_task(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_rows(tmp_path, "alone", toy_rows(40))
+    for name in ("one", "two"):
+        write_rows(tmp_path, name, toy_rows(40))
+    tasks = [
+        make_task(name="alone", gold="1"),
+        make_task(name="one", group="pair"),
+        make_task(name="two", group="pair", gold="0"),
+    ]
+    model = FavouriteModel({tokenizer.token_to_id("Ġb"): 5.0})
+    result = run(model, tokenizer, tasks, tmp_path)
+    pair = result["tasks"]["pair"]
+    assert (pair["accuracy"], pair["n"]) == (0.25, 80)
+    assert result["accuracy"] == (1.0 + 0.25) / 2
+    se = 0.5 * math.sqrt(40 / 39) / math.sqrt(40)  # of `one`; the others never vary
+    assert pair["accuracy_se"] == pytest.approx(se / 2)
+    assert result["accuracy_se"] == pytest.approx(se / 4)
+    assert pair["members"]["one"]["accuracy"] == 0.5
+
+
+# ---------------------------------------------------------------------------- tokens and log-probs
+
+
+def test_requests_are_encoded_as_the_harness_does(tokenizer: Tokenizer) -> None:
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text).ids)
+
+    pairs = [("x", " a"), ("", " a"), ("x  ", "a"), ("x", "yz"), ("  ", "a")]
+    requests = encode_requests(tokenizer, pairs)
+    assert [(r.ids, r.context) for r in requests] == [
+        (ids("x a"), 1),
+        ((0, *ids(" a")), 1),  # empty: the beginning-of-text token
+        (ids("x  a"), 1),  # the context's blanks belong to the continuation
+        (ids("xyz"), 1),
+        ((0, *ids("  a")), 1),
+    ]
+    assert len(requests[0].ids) == 2 and len(requests[2].ids) == 3
+    with pytest.raises(ValueError, match="target_delimiter"):
+        encode_requests(tokenizer, [("a", "")])
+
+
+def small_transformer() -> Transformer:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, head_dim=8, d_ff=32)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+def test_scores_are_the_models_log_probabilities(tokenizer: Tokenizer) -> None:
+    """Shared prefixes, cut prompts and a continuation longer than the context."""
+    model = small_transformer()
+    context = 12
+    pairs = [
+        ("why", " a"),
+        ("why", " b"),
+        ("why", " ab"),
+        ("", " so"),
+        ("p" * 30, " cd"),
+        ("q", 40 * "z"),
+    ]
+    requests = encode_requests(tokenizer, pairs)
+    scores, _ = eval_smallbench.score_requests(
+        model, requests, context=context, device="cpu", autocast_dtype=None
+    )
+    for request, score in zip(requests, scores, strict=True):
+        expected, count = 0.0, len(request.ids)
+        for target in range(request.context, count):
+            start = max(0, count - context - 1)
+            if count - request.context > context:  # windows of 12 every 6 tokens
+                start = max(0, (target - 7) // 6 * 6)
+            with torch.no_grad():
+                logits = model(torch.tensor([request.ids[start:target]]))[0, -1]
+            expected += float(torch.log_softmax(logits, -1)[request.ids[target]])
+        assert score == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_of_one_token_cost_one_reading(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    read = []
+
+    class Counting(ConstantModel):
+        def hidden(self, tokens: Tensor) -> Tensor:
+            read.append(tokens.numel())
+            return super().hidden(tokens)
+
+    write_rows(tmp_path, "toy", [{"q": "four", "label": 0}])
+    row = run(Counting(), tokenizer, [make_task()], tmp_path)["tasks"]["toy"]
+    assert sum(read) == 4 and row["n"] == 1
+    assert row["accuracy_se"] is None and row["accuracy_calibrated"] is None
+
+
+def test_cut_prompts_are_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"q": "x" * length, "label": 0} for length in (7, 8, 9, 30)]
+    write_rows(tmp_path, "toy", rows)
+    row = run(ConstantModel(), tokenizer, [make_task()], tmp_path, context=8)["tasks"]["toy"]
+    assert row["cut_prompts"] == 2  # 8 tokens and a label of one fit: the last is never read
+
+
+# ------------------------------------------------------------------------------------------ records
+
+
+def test_items_file_and_contaminated_rows(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_rows(tmp_path, "toy", toy_rows(6))
+    out = tmp_path / "smallbench_items.jsonl"
+    model = FavouriteModel({tokenizer.token_to_id("Ġb"): 5.0})
+    exclude = {"toy": {1, 4, 99}, "unknown": {0}}
+    result = run(model, tokenizer, [make_task()], tmp_path, exclude=exclude, items_path=out)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["row"] for line in lines] == [0, 2, 3, 5]
+    assert [line["gold"] for line in lines] == [0, 0, 1, 1]
+    for line in lines:
+        assert list(line) == ["task", "row", "scores", "prediction", "gold"]
+        assert line["prediction"] == 1 and line["scores"][1] - line["scores"][0] > 4.9
+    assert result["contaminated_items"] == result["tasks"]["toy"]["contaminated"] == 2
+    assert [path.name for path in tmp_path.iterdir() if "items" in path.name] == [out.name]
+
+
+def test_a_task_without_rows_is_missing_and_not_zero(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_rows(tmp_path, "toy", toy_rows(6))
+    tasks = [make_task(), make_task(name="elsewhere", only_in_mirror=True)]
+    result = run(ConstantModel(), tokenizer, tasks, tmp_path)
+    assert result["missing_tasks"] == ["elsewhere"] and list(result["tasks"]) == ["toy"]
+    gone = run(ConstantModel(), tokenizer, tasks, tmp_path, exclude={"toy": set(range(6))})
+    assert gone["accuracy"] is None and gone["tasks"] == {} and gone["contaminated_items"] == 6
+
+
+def test_random_row_is_reproducible_and_leaves_the_generator_alone(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    write_rows(tmp_path, "toy", toy_rows(20))
+    config = small_transformer().config
+    options: dict[str, Any] = {"context": 64, "device": "cpu", "autocast_dtype": None}
+    before = torch.get_rng_state()
+    rows = [
+        random_row(config, tokenizer, [make_task()], tmp_path, seed=s, **options) for s in (0, 0, 1)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert rows[0] == rows[1] != rows[2]
+    margin = rows[0]["tasks"]["toy"]["gold_margin"]
+    assert 0 < abs(margin) < 1
+
+
+def test_result_is_plain_json(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_rows(tmp_path, "toy", toy_rows(9))
+    result = run(small_transformer(), tokenizer, [make_task(group="g")], tmp_path)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result

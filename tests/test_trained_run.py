@@ -1,0 +1,114 @@
+"""A finished run is read back whole, or refused with what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from src import checkpoint, eval_latency, eval_smallbench
+from src.models.export import export
+from src.models.transformer import Transformer
+from src.smallbench import TASKS_FILE
+from src.trained_run import load_run
+from tests.test_export import small_model, tokenizer_json  # noqa: F401 (a fixture)
+from tests.test_smallbench import toy_rows, write_rows
+
+TASK = (
+    "tasks:\n- {name: toy, path: p, config: c, split: s, prompt: '{{ q }}', choices: [a, b],"
+    " gold: '{{ label }}'}\n"
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer_json: Path) -> tuple[Path, Transformer]:  # noqa: F811
+    """What training leaves, as far as evaluation reads it."""
+    path, model = tmp_path / "logs" / "toy", small_model()
+    export(model, tokenizer_json, path / "final", max_position_embeddings=32)
+    digests = {
+        "config": "c" * 64,
+        "tokenizer": hashlib.sha256(tokenizer_json.read_bytes()).hexdigest(),
+        "data": "d" * 64,
+    }
+    (tmp_path / "tasks.yaml").write_text(TASK)
+    write_rows(tmp_path / "smallbench", "toy", toy_rows(10))
+    resolved: dict[str, Any] = {
+        "config_digest": digests["config"],
+        "tokenizer_sha256": digests["tokenizer"],
+        "data_sha256": digests["data"],
+        "data_dir": str(tmp_path / "tokens"),
+        "model": dataclasses.asdict(model.config),
+        "training": {"seq_len": 32, "init_seed": 3},
+        "evaluation": {
+            "smallbench_dir": str(tmp_path / "smallbench"),
+            "smallbench_tasks": str(tmp_path / "tasks.yaml"),
+            "leakage": None,
+        },
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(resolved))
+    state = {"model": model.state_dict()}
+    checkpoint.save(path / "checkpoints", state, step=5, digests=digests, environment={})
+    return path, model
+
+
+def test_weights_tokenizer_and_context_come_back(run: tuple[Path, Transformer]) -> None:
+    path, model = run
+    before = torch.get_rng_state()
+    loaded = load_run(path)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value)
+    assert loaded.context == 32
+    assert loaded.tokenizer.token_to_id("<|endoftext|>") == 0
+    assert loaded.contaminated_rows(path) is None
+
+
+def test_another_tokenizer_or_no_run_is_refused(run: tuple[Path, Transformer]) -> None:
+    path, _ = run
+    tokenizer = path / "final" / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
+    with pytest.raises(ValueError, match="found the hash"):
+        load_run(path)
+    tokenizer.unlink()
+    with pytest.raises(ValueError, match="expected the directory of a finished run"):
+        load_run(path)
+
+
+def test_smallbench_command(
+    run: tuple[Path, Transformer],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, _ = run
+    # the command pins threads: to as many as there are, for the tests that follow
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    items = path / "again.jsonl"
+    command = ["--run", str(path), "--device", "cpu"]
+    assert eval_smallbench.main([*command, "--limit", "6", "--items", str(items)]) == 0
+    trained = json.loads(capsys.readouterr().out)
+    assert trained["tasks"]["toy"]["n"] == len(items.read_text().splitlines()) == 6
+    assert eval_smallbench.main([*command, "--limit", "6", "--random_init"]) == 0
+    untrained = json.loads(capsys.readouterr().out)
+    assert untrained["tasks"]["toy"]["items_sha256"] == trained["tasks"]["toy"]["items_sha256"]
+    assert untrained["tasks"]["toy"]["gold_margin"] != trained["tasks"]["toy"]["gold_margin"]
+    assert eval_smallbench.main([*command, "--tasks", str(TASKS_FILE)]) == 78
+    assert "download_smallbench.py" in capsys.readouterr().err
+
+
+def test_latency_command(run: tuple[Path, Transformer], capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = run
+    options = ["--device", "cpu", "--warmup", "1", "--repeats", "3", "--lengths", "4", "8"]
+    threads = ["--threads", str(torch.get_num_threads())]
+    assert eval_latency.main(["--run", str(path), *options, *threads]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["latency_ms_p50_l8"] > 0 and alone["environment"]["threads"] > 0
+    assert eval_latency.main(["--compare", str(path), str(path), *options, *threads]) == 0
+    pair = json.loads(capsys.readouterr().out)
+    assert pair["comparison"]["decode"]["ratio_low"] <= pair["comparison"]["decode"]["ratio_high"]
+    assert pair["margin"] == 1.03
