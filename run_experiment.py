@@ -63,6 +63,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _arguments(argv)
+    # Read when torch loads: waiting OpenMP threads sleep instead of spinning. Three runs started
+    # at once on two cores make 3 to 4 times the tokens/s this way (results/LOG.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, _preempt)
     try:
@@ -112,8 +115,9 @@ def _chosen(
     sweep: config.Sweep, names: Sequence[str], seeds: Sequence[int] | None
 ) -> list[config.RunConfig]:
     """The asked runs: seeds within experiments, the baseline first (others are judged by it)."""
-    if seeds and min(seeds) < 0:
-        raise ValueError(f"--seed: found {min(seeds)}, expected a seed of at least 0")
+    for seed in seeds or ():
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"--seed: found {seed}, expected a seed from 0 to 2^31 - 1")
     wanted = list(sweep.names) if list(names) == ["all"] else list(dict.fromkeys(names))
     wanted.sort(key=lambda name: name != sweep.baseline)
     return [sweep.run(name, seed) for name in wanted for seed in (seeds or sweep.seeds)]
@@ -132,14 +136,14 @@ def _check_inputs(run: config.RunConfig, arguments: argparse.Namespace) -> Any:
         tokens.validation.tokens, limit=training.dev_token_budget, seq_len=training.seq_len
     )
     if "smallbench_accuracy" in run.evaluation.metrics:
-        _check_smallbench(run)
+        _check_smallbench(run, tokens.corpus)
     rule = run.kill_rule
     every = training.eval_every_steps * training.step_tokens
     if rule is not None and arguments.phase != "rank":
         stated = kill_rule.KillRule(
             margin_ppl=rule.margin_ppl,
             window_tokens=rule.window_tokens,
-            grace_tokens=rule.grace_tokens or 0,
+            grace_tokens=rule.grace(training.tokens),
         )
         if not kill_rule.can_ever_fire(stated, training.tokens, every):
             raise ValueError(
@@ -157,17 +161,20 @@ def _check_inputs(run: config.RunConfig, arguments: argparse.Namespace) -> Any:
     return tokens
 
 
-def _check_smallbench(run: config.RunConfig) -> None:
-    from src import smallbench
+def _check_smallbench(run: config.RunConfig, corpus: dict[str, Any]) -> None:
+    from src import leakage, smallbench
 
-    smallbench.load_tasks(run.smallbench_tasks)
-    directory = run.evaluation.smallbench_dir
-    if not (Path(directory) / "source.json").is_file():
+    tasks = smallbench.load_tasks(run.smallbench_tasks)
+    directory = Path(run.evaluation.smallbench_dir)
+    if not (directory / "source.json").is_file():
         raise ValueError(
             f"evaluation.smallbench_dir: found no SmallBench data in {directory}; get "
             f"it with: python scripts/download_smallbench.py --output {directory}, or "
             "leave smallbench_accuracy out of evaluation.metrics"
         )
+    for task in tasks:  # whole and unchanged, before hours of training
+        smallbench.read_rows(task, directory)
+    leakage.contaminated_rows(run.evaluation.leakage, directory, corpus)
 
 
 def _run(
@@ -194,7 +201,10 @@ def _run(
             if directory.finished() is not None:
                 print(f"{run.run_name}: finished before, nothing to do ({directory.path})")
                 return OK
-            _refuse_diverged(directory.path)
+            diverged = _diverged(directory.path)
+            if diverged is not None:  # refused alone: the command's other runs go on
+                print(diverged, file=sys.stderr)
+                return BAD_INPUT
             directory.clear_failure()
             with _recorded_failure(directory, run.run_name):
                 return _execute(run, answer, sweep, data, directory, digest, arguments, remote)
@@ -258,16 +268,18 @@ class _Remote:
             self._remote.push_final(directory, list(self.FINAL), digests)
 
 
-def _refuse_diverged(path: Path) -> None:
-    """A run that met a NaN would meet it again: no loop of reruns."""
+def _diverged(path: Path) -> str | None:
+    """A run that met a NaN would meet it again: no loop of reruns. The refusal, or None."""
     failure = path / "failure.json"
-    if failure.exists():
-        content = json.loads(failure.read_text(encoding="utf-8"))
-        if content.get("kind") == "NonFinite":
-            raise ValueError(
-                f"{failure}: found a run that diverged ({content.get('message')}), expected one "
-                "that can go on; change the config under another name, or delete the directory"
-            )
+    if not failure.exists():
+        return None
+    content = json.loads(failure.read_text(encoding="utf-8"))
+    if content.get("kind") != "NonFinite":
+        return None
+    return (
+        f"{failure}: found a run that diverged ({content.get('message')}), expected one that can "
+        "go on; change the config under another name, or delete the directory"
+    )
 
 
 def _execute(
@@ -292,9 +304,10 @@ def _execute(
     environment = runtime.environment_stamp(chosen.device)
     write_json(directory.path / "environment.json", environment)
     facts = record.facts(run, answer, sweep, data, digest, environment)
+    device = runtime.device_name(chosen.device)
     print(
-        f"{run.run_name}: {answer.params.total:,} parameters on {runtime.device_name(chosen.device)}"
-        f" ({chosen.precision}, {chosen.threads} threads), {run.training.steps} steps of "
+        f"{run.run_name}: {answer.params.total:,} parameters on {device} "
+        f"({chosen.precision}, {chosen.threads} threads), {run.training.steps} steps of "
         f"{run.training.step_tokens:,} tokens, {facts['epochs']:.2f} epochs",
         flush=True,
     )
@@ -304,8 +317,8 @@ def _execute(
         digests=digests, on_saved=remote.saved(directory), fenced=remote.fenced,
     )  # fmt: skip
     if outcome.status == "preempted":
-        print(f"{run.run_name}: {outcome.reason} at step {outcome.step}; run me again")
-        return TRY_AGAIN
+        # Not a return: the other runs of this command must not begin.
+        raise Preempted(f"{outcome.reason} at step {outcome.step} of {run.run_name}")
     evaluated = time.perf_counter()
     measured: dict[str, Any] = {}
     if outcome.status == "trained":

@@ -129,7 +129,7 @@ def _load_from_hub(path: str, config: str | None, wanted: tuple[str, ...], cache
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
-            loaded, revision = _load_converted(path, config, wanted, cache)
+            loaded, revision, config = _load_converted(path, config, wanted, cache)
     except Refusal:
         raise
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -158,7 +158,7 @@ def _load_from_hub(path: str, config: str | None, wanted: tuple[str, ...], cache
 
 def _load_converted(
     path: str, config: str | None, wanted: tuple[str, ...], cache: Path
-) -> tuple[Any, str]:
+) -> tuple[Any, str, str]:
     """A dataset of the script era, from the hub's own parquet copy: <config>/<split>/*.parquet."""
     import datasets
     from huggingface_hub import HfApi
@@ -166,8 +166,8 @@ def _load_converted(
     info = HfApi().dataset_info(path, revision=CONVERTED, timeout=PROBE_SECONDS)
     names = [file.rfilename for file in info.siblings or []]
     configs = sorted({name.split("/")[0] for name in names if name.endswith(".parquet")})
-    if config is None and len(configs) == 1:
-        config = configs[0]
+    if config is None:
+        config = configs[0] if len(configs) == 1 else "default"
     files = {}
     for split in wanted:
         files[split] = [
@@ -180,7 +180,8 @@ def _load_converted(
                 f"{path}: the hub has no split {split} of configuration {config}; "
                 f"it has the configurations {', '.join(configs)}"
             )
-    return datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache)), str(info.sha)
+    loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache))
+    return loaded, str(info.sha), config
 
 
 @functools.cache

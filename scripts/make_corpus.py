@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--documents", type=int, default=4000, help="train documents (default 4000, 1.2 MB)"
     )
-    parser.add_argument("--lexicon", type=int, default=128, help="words (default 128)")
+    parser.add_argument("--lexicon", type=int, default=96, help="words (default 96)")
     parser.add_argument("--successors", type=int, default=8, help="of each word (default 8)")
     parser.add_argument("--force", action="store_true", help="replace another corpus in --output")
     arguments = parser.parse_args()

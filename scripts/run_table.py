@@ -28,18 +28,26 @@ COLUMNS: tuple[str, ...] = tuple(
     attention_width_ratio
     params_embedding params_projection params_attention params_ffn params_norm flops_per_token
     tokens steps epochs batch_size seq_len learning_rate embedding_lr_ratio
+    kill_verdict kill_verdict_literal
     train_loss dev_loss dev_perplexity dev_bits_per_byte dev_word_perplexity
     dev_perplexity_nonoverlapping
     test_loss test_perplexity test_bits_per_byte test_word_perplexity
     test_perplexity_nonoverlapping
     smallbench_accuracy smallbench_accuracy_se smallbench_contaminated_items
-    latency_ms_p50_l128 latency_ms_p95_l128 latency_ms_p50_l512 latency_ms_p95_l512
+    latency_ms_p50_l128 latency_ms_p95_l128 latency_ms_p50_low_l128 latency_ms_p50_high_l128
+    latency_ms_p50_l512 latency_ms_p95_l512 latency_ms_p50_low_l512 latency_ms_p50_high_l512
+    latency_full_logits_ms_p50_l128 latency_full_logits_ms_p95_l128
+    latency_full_logits_ms_p50_low_l128 latency_full_logits_ms_p50_high_l128
+    latency_full_logits_ms_p50_l512 latency_full_logits_ms_p95_l512
+    latency_full_logits_ms_p50_low_l512 latency_full_logits_ms_p50_high_l512
     decode_ms_per_token_p50 decode_ms_per_token_p95
-    weights_mib kv_cache_mib activations_mib peak_memory_mib
+    decode_ms_per_token_p50_low decode_ms_per_token_p50_high
+    weights_mib kv_cache_mib activations_mib activations_full_logits_mib peak_memory_mib
+    process_peak_memory_mib
     train_seconds eval_seconds wall_seconds tokens_per_s gpu_utilisation_percent
     train_peak_memory_mib gpu_hours cost_usd
-    corpus tokenizer_sha256 data_sha256 config_digest git_sha git_dirty
-    device device_name precision threads schema
+    corpus tokenizer_sha256 data_sha256 config_digest model_digest git_sha git_dirty
+    device device_name precision micro_batch compile threads schema
     """.split()
 )
 
@@ -48,7 +56,8 @@ STATUSES = ("finished", "killed", "failed", "unfinished", "missing")
 _TEXT = frozenset(
     """
     run path status reason experiment sweep baseline_name phase corpus tokenizer_sha256
-    data_sha256 config_digest git_sha device device_name precision
+    data_sha256 config_digest model_digest git_sha device device_name precision
+    kill_verdict kill_verdict_literal
     """.split()
 )
 _MARKS = ("config.yaml", "metrics.json", "metrics.jsonl", "failure.json", "checkpoints")
@@ -107,9 +116,9 @@ def _read_run(path: Path, name: str, config: Mapping[str, Any]) -> Row:
 
 def _from_config(config: Mapping[str, Any]) -> Row:
     """What a run that never wrote metrics.json is known to be: who it is and what was asked."""
-    model, training = (
-        part if isinstance(part, dict) else {}
-        for part in (config.get("model"), config.get("training"))
+    asked, model, training, realised, params = (
+        part if isinstance(part := config.get(name), dict) else {}
+        for name in ("asked", "model", "training", "realised", "params")
     )
     sweep = config.get("sweep") if isinstance(config.get("sweep"), dict) else {}
     experiment, baseline = config.get("experiment"), config.get("baseline")
@@ -121,12 +130,13 @@ def _from_config(config: Mapping[str, Any]) -> Row:
         "phase": config.get("phase"),
         "seed": config.get("seed"),
         "config_digest": config.get("config_digest"),
-        "asked_total_params": model.get("total_params"),
-        "asked_embedding_ratio": model.get("embedding_ratio"),
-        "asked_glu_expansion": model.get("glu_expansion"),
-        "vocab_size": model.get("vocab_size"),
-        "tie_embeddings": model.get("tie_embeddings"),
+        "corpus": config.get("corpus"),
+        "tokenizer_sha256": config.get("tokenizer_sha256"),
+        "data_sha256": config.get("data_sha256"),
     }
+    known |= {f"asked_{key}": asked.get(key) for key in realised} | realised
+    known |= {key: value for key, value in model.items() if key in COLUMNS}
+    known |= {f"params_{block}": count for block, count in params.items()}
     known |= {key: training.get(key) for key in ("batch_size", "seq_len", "learning_rate")}
     return {key: value for key, value in known.items() if value is not None}
 

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RUN_SUFFIX = re.compile(r"(-rank|-seed[0-9]+)$")  # what `run_name` puts behind an experiment
 PHASES = ("rank", "full")
 SMALLBENCH_TASKS = Path(__file__).resolve().parent.parent / "configs" / "smallbench.yaml"
 METRICS = ("perplexity", "smallbench_accuracy")
@@ -56,8 +57,12 @@ class ModelConfig:
 class ModelRequest:
     """What the YAML asks for; the allocator answers with a `ModelConfig`."""
 
-    total_params: int = _key(10_000_000, "a number of parameters above 0", lambda v: v > 0)
-    vocab_size: int = _key(16_000, "a number of tokens of at least 2", lambda v: v >= 2)
+    total_params: int = _key(
+        10_000_000, "a number of parameters from 1 to 10^12", lambda v: 0 < v <= 10**12
+    )
+    vocab_size: int = _key(
+        16_000, "a number of tokens from 2 to 10 million", lambda v: 2 <= v <= 10**7
+    )
     # None only where embedding_dim is set: then V x E decides the share by itself.
     embedding_ratio: float | None = _key(None, "a share between 0 and 1", lambda v: 0 < v < 1)
     glu_expansion: float = _key(8 / 3, "a factor above 0, at most 64", lambda v: 0 < v <= 64)
@@ -153,6 +158,10 @@ class KillRuleConfig:
     margin_ppl: float = _key(0.5, "a perplexity difference above 0", lambda v: v > 0)
     window_tokens: int = _key(1_000_000, "tokens above 0", lambda v: v > 0)
     grace_tokens: int | None = _key(None, "tokens of at least 0, or null", lambda v: v >= 0)
+
+    def grace(self, budget: int) -> int:
+        """Tokens of grace in a run of `budget` tokens."""
+        return int(0.3 * budget) if self.grace_tokens is None else self.grace_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,6 +301,8 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}:{where} is not valid YAML: {problem}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: {error}") from None
+    except (AttributeError, LookupError) as error:  # `!!timestamp x`, `!!bool x`, `!!int ""`
+        raise ValueError(f"{source}: found a tag that its value does not fit ({error})") from None
 
 
 # --------------------------------------------------------------------------------- keys and types
@@ -322,17 +333,15 @@ def _coerce(value: Any, kind: str) -> Any:
     if kind == "str" and isinstance(value, str) and value:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
-        if kind == "int":
-            return value
-        if kind == "float" and abs(value) < 2**53:
-            return float(value)
+        if kind in ("int", "float") and abs(value) < 2**53:
+            return int(value) if kind == "int" else float(value)
     if kind == "float" and isinstance(value, float) and math.isfinite(value):
         return value
     raise TypeError
 
 
 _KIND_NAMES = {
-    "int": "a whole number: ",
+    "int": "a whole number below 2^53: ",
     "float": "a finite number: ",
     "str": "text: ",
     "bool": "",
@@ -450,6 +459,11 @@ def _experiment_entries(where: str, entries: Any) -> list[dict[str, Any]]:
                 f"{here}.name: found {name!r}, expected 1 to 64 letters, digits, '.', '_' or "
                 "'-', the first a letter or digit"
             )
+        if RUN_SUFFIX.search(name):
+            raise ValueError(
+                f"{here}.name: found {name!r}, expected a name that does not end like the "
+                "directory of another experiment's ranking run or seed (-rank, -seed1)"
+            )
         if name.casefold() in folded:
             raise ValueError(
                 f"{here}.name: found {name!r}, which clashes with {folded[name.casefold()]!r}; "
@@ -479,24 +493,27 @@ def _run(
     here = f"{where}experiments.{name}."
     model_keys = [spec.name for spec in dataclasses.fields(ModelRequest)]
     _known_keys(here, entry, ["name", *model_keys, "training"])
-    own = {"model": {k: v for k, v in entry.items() if k in model_keys}}
-    own["training"] = entry.get("training", {})
+    own: dict[str, Any] = {"model": {k: v for k, v in entry.items() if k in model_keys}}
+    own["training"] = entry.get("training")
     built: dict[str, Any] = {}
     for section, kind in _SECTIONS.items():
         layers = (
-            (f"{where}{section}.", raw.get(section) or {}),
-            (here if section == "model" else f"{here}{section}.", own.get(section) or {}),
-            (f"--set {section}.", forced.get(section, {})),
+            (f"{where}{section}.", raw.get(section)),
+            (here if section == "model" else f"{here}{section}.", own.get(section)),
+            (f"--set {section}.", forced.get(section)),
         )
-        for place, layer in layers:  # each layer by itself, so that an error names its place
+        stated = [(place, layer) for place, layer in layers if layer is not None]
+        for place, layer in stated:  # each layer by itself, so that an error names its place
             _build(kind, place, layer)
-        values = {name: value for _, layer in layers for name, value in layer.items()}
-        if section == "kill_rule" and not values and phase != "rank":
+        values = {name: value for _, layer in stated for name, value in layer.items()}
+        if section == "kill_rule" and not stated and phase != "rank":
             built[section] = None
             continue
         # PRD 6.2 leaves the share out: 0.35, unless a factorised table or a width decides it.
-        if section == "model" and not (values.get("embedding_dim") or values.get("d_model")):
-            values.setdefault("embedding_ratio", 0.35)
+        if section == "model" and not any(
+            values.get(key) for key in ("embedding_ratio", "embedding_dim", "d_model")
+        ):
+            values["embedding_ratio"] = 0.35
         built[section] = _build(kind, f"{where}{section}.", values)
     training: TrainingConfig = built["training"]
     if phase == "rank":

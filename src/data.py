@@ -160,8 +160,9 @@ def consecutive_windows(
     count = min(limit, len(tokens) - 1) // seq_len
     if count < 1:
         raise ValueError(
-            f"the validation split has {len(tokens)} tokens, expected at least {seq_len + 1} "
-            "(training.seq_len + 1)"
+            f"training.dev_tokens: found {limit:,} of the validation split's {len(tokens):,} "
+            f"tokens, expected one window of training.seq_len + 1 = {seq_len + 1} at least, so "
+            "lower seq_len, raise dev_tokens or use a larger corpus"
         )
     starts = np.arange(count)[:, None] * seq_len
     return tokens[starts + np.arange(seq_len + 1)].astype(np.int64)

@@ -87,7 +87,7 @@ def _smallbench(
         directory,
         context=run.training.seq_len,
         device=machine.device,
-        autocast_dtype=_autocast_dtype(machine),
+        autocast_dtype=None,  # bf16 makes ties; lm-evaluation-harness scores in float32 too
         limit=asked.smallbench_limit,
         exclude=exclude,
         items_path=run_path / "smallbench_items.jsonl",

@@ -34,6 +34,8 @@ from src.run_dir import Preemption, RunDir, read_rows
 MOST_TRAIN_ROWS = 5_000
 # fp16 only: skipped steps in a row after which the scaler has nothing left to lower.
 MOST_SKIPPED_STEPS = 40
+# Nats a token; its exponential, the perplexity, is still a number.
+LARGEST_LOSS = 700.0
 _UTILISATION = "gpu_utilisation_percent"
 # Logits rows at a time: on a CPU (chunk, V) in float32 stays near the cache.
 LOSS_CHUNK = {"cpu": 256, "cuda": 8_192}
@@ -301,13 +303,16 @@ def train(
         while True:
             step = trainer.step
             last = step == steps
-            if (step % every == 0 or last) and not _evaluated(directory, step):
-                row = _dev_row(trainer, step)
-                directory.append(row)
-                _board_dev(board, row, training)
+            if step % every == 0 or last:
+                if not _evaluated(directory, step):
+                    row = _dev_row(trainer, step)
+                    directory.append(row)
+                    _board_dev(board, row, training)
+                # Asked again by a run that was cut between its kill and its metrics.json.
                 verdict = _verdict(run, directory, step)
                 if verdict is not None and verdict.kind == "kill":
-                    directory.append(_kill_row(step, training, verdict))
+                    if not directory.rows("event"):
+                        directory.append(_kill_row(step, training, verdict))
                     status, reason = "killed", verdict.reason
             minutes = (time.perf_counter() - saved_at) / 60
             chosen = training.checkpoint_every_steps
@@ -374,7 +379,7 @@ def _evaluated(directory: RunDir, step: int) -> bool:
 
 def _dev_row(trainer: Trainer, step: int) -> dict[str, Any]:
     loss = trainer.dev_loss()
-    if not math.isfinite(loss):
+    if not loss < LARGEST_LOSS:
         raise NonFinite(f"step {step}: the dev loss is {loss}; the last checkpoint is intact")
     return {
         "step": step,
@@ -419,11 +424,10 @@ def kill_rule_of(run: RunConfig) -> kill_rule.KillRule:
     """The stated rule; grace left out means 30 % of the run's budget (SCIENCE, fact 4)."""
     stated = run.kill_rule
     assert stated is not None
-    grace = stated.grace_tokens
     return kill_rule.KillRule(
         margin_ppl=stated.margin_ppl,
         window_tokens=stated.window_tokens,
-        grace_tokens=int(0.3 * run.training.tokens) if grace is None else grace,
+        grace_tokens=stated.grace(run.training.tokens),
     )
 
 
@@ -467,7 +471,7 @@ def _board_dev(board: SummaryWriter, row: dict[str, Any], training: TrainingConf
 def _board_train(board: SummaryWriter, row: dict[str, Any], machine: Machine) -> None:
     step = row["step"]
     board.add_scalar("train/loss", row["train_loss"], step)
-    board.add_scalar("train/perplexity", math.exp(row["train_loss"]), step)
+    board.add_scalar("train/perplexity", math.exp(min(row["train_loss"], LARGEST_LOSS)), step)
     board.add_scalar("train/learning_rate", row["learning_rate"], step)
     board.add_scalar("train/tokens_per_s", row["tokens_per_s"], step)
     board.add_scalar("device/peak_memory_mib", runtime.peak_memory_mib(machine.device), step)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 
+from tests.tiny_hub import COMMIT, CONVERTED_COMMIT, CONVERTED_FOLDER, tiny_hub
 from tests.tiny_mirror import ARTICLES, build_tiny_mirror, write_tiny_tasks
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -238,6 +240,75 @@ def test_without_hub_and_mirror_the_way_out_is_named(tmp_path: Path, script: str
     assert "HF_HUB_OFFLINE" in offline
     absent = refused(script, "--output", tmp_path / "x", HUB_MIRROR=str(tmp_path / "absent"))
     assert str(tmp_path / "absent") in absent
+
+
+def test_the_hub_and_its_mirror_give_the_same_corpus(
+    tmp_path: Path, mirror: Path, wikitext: Path
+) -> None:
+    output = tmp_path / "wikitext-2"
+    with tiny_hub(mirror) as address:
+        hub: dict[str, Any] = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        run("download_wikitext.py", "--output", output, **hub)
+        raw = ("--output", tmp_path / "raw", "--dataset", "wikitext-2-raw-v1")
+        assert "lacks the split train" in refused("download_wikitext.py", *raw, **hub)
+        for name, named in (("tiny/absent", "no dataset"), ("tiny/prose:other", "'default'")):
+            arguments = ("--output", tmp_path / "x", "--dataset", name)
+            assert named in refused("download_wikitext.py", *arguments, **hub)
+    source = json.loads((output / "source.json").read_bytes())
+    of_mirror = json.loads((wikitext / "source.json").read_bytes())
+    assert source == {**of_mirror, "mirror": False, "revision": COMMIT}
+
+
+def test_datasets_of_the_script_era_come_from_the_hubs_own_parquet(
+    tmp_path: Path, mirror: Path
+) -> None:
+    dataset = tmp_path / "hub" / "old" / "script"
+    for split in ("train", "validation", "test"):
+        folder = dataset / CONVERTED_FOLDER / "plain_text" / split
+        folder.mkdir(parents=True)
+        shutil.copy(
+            mirror / "tiny/prose/default" / "test-00000-of-00001.parquet", folder / "0000.parquet"
+        )
+    (dataset / "script.py").write_text("raise SystemExit('never run')\n")
+    with tiny_hub(tmp_path / "hub") as address:
+        hub: dict[str, Any] = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        arguments = ("--output", tmp_path / "corpus", "--dataset", "old/script")
+        run("download_wikitext.py", *arguments, **hub)
+        assert "plain_text" in refused(
+            "download_wikitext.py",
+            *("--output", tmp_path / "x", "--dataset", "old/script:other"),
+            **hub,
+        )
+    source = json.loads((tmp_path / "corpus" / "source.json").read_bytes())
+    assert (source["config"], source["revision"]) == ("plain_text", CONVERTED_COMMIT)
+    assert source["splits"]["test"]["documents"] == ARTICLES["test"]
+
+
+def test_smallbench_from_the_hub_leaves_out_what_only_mirrors_have(
+    tmp_path: Path, mirror: Path
+) -> None:
+    tasks_file, output = write_tiny_tasks(tmp_path / "tasks.yaml"), tmp_path / "smallbench"
+    with tiny_hub(mirror) as address:
+        hub: dict[str, Any] = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        arguments = ("--output", output, "--tasks", tasks_file)
+        printed = run("download_smallbench.py", *arguments, **hub)
+    assert "left out" in printed and "subj" in printed
+    source = json.loads((output / "source.json").read_bytes())
+    assert source["mirror"] is False and "subj" not in source["tasks"]
+    assert len(source["tasks"]) == 4
+    assert {task["revision"] for task in source["tasks"].values()} == {COMMIT}
+
+
+def test_a_transfer_that_breaks_off_exits_74_and_leaves_nothing(
+    tmp_path: Path, mirror: Path
+) -> None:
+    output = tmp_path / "corpus"
+    with tiny_hub(mirror, cut_files=True) as address:
+        hub: dict[str, Any] = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        arguments = ("--output", output, "--dataset", "tiny/prose")
+        printed = run("download_wikitext.py", *arguments, exit_code=74, **hub)
+    assert "tiny/prose" in printed
+    assert [path.name for path in output.iterdir()] == [".lock"]
 
 
 # Tokens

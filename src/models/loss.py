@@ -57,20 +57,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             lost = (log_z - logits.gather(1, target)).sum()
             nats += lost
             objective += lost + z_loss * log_z.square().sum()
-            # d objective / d logits = softmax * (1 + 2 z log_z) - onehot, all over N.
-            logits.sub_(log_z).exp_().mul_((1 + 2 * z_loss * log_z) / n)
-            logits.scatter_add_(1, target, torch.full_like(log_z, -1 / n))
+            # N * d objective / d logits = softmax * (1 + 2 z log_z) - onehot. The division by N
+            # waits for `backward`: here it would underflow in float16.
+            logits.sub_(log_z).exp_().mul_(1 + 2 * z_loss * log_z)
+            logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
             grad = logits.to(dtype)
             torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
             grad_table += grad.T @ part
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_table.to(table.dtype))
+        ctx.rows = n  # type: ignore[attr-defined]
+        nats /= n
         ctx.mark_non_differentiable(nats)
-        return objective / n, nats / n
+        return objective / n, nats
 
     @staticmethod
     def backward(ctx, grad_objective, _grad_nats):
         grad_hidden, grad_table = ctx.saved_tensors
-        return grad_hidden * grad_objective, grad_table * grad_objective, None, None, None, None
+        scale = grad_objective / ctx.rows
+        return grad_hidden * scale, grad_table * scale, None, None, None, None
 
 
 def chunked_cross_entropy(
