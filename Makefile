@@ -21,6 +21,7 @@ setup-test: .venv/installed-test
 quickstart: setup
 	$(BIN)/python scripts/make_corpus.py --output $(QUICK)/corpus
 	$(BIN)/python scripts/preprocess_lm.py --input $(QUICK)/corpus --vocab_size 512 --output $(QUICK)/tokens
+	$(BIN)/python scripts/check_leakage.py --corpus $(QUICK)/corpus --smallbench $(QUICK)/corpus/smallbench
 	$(BIN)/python run_experiment.py --config configs/quickstart_embed.yaml --exp all --device cpu --log_dir $(QUICK)/logs
 	$(BIN)/python run_experiment.py --config configs/quickstart_glu.yaml --exp all --device cpu --log_dir $(QUICK)/logs
 	$(BIN)/python scripts/aggregate_results.py --log_dir $(QUICK)/logs --output $(QUICK)/results_summary.csv
@@ -33,11 +34,12 @@ lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The PRD's three data commands (hub, or a mirror named by HUB_MIRROR).
+# The PRD's three data commands (hub, or a mirror named by HUB_MIRROR), then the leakage check.
 data: setup
 	$(BIN)/python scripts/download_wikitext.py --output data/wikitext-2
 	$(BIN)/python scripts/preprocess_lm.py --input data/wikitext-2 --vocab_size 16000 --output data/lm_tokenized
 	$(BIN)/python scripts/download_smallbench.py --output data/smallbench
+	$(BIN)/python scripts/check_leakage.py --corpus data/wikitext-2 --smallbench data/smallbench
 
 # The whole fault plan (docs/RELIABILITY.md); `make test` runs a sample of it.
 faults: setup-test

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_plan(answers, arguments.json)
             return OK
         runs = _chosen(sweep, arguments.exp, arguments.seed)
-        inputs = [_check_inputs(run, arguments) for run in runs]
+        inputs = [_check_inputs(run, answers[run.experiment], arguments) for run in runs]
         codes = [
             _run(run, answers[run.experiment], sweep, data, arguments)
             for run, data in zip(runs, inputs, strict=True)
@@ -123,9 +123,14 @@ def _chosen(
     return [sweep.run(name, seed) for name in wanted for seed in (seeds or sweep.seeds)]
 
 
-def _check_inputs(run: config.RunConfig, arguments: argparse.Namespace) -> Any:
+def _check_inputs(
+    run: config.RunConfig, answer: allocation.Allocation, arguments: argparse.Namespace
+) -> Any:
     """Refuse, before anything is written, what cannot work; returns the verified tokens."""
-    from src import data, kill_rule
+    from src import data, kill_rule, run_dir
+
+    checkpoints = Path(arguments.log_dir) / run.run_name / "checkpoints"
+    run_dir.check_disk(checkpoints, 12 * answer.params.total)  # weights, two moments; float32
 
     tokens = data.load(run.token_dir, run.model.vocab_size)
     training = run.training
@@ -294,12 +299,10 @@ def _execute(
 ) -> int:
     """Train, evaluate, export, finish."""
     begun = time.perf_counter()
-    from src import checkpoint, evaluation, machine, record, runtime, train
+    from src import evaluation, machine, record, runtime, train
     from src.models.export import export
     from src.run_dir import write_json
 
-    # Weights and two moments in float32.
-    checkpoint.check_disk(directory.checkpoints, 12 * answer.params.total)
     chosen = machine.choose(run.training, answer.model, Path(arguments.log_dir), arguments.device)
     environment = runtime.environment_stamp(chosen.device)
     write_json(directory.path / "environment.json", environment)
@@ -323,6 +326,7 @@ def _execute(
     measured: dict[str, Any] = {}
     if outcome.status == "trained":
         measured = evaluation.evaluate(run, outcome.model, data, chosen, directory.path)
+        train.board_final(directory, measured, outcome.step)
         export(
             outcome.model,
             data.tokenizer_path,

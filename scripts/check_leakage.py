@@ -2,8 +2,9 @@
 
     python scripts/check_leakage.py --corpus data/wikitext-2 --smallbench data/smallbench
 
-Writes <corpus>/leakage.json: the contaminated rows of every task, which evaluation leaves out, and
-counts for validation and test. A text is compared by its words (Unicode NFKC, lower case,
+Writes <smallbench>/leakage-<first 12 digits of the train split's sha256>.json, where evaluation
+looks for it: the contaminated rows of every task, which it leaves out, and counts for validation
+and test. A text is compared by its words (Unicode NFKC, lower case,
 punctuation aside): it is contaminated when 13 words in a row of it stand in one train document; a
 text of 5 to 12 words when it stands there whole; a shorter one cannot be judged. An item's texts
 are its row's string fields, lists and nested fields included, each on its own; one contaminated
@@ -53,7 +54,9 @@ def main() -> None:
     parser.add_argument(
         "--smallbench", type=Path, required=True, help="a directory of download_smallbench.py"
     )
-    parser.add_argument("--output", type=Path, help="default: <corpus>/leakage.json")
+    parser.add_argument(
+        "--output", type=Path, help="default: <smallbench>/leakage-<train sha256, 12 digits>.json"
+    )
     parser.add_argument(
         "--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes (default: 4)"
     )
@@ -61,9 +64,10 @@ def main() -> None:
     if arguments.workers < 1:
         raise Refusal(f"--workers: found {arguments.workers}, expected at least 1")
     corpus: Path = arguments.corpus
-    output: Path = arguments.output or corpus / "leakage.json"
     source = read_source(corpus)
     tasks = read_smallbench(arguments.smallbench)
+    train_sha256 = source["splits"]["train"]["sha256"]
+    output: Path = arguments.output or arguments.smallbench / f"leakage-{train_sha256[:12]}.json"
     make_directory(output.parent)
     for split in ("train", *HELD_OUT):
         check_split(corpus / f"{split}.jsonl", source["splits"][split]["sha256"])

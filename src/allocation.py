@@ -258,11 +258,13 @@ def _natural(answer: Allocation) -> bool:
 
 
 def _group_at(
-    group: Sequence[ModelRequest], frame: _Frame, tolerance: Tolerance
+    group: Sequence[ModelRequest], frame: _Frame, tolerance: Tolerance, n_layers: int = 0
 ) -> list[Allocation] | None:
-    """The whole group at one frame, or None where some cell has no answer."""
-    n_layers = 0
-    if group[0].allocate == "attention":
+    """The whole group at one frame, or None where some cell has no answer.
+
+    `n_layers` is the depth to keep where attention is the slack; 0: the one that suits the frame.
+    """
+    if group[0].allocate == "attention" and not n_layers:
         widest = max(group, key=lambda request: request.glu_expansion)
         reference = _best(_depth_slack(widest, frame, tolerance), tolerance)
         if reference is None:
@@ -306,10 +308,21 @@ def _usual_head_dim(answer: Allocation) -> int:
 
 def _solve(group: Sequence[ModelRequest]) -> list[Allocation] | None:
     """The best answers for cells that must share a frame, strict tolerances first."""
+    if group[0].allocate == "attention":
+        # The depth of the widest cell of the same sweep with depth as the slack, if it can be kept.
+        by_depth = _solve([replace(request, allocate="depth") for request in group])
+        widest = max(by_depth or (), key=lambda a: a.request.glu_expansion, default=None)
+        kept = widest and _solve_at(group, widest.model.n_layers)
+        if kept:
+            return kept
+    return _solve_at(group, 0)
+
+
+def _solve_at(group: Sequence[ModelRequest], n_layers: int) -> list[Allocation] | None:
     for tolerance in (STRICT, WIDE, WIDEST):
         found = []
         for frame in _frames(group[0], tolerance):
-            answers = _group_at(group, frame, tolerance)
+            answers = _group_at(group, frame, tolerance, n_layers)
             if answers is not None:
                 found.append(answers)
         if found:
@@ -345,11 +358,12 @@ def _refusal(requests: Mapping[str, ModelRequest]) -> str:
     first = requests[alone[0]] if alone else next(iter(requests.values()))
     why = "no shape" if alone else "no d_model and heads common to these cells"
     asked = "decided by the table" if first.embedding_ratio is None else f"{first.embedding_ratio}"
+    way_out = _nearest_request(first) if alone else "each is feasible in a sweep of its own"
     return (
         f"experiments {names}: found total_params {first.total_params:,}, vocab_size "
         f"{first.vocab_size:,}, embedding_ratio {asked}, glu_expansion {first.glu_expansion:.4g}, "
         f"for which {why} is within {WIDE.total:.1%} of the total, {100 * WIDE.share:.1f} points "
-        f"of the share and {WIDE.glu:.0%} of the expansion; {_nearest_request(first)}.\n"
+        f"of the share and {WIDE.glu:.0%} of the expansion; {way_out}.\n"
         f"{_tried(first)}"
     )
 
@@ -382,8 +396,11 @@ def _tried(request: ModelRequest, rows: int = 8) -> str:
 def _nearest_request(request: ModelRequest) -> str:
     """The nearest share that works at this budget, else the nearest larger budget."""
     free = replace(request, n_layers=None, d_model=None, embedding_dim=None)
+    without = ""
+    if (request.n_layers, request.d_model, request.embedding_dim) != (None, None, None):
+        without = " without the forced n_layers, d_model or embedding_dim"
     if free != request and _solve([replace(free, embedding_ratio=request.embedding_ratio or 0.35)]):
-        return "it is feasible without the forced n_layers, d_model or embedding_dim"
+        return f"it is feasible{without}"
     tables = 1 if request.tie_embeddings else 2
     asked = request.embedding_ratio or 0.35
     unit = tables * request.vocab_size / request.total_params
@@ -391,13 +408,13 @@ def _nearest_request(request: ModelRequest) -> str:
     for width in sorted(widths, key=lambda width: abs(width * unit - asked)):
         answers = _solve([replace(free, embedding_ratio=None, d_model=width)])
         if answers:
-            share = answers[0].params.share
-            return f"the nearest feasible request is embedding_ratio {share:.4f}"
+            share = max(answers[0].params.share, 0.0001)
+            return f"the nearest feasible request is embedding_ratio {share:.4f}{without}"
     total = request.total_params
     for _ in range(200):
         total = int(total * 1.1) + 1
         if _solve([replace(free, embedding_ratio=asked, total_params=total)]):
-            return f"the nearest feasible request found is total_params {total:,}"
+            return f"the nearest feasible request found is total_params {total:,}{without}"
     return "no nearby request is feasible"
 
 

@@ -15,7 +15,6 @@ import json
 import pickle
 import random
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -307,19 +306,3 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def check_disk(directory: Path, bytes_needed: int) -> None:
-    """Refuse (ValueError) to start where three checkpoints of `bytes_needed` do not fit.
-
-    Three: the two that are kept and the one being written; what a cut run has kept counts as room.
-    """
-    existing = next(p for p in [directory, *directory.resolve().parents] if p.exists())
-    kept = _objects(directory) if directory.is_dir() else []
-    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in kept)
-    if free < 3 * bytes_needed:
-        raise ValueError(
-            f"{directory}: {free / 2**20:.0f} MiB of disk are free, expected at least "
-            f"{3 * bytes_needed / 2**20:.0f} MiB (three checkpoints): free some space or choose "
-            f"another --log_dir."
-        )

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RUN_SUFFIX = re.compile(r"(-rank|-seed[0-9]+)$")  # what `run_name` puts behind an experiment
+RUN_SUFFIX = re.compile(r"(-rank|-sanity|-seed[0-9]+)$")  # what `run_name` puts behind an experiment
 PHASES = ("rank", "full")
 SMALLBENCH_TASKS = Path(__file__).resolve().parent.parent / "configs" / "smallbench.yaml"
 METRICS = ("perplexity", "smallbench_accuracy")
@@ -58,7 +58,7 @@ class ModelRequest:
     """What the YAML asks for; the allocator answers with a `ModelConfig`."""
 
     total_params: int = _key(
-        10_000_000, "a number of parameters from 1 to 10^12", lambda v: 0 < v <= 10**12
+        10_000_000, "a number of parameters from 1 to 10^10", lambda v: 0 < v <= 10**10
     )
     vocab_size: int = _key(
         16_000, "a number of tokens from 2 to 10 million", lambda v: 2 <= v <= 10**7
@@ -221,6 +221,32 @@ class Sweep:
             f"{self.file}: experiments: found no experiment named {name!r}, expected one of "
             f"{', '.join(self.names)}{_nearest(name, self.names)}"
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyConfig:
+    """Phases 0 to 2 for one corpus, budget and device; read by `src.study`. Paths are relative to
+    the working directory, as in the sweeps."""
+
+    embedding: str = _key("configs/embed_ratio.yaml", "the sweep of embedding shares")
+    glu: str = _key("configs/glu_expansion.yaml", "the sweep of GLU expansions")
+    vocabulary: str | None = _key(None, "the vocabularies and heads of phase 1b, or null to skip")
+    corpus: str | None = _key(None, "the corpus that missing tokens are made from, or null")
+    log_dir: str = _key("logs", "a directory")
+    device: str = _key("auto", "auto, cpu, cuda or cuda:N")
+    overrides: tuple[str, ...] = _key((), "a list of section.key=value, as for --set")
+    noise_seeds: int = _key(5, "seeds of at least 2", lambda v: v >= 2)
+    final_seeds: int = _key(3, "seeds of at least 1", lambda v: v >= 1)
+    finalists: int = _key(2, "a number of configurations of at least 1", lambda v: v >= 1)
+    budget_usd: float = _key(50.0, "dollars above 0", lambda v: v > 0)
+    runbook_budget_usd: float = _key(150.0, "dollars above 0", lambda v: v > 0)
+    # None: from earlier runs of log_dir, else from a short probe on the device.
+    tokens_per_s: float | None = _key(None, "tokens a second above 0, or null", lambda v: v > 0)
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Read a study file; raises ValueError (one sentence) for what a user can get wrong."""
+    return _build(StudyConfig, f"{path}: ", read_yaml(path, "a study file"))
 
 
 def run_name(experiment: str, phase: str, seed: int) -> str:
@@ -389,15 +415,24 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), phase: str = "fu
     Raises ValueError (one sentence) for anything a user can get wrong, a missing file included.
     """
     path = Path(path)
+    return sweep_from(read_yaml(path, "an experiment file"), path, overrides, phase)
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """A strict YAML file's plain values; ValueError where it cannot be read as `what`."""
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path}: found no such file, expected an experiment file") from None
+        raise ValueError(f"{path}: found no such file, expected {what}") from None
     except IsADirectoryError:
-        raise ValueError(f"{path}: found a directory, expected an experiment file") from None
+        raise ValueError(f"{path}: found a directory, expected {what}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; expected YAML text") from None
-    raw = parse_yaml(text, str(path))
+    return parse_yaml(text, str(path))
+
+
+def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str = "full") -> Sweep:
+    """`load_sweep` of values that were read (or made) already; `path` names them in errors."""
     where = f"{path}: "
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}found {raw!r}, expected a mapping with the key experiments")

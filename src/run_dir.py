@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -215,6 +216,22 @@ def _read_holder(path: Path) -> tuple[int | None, str | None]:
         except (ValueError, KeyError, TypeError):
             time.sleep(0.01)
     return None, None
+
+
+def check_disk(directory: Path, bytes_needed: int) -> None:
+    """Refuse (ValueError) to start where three checkpoints of `bytes_needed` do not fit.
+
+    Three: the two that are kept and the one being written; what a cut run has kept counts as room.
+    """
+    existing = next(p for p in [directory, *directory.resolve().parents] if p.exists())
+    kept = list(directory.glob("step-*.pt"))
+    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in kept)
+    if free < 3 * bytes_needed:
+        raise ValueError(
+            f"{directory}: {free / 2**20:.0f} MiB of disk are free, expected at least "
+            f"{3 * bytes_needed / 2**20:.0f} MiB (three checkpoints): free some space or choose "
+            f"another --log_dir."
+        )
 
 
 class RunDir:

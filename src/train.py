@@ -480,6 +480,14 @@ def _board_train(board: SummaryWriter, row: dict[str, Any], machine: Machine) ->
             board.add_scalar(f"device/{name}", row[name], step)
 
 
+def board_final(directory: RunDir, measured: dict[str, Any], step: int) -> None:
+    """The numbers of the final evaluation, as scalars at the last step."""
+    with SummaryWriter(str(directory.path / "tensorboard")) as board:
+        for name, value in measured.items():
+            if isinstance(value, int | float):
+                board.add_scalar(f"final/{name}", value, step)
+
+
 class _progress:
     """A bar on a terminal; in a log file one plain line every tenth of the run."""
 

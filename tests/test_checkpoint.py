@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src import checkpoint
+from src import checkpoint, run_dir
 from src.checkpoint import NoValidCheckpoint, load_latest, manifest_bytes, save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -426,12 +426,12 @@ def test_generators_continue_where_they_were(tmp_path):
 def test_too_little_disk_is_refused_with_numbers(tmp_path, monkeypatch):
     free = 900 << 20
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    checkpoint.check_disk(tmp_path / "not" / "yet", free // 4)
+    run_dir.check_disk(tmp_path / "not" / "yet", free // 4)
     with pytest.raises(ValueError, match="MiB of disk are free, expected at least"):
-        checkpoint.check_disk(tmp_path / "not" / "yet", free // 3 + 1)
+        run_dir.check_disk(tmp_path / "not" / "yet", free // 3 + 1)
     assert not (tmp_path / "not").exists()
     _save(tmp_path / "cut", 100)  # a run that is resumed has paid for part of it already
-    checkpoint.check_disk(tmp_path / "cut", free // 3 + 1)
+    run_dir.check_disk(tmp_path / "cut", free // 3 + 1)
 
 
 def test_loading_warns_only_about_damage(two):

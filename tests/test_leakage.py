@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from src.leakage import contaminated_rows
 from tests.test_data_scripts import refused, run, sha256, write_corpus
 
 ITEMS = 12
@@ -33,8 +34,10 @@ def write_smallbench(folder: Path, tasks: Mapping[str, Sequence[Mapping[str, Any
 
 def check(corpus: Path, smallbench: Path, *more: Any) -> dict[str, Any]:
     run("check_leakage.py", "--corpus", corpus, "--smallbench", smallbench, *more)
-    output = more[more.index("--output") + 1] if "--output" in more else corpus / "leakage.json"
-    return json.loads(Path(output).read_bytes())
+    if "--output" in more:
+        return json.loads(Path(more[more.index("--output") + 1]).read_bytes())
+    train_sha256 = sha256(corpus / "train.jsonl")
+    return json.loads((smallbench / f"leakage-{train_sha256[:12]}.json").read_bytes())
 
 
 def sentence_tasks(rng: random.Random, length: int) -> list[dict[str, Any]]:
@@ -70,8 +73,10 @@ def test_a_planted_item_is_found_at_every_length(tmp_path: Path, length: int) ->
     assert task["contaminated_fields"] == {"sentence": 1}
     assert task["sha256"] == sha256(tmp_path / "bench" / "task.jsonl")
     source = json.loads((corpus / "source.json").read_bytes())
-    train_sha256 = report["corpus"]["splits"]["train"]["sha256"]
-    assert train_sha256 == source["splits"]["train"]["sha256"]
+    # Evaluation finds the report by the corpus that the tokens are of.
+    assert contaminated_rows(None, tmp_path / "bench", source) == {"task": {104}}
+    other = {"splits": {"train": {"sha256": "0" * 64}}}
+    assert contaminated_rows(None, tmp_path / "bench", other) is None
 
 
 def test_a_long_item_is_found_by_any_13_words_of_it(tmp_path: Path) -> None:
@@ -141,7 +146,7 @@ def test_held_out_documents_are_counted(tmp_path: Path) -> None:
     }
     assert report["splits"]["test"]["contaminated"] == [3]
     assert report["splits"]["test"]["contaminated_ngrams"] == 2
-    assert not (corpus / "leakage.json").exists()
+    assert not list(bench.glob("leakage*"))
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
@@ -184,4 +189,4 @@ def test_missing_and_changed_inputs_are_refused(tmp_path: Path) -> None:
     bench = write_smallbench(tmp_path / "fine", {"task": sentence_tasks(rng, 8)})
     message = refused("check_leakage.py", "--corpus", corpus, "--smallbench", bench)
     assert "train.jsonl" in message and "byte 10" in message
-    assert not (corpus / "leakage.json").exists()
+    assert not list(tmp_path.rglob("leakage*"))

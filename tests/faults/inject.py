@@ -1,0 +1,304 @@
+"""Faults that a process does to itself at a named instant: die, run out of disk, meet a NaN.
+
+Each function returns an arm, to be called in the forked process before the run starts. They wrap
+the operating system's calls and the run's own methods; the run knows nothing of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.faults.bench import SAVE_EVERY
+
+Arm = Callable[[], None]
+OBJECT = re.compile(r"\.?step-\d+-g\d+\.pt(\..*\.tmp)?$")
+MANIFEST = re.compile(r"\.?step-\d+\.json(\..*\.tmp)?$")
+RECORD = re.compile(r"metrics\.jsonl$")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _name(descriptor: int) -> str:
+    return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+
+class _Nth:
+    """True at the n-th call."""
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+def _write(pattern: re.Pattern[str], nth: int, share: float) -> Arm:
+    """Die in the n-th write of a file, `share` of its bytes written."""
+
+    def arm() -> None:
+        real, due = os.write, _Nth(nth)
+
+        def write(descriptor: int, data: Any) -> int:
+            if pattern.search(_name(descriptor)) and due():
+                view = memoryview(data)
+                real(descriptor, view[: int(len(view) * share)])
+                die()
+            return real(descriptor, data)
+
+        os.write = write  # type: ignore[assignment]
+
+    return arm
+
+
+def _fsync(pattern: re.Pattern[str], nth: int) -> Arm:
+    def arm() -> None:
+        real, due = os.fsync, _Nth(nth)
+
+        def fsync(descriptor: int) -> None:
+            if pattern.search(_name(descriptor)) and due():
+                die()
+            real(descriptor)
+
+        os.fsync = fsync  # type: ignore[assignment]
+
+    return arm
+
+
+def _replace(pattern: re.Pattern[str], nth: int, after: bool) -> Arm:
+    def arm() -> None:
+        real, due = os.replace, _Nth(nth)
+
+        def replace(source: Any, target: Any) -> None:
+            now = bool(pattern.search(os.path.basename(target))) and due()
+            if now and not after:
+                die()
+            real(source, target)
+            if now:
+                die()
+
+        os.replace = replace  # type: ignore[assignment]
+
+    return arm
+
+
+def _unlink(pattern: re.Pattern[str], nth: int) -> Arm:
+    def arm() -> None:
+        real, due = os.unlink, _Nth(nth)
+
+        def unlink(path: Any, *args: Any, **kwargs: Any) -> None:
+            if pattern.fullmatch(os.path.basename(path)) and due():
+                die()
+            real(path, *args, **kwargs)
+
+        os.unlink = unlink  # type: ignore[assignment]
+
+    return arm
+
+
+def _method(module: str, owner: str, name: str, nth: int, after: bool = False) -> Arm:
+    """Die at the n-th call of `module.owner.name`."""
+
+    def arm() -> None:
+        import importlib
+
+        cls = getattr(importlib.import_module(module), owner)
+        real, due = getattr(cls, name), _Nth(nth)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            now = due()
+            if now and not after:
+                die()
+            result = real(*args, **kwargs)
+            if now:
+                die()
+            return result
+
+        setattr(cls, name, method)
+
+    return arm
+
+
+def _step_of(save: int) -> int:
+    """An optimizer step (from 1) in the middle of the stretch after the n-th save."""
+    return SAVE_EVERY * (save - 1) + SAVE_EVERY // 2
+
+
+_OBJECT_FILE = re.compile(r"step-\d+-g\d+\.pt")
+# The twelve instants; the number is the save, or the stretch of steps after it.
+POINTS: dict[str, Callable[[int], Arm]] = {
+    "before the optimizer step": lambda n: _method(
+        "src.train", "Trainer", "update", _step_of(n)
+    ),
+    "between a step and its row": lambda n: _method(
+        "src.train", "Trainer", "update", _step_of(n), after=True
+    ),
+    "half a row": lambda n: _write(RECORD, _step_of(n), 0.5),
+    "before a save syncs the record": lambda n: _method("src.run_dir", "RunDir", "sync", n),
+    "object opened": lambda n: _write(OBJECT, n, 0.0),
+    "object half written": lambda n: _write(OBJECT, n, 0.5),
+    "object before its fsync": lambda n: _fsync(OBJECT, n),
+    "object before its rename": lambda n: _replace(OBJECT, n, after=False),
+    "object renamed, no manifest": lambda n: _replace(OBJECT, n, after=True),
+    "manifest half written": lambda n: _write(MANIFEST, n, 0.5),
+    "manifest before its rename": lambda n: _replace(MANIFEST, n, after=False),
+    "pruned manifest, object left": lambda n: _unlink(_OBJECT_FILE, n),
+}  # fmt: skip
+SAVES = (1, 3, 5)  # of the seven that a run has; the first has nothing before it
+
+
+def noise() -> None:
+    """Make the loss draw from both generators, as dropout would."""
+    from src import train
+
+    real = train.Trainer.loss
+
+    def loss(self: Any, tokens: Any) -> Any:
+        import torch
+
+        objective, nats = real(self, tokens)
+        return objective * (0.5 + torch.rand(()) + 0.1 * random.random()), nats
+
+    train.Trainer.loss = loss  # type: ignore[method-assign]
+
+
+def not_a_number(step: int) -> Arm:
+    """The loss of optimizer step `step` (from 1) is NaN, and so are its gradients."""
+
+    def arm() -> None:
+        from src import train
+
+        real = train.Trainer.loss
+
+        def loss(self: Any, tokens: Any) -> Any:
+            objective, nats = real(self, tokens)
+            bad = float("nan") if self.step == step - 1 else 1.0
+            return objective * bad, nats * bad
+
+        train.Trainer.loss = loss  # type: ignore[method-assign]
+
+    return arm
+
+
+def signalled_at(step: int, number: int) -> Arm:
+    """The signal arrives during optimizer step `step`."""
+
+    def arm() -> None:
+        from src import train
+
+        real = train.Trainer.update
+
+        def update(self: Any, *args: Any) -> Any:
+            if self.step == step - 1:
+                os.kill(os.getpid(), number)
+            return real(self, *args)
+
+        train.Trainer.update = update  # type: ignore[method-assign]
+
+    return arm
+
+
+def clock_set_back(seconds: float) -> Arm:
+    """The wall clock is `seconds` behind."""
+
+    def arm() -> None:
+        real = time.time
+        time.time = lambda: real() - seconds  # type: ignore[assignment]
+
+    return arm
+
+
+def disk_full(pattern: str, nth: int) -> Arm:
+    """From the n-th write of a matching file on, every write finds the disk full: the first takes
+    half of its bytes, as a real one does."""
+    matched = re.compile(pattern)
+
+    def arm() -> None:
+        real, due = os.write, _Nth(nth)
+        full = False
+
+        def write(descriptor: int, data: Any) -> int:
+            nonlocal full
+            name = _name(descriptor)
+            regular = not name.startswith(("pipe:", "socket:")) and not name.endswith(".out")
+            if full and regular:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if matched.search(name) and due():
+                full = True
+                view = memoryview(data)
+                return real(descriptor, view[: max(1, len(view) // 2)])
+            return real(descriptor, data)
+
+        os.write = write  # type: ignore[assignment]
+
+    return arm
+
+
+def when(module: str, owner: str | None, name: str, nth: int, action: Callable[[], None]) -> Arm:
+    """Call `action` just before the n-th call of `module.owner.name` (or `module.name`)."""
+
+    def arm() -> None:
+        import importlib
+
+        place: Any = importlib.import_module(module)
+        place = getattr(place, owner) if owner else place
+        real, due = getattr(place, name), _Nth(nth)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if due():
+                action()
+            return real(*args, **kwargs)
+
+        setattr(place, name, wrapped)
+
+    return arm
+
+
+def ballast(directory: Path) -> Callable[[], None]:
+    """An action that fills the file system of `directory` to its last byte."""
+
+    def fill() -> None:
+        with (directory / "ballast").open("ab", buffering=0) as file:
+            size = 1 << 20
+            while size:
+                try:
+                    if file.write(b"\0" * size) < size:
+                        size //= 2
+                except OSError:
+                    size //= 2
+
+    return fill
+
+
+def durability(log: Path) -> Arm:
+    """Write down the order of fsyncs and renames in `log`."""
+
+    def arm() -> None:
+        real_fsync, real_replace = os.fsync, os.replace
+
+        def note(text: str) -> None:
+            with log.open("a") as file:
+                file.write(text + "\n")
+
+        def fsync(descriptor: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            real_fsync(descriptor)
+            note(f"fsync {path}")
+
+        def replace(source: Any, target: Any) -> None:
+            real_replace(source, target)
+            note(f"rename {os.fspath(source)} {os.fspath(target)}")
+
+        os.fsync, os.replace = fsync, replace  # type: ignore[assignment]
+
+    return arm
