@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 QUICK := quickstart
+STUDY ?= configs/study.yaml
+LOGS ?= logs
 
-.PHONY: setup setup-test quickstart test lint data clean faults
+.PHONY: setup setup-test quickstart test lint data study clean faults
 
 setup: .venv/installed
 setup-test: .venv/installed-test
@@ -40,6 +42,12 @@ data: setup
 	$(BIN)/python scripts/preprocess_lm.py --input data/wikitext-2 --vocab_size 16000 --output data/lm_tokenized
 	$(BIN)/python scripts/download_smallbench.py --output data/smallbench
 	$(BIN)/python scripts/check_leakage.py --corpus data/wikitext-2 --smallbench data/smallbench
+
+# Phases 0, 1, 1b and 2, the CSV, the figures and the report's tables; prints its plan and cost
+# first, stops before its budget, and goes on where it was cut (docs/RUNBOOK.md).
+study: setup
+	$(BIN)/python run_experiment.py --study $(STUDY) --log_dir $(LOGS)
+	$(BIN)/python scripts/aggregate_results.py --log_dir $(LOGS) --output results_summary.csv $(if $(wildcard REPORT.md),--report REPORT.md)
 
 # The whole fault plan (docs/RELIABILITY.md); `make test` runs a sample of it.
 faults: setup-test

@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 from src import allocation, config
 
 OK, OUR_FAULT, IO_FAILED, TRY_AGAIN, BAD_INPUT = 0, 70, 74, 75, 78
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+NOISE_SEEDS = 5  # ranking runs of the baseline in phase 0
 
 
 class Preempted(BaseException):
@@ -40,21 +42,32 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Train and evaluate the experiments of a sweep; resumes by itself.",
         epilog="Exit codes: 0 finished, 70 our fault, 74 I/O, 75 run me again, 78 bad input.",
     )
-    parser.add_argument("--config", required=True, help="experiment file, see configs/")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="experiment file, see configs/")
+    source.add_argument("--study", type=Path, help="study file: phases 0 to 2, plan and budget")
     parser.add_argument("--exp", nargs="+", default=None, help="experiment names, or all")
     parser.add_argument("--seed", type=int, nargs="+", help="default: the file's seeds (0)")
     parser.add_argument(
-        "--phase", choices=config.PHASES, default="full", help="rank: training.ranking_tokens"
+        "--phase",
+        choices=(*config.PHASES, "sanity"),
+        help="full (default); rank: training.ranking_tokens; sanity: checks, learning rates, and "
+        "the baseline's seeds 0 to 4 as ranking runs",
     )
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    parser.add_argument("--log_dir", default="logs", help="default: logs")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--log_dir", help="default: logs, or the study file's")
+    parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--remote", help="s3://, gs:// or abfs:// prefix for checkpoints")
     parser.add_argument("--dry_run", action="store_true", help="print the sweep's table and stop")
     parser.add_argument("--json", action="store_true", help="with --dry_run: one object a line")
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.dry_run:
         parser.error("--json goes with --dry_run")
+    if arguments.study is not None:
+        if arguments.exp or arguments.seed or arguments.phase or arguments.json:
+            parser.error("--study: takes no --exp, --seed, --phase or --json; its file says them")
+        return arguments
+    arguments.phase = arguments.phase or "full"
+    arguments.log_dir, arguments.device = arguments.log_dir or "logs", arguments.device or "auto"
     if not arguments.dry_run and not arguments.exp:
         parser.error("--exp: name one experiment, several, or all (or use --dry_run)")
     return arguments
@@ -66,21 +79,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch loads: waiting OpenMP threads sleep instead of spinning. Three runs started
     # at once on two cores make 3 to 4 times the tokens/s this way (results/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS:
         signal.signal(number, _preempt)
     try:
+        if arguments.study is not None:
+            return _study(arguments)
+        checking = arguments.phase == "sanity"
+        arguments.phase = "rank" if checking else arguments.phase
         sweep = config.load_sweep(arguments.config, arguments.set, arguments.phase)
         answers = _allocate(sweep)
         if arguments.dry_run:
             _print_plan(answers, arguments.json)
             return OK
+        if checking and (code := _sanity(sweep, answers, arguments)) != OK:
+            return code
         runs = _chosen(sweep, arguments.exp, arguments.seed)
         inputs = [_check_inputs(run, answers[run.experiment], arguments) for run in runs]
         codes = [
             _run(run, answers[run.experiment], sweep, data, arguments)
             for run, data in zip(runs, inputs, strict=True)
         ]
-        return TRY_AGAIN if TRY_AGAIN in codes else max(codes)
+        return TRY_AGAIN if TRY_AGAIN in codes else max(codes, default=OK)
     except Preempted as signalled:
         print(f"stopped by {signalled}; run the same command again to go on", file=sys.stderr)
         return TRY_AGAIN
@@ -90,6 +109,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"could not read or write: {error}", file=sys.stderr)
         return IO_FAILED
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from src import run_dir, study
+
+    asked = study.load(arguments.study, arguments.set, arguments.log_dir, arguments.device)
+    try:
+        return study.run(asked, remote=arguments.remote, dry_run=arguments.dry_run)
+    except run_dir.Held as held:
+        print(held, file=sys.stderr)
+        return TRY_AGAIN
+
+
+def _sanity(
+    sweep: config.Sweep, answers: dict[str, allocation.Allocation], arguments: argparse.Namespace
+) -> int:
+    """Phase 0's checks of every named experiment; then `arguments` ask for the noise floor."""
+    chosen = _chosen(sweep, arguments.exp, [0])
+    inputs = [_check_inputs(run, answers[run.experiment], arguments) for run in chosen]
+    from src import run_dir, sanity
+
+    log_dir, passed = Path(arguments.log_dir), True
+    try:
+        for run, tokens in zip(chosen, inputs, strict=True):
+            found = sanity.check(run, answers[run.experiment], tokens, log_dir, arguments.device)
+            print(sanity.report(found), flush=True)
+            passed &= found["passed"]
+    except run_dir.Held as held:
+        print(held, file=sys.stderr)
+        return TRY_AGAIN
+    arguments.exp = [run.experiment for run in chosen if run.experiment == sweep.baseline]
+    arguments.seed = arguments.seed or list(range(NOISE_SEEDS))
+    return OK if passed else OUR_FAULT
 
 
 def _preempt(number: int, _frame: object) -> NoReturn:
@@ -345,7 +397,12 @@ def _execute(
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Preempted:  # signalled once more on its way out
+        code = TRY_AGAIN
+    for number in SIGNALS:  # nothing is left to save: the exit code stands
+        signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     if _Remote.stuck:  # a normal exit would wait for the store's time-outs, about 40 s

@@ -20,7 +20,9 @@ from typing import Any
 import yaml
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RUN_SUFFIX = re.compile(r"(-rank|-sanity|-seed[0-9]+)$")  # what `run_name` puts behind an experiment
+RUN_SUFFIX = re.compile(
+    r"(-rank|-sanity|-seed[0-9]+)$"
+)  # what `run_name` puts behind an experiment
 PHASES = ("rank", "full")
 SMALLBENCH_TASKS = Path(__file__).resolve().parent.parent / "configs" / "smallbench.yaml"
 METRICS = ("perplexity", "smallbench_accuracy")

@@ -3,6 +3,7 @@ latency and memory. One place calls the measurements; each lives in its own modu
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from src.config import RunConfig
 from src.data import Split, TokenData
 from src.machine import Machine
 from src.models.transformer import Transformer
+from src.run_dir import write_atomic
 
 
 def evaluate(
@@ -40,6 +42,7 @@ def evaluate(
             autocast_dtype=_autocast_dtype(machine),
             warmup=asked.latency_warmup,
             repeats=asked.latency_repeats,
+            compiled=machine.compile,
         )
     return found
 
@@ -68,7 +71,9 @@ def _split(
     arrays: dict[str, Any] = {
         key: value for key, value in result.items() if isinstance(value, np.ndarray)
     }
-    np.savez_compressed(run_path / f"documents_{name}.npz", **arrays)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    write_atomic(run_path / f"documents_{name}.npz", packed.getbuffer())
     prefix = "dev" if name == "validation" else name
     kept = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "perplexity_nonoverlapping")
     return {f"{prefix}_{key}": result[key] for key in kept}

@@ -107,7 +107,7 @@ def score_positions(
     # no_grad and not inference_mode: tensors that the model caches here (RoPE tables) must stay
     # usable in training. One autocast context, so that weights are cast once for all batches.
     autocast = torch.autocast(device.type, autocast_dtype, enabled=low)
-    with torch.no_grad(), autocast, _uncompiled(model):
+    with torch.no_grad(), autocast, uncompiled(model):
         for batch in _batches([len(row) for row in rows], batch_tokens):
             tokens, index = _collate(rows, batch, first_query)
             wanted = queries[index]
@@ -122,7 +122,7 @@ def score_positions(
     return nats.cpu().numpy(), hits.cpu().numpy()
 
 
-def _uncompiled(model: object) -> contextlib.AbstractContextManager[Any]:
+def uncompiled(model: object) -> contextlib.AbstractContextManager[Any]:
     """Blocks compiled for training's one shape must not be compiled anew for each of ours."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     if any(module._compiled_call_impl is not None for module in modules):

@@ -234,6 +234,16 @@ def check_disk(directory: Path, bytes_needed: int) -> None:
         )
 
 
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold `directory` (not a run) against other processes; raises Held at once if one has it."""
+    lock = _take_lock(directory / ".lock")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 class RunDir:
     """`logs/<run>/`, held by this process. Get one with `RunDir.open`.
 
@@ -249,6 +259,8 @@ class RunDir:
         self._lock = lock
         self.checkpoints.mkdir(exist_ok=True)
         remove_temporaries(path)
+        for half_built in path.glob(".final-*"):  # an export that was killed
+            shutil.rmtree(half_built)
         self._metrics = os.open(
             self.metrics_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from src import checkpoint, kill_rule, runtime
+from src import checkpoint, kill_rule, perplexity, runtime
 from src.config import ModelConfig, RunConfig, TrainingConfig
 from src.data import TokenData, Windows, consecutive_windows
 from src.machine import Machine
@@ -249,7 +249,7 @@ class Trainer:
         rows = 0
         for part in self.dev.split(self.machine.micro_batch):
             part = part.to(self.machine.device)
-            with self.machine.autocast():
+            with self.machine.autocast(), perplexity.uncompiled(self.model):
                 hidden = self.model.hidden(part[:, :-1])
                 head_rows = self.model.head.head_input(hidden).flatten(0, 1)
             targets = part[:, 1:].flatten()
@@ -335,6 +335,8 @@ def train(
                 directory.append(row)
                 _board_train(board, row, machine)
             progress(trainer.step, loss)
+    if stop.requested and status == "trained":  # it came too late for a step: during the last save
+        status, reason = "preempted", stop.signal_name
     gc.unfreeze()
     return _outcome(trainer, status, reason, _verdict(run, directory, trainer.step))
 
@@ -415,9 +417,8 @@ def _verdict(run: RunConfig, directory: RunDir, step: int) -> kill_rule.Verdict 
         return None
     rule = kill_rule_of(run)
     baseline = directory.path.parent / run.baseline_run_name
-    if not _comparable(directory.path, baseline):
-        return None
-    return kill_rule.verdict(rule, _curve(baseline), _curve(directory.path))
+    reference = _curve(baseline) if _comparable(directory.path, baseline) else []
+    return kill_rule.verdict(rule, reference, _curve(directory.path))
 
 
 def kill_rule_of(run: RunConfig) -> kill_rule.KillRule:

@@ -99,13 +99,15 @@ class Bench:
     quick: bool
     code: Path = ROOT  # a directory with run_experiment.py, src/ and scripts/
     timed: bool = True  # whether seconds are judged
+    share: float = 1.0  # of the full counts
 
     def draw(self, *key: object) -> random.Random:
         """A generator of this invocation's seed and of `key`."""
         return random.Random(f"{self.seed}:{key}")
 
     def count(self, full: int, quick: int) -> int:
-        return quick if self.quick else full
+        """How many of something: the sample's number, or the plan's times `share`."""
+        return quick if self.quick else max(1, round(full * self.share))
 
     @property
     def config(self) -> Path:

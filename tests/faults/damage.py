@@ -1,4 +1,4 @@
-"""F3: flipped bits, truncations, lost and swapped manifests: found, fallen back from, or refused."""
+"""F3: flipped bits, truncations, lost and swapped manifests: found, survived, or refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.faults.bench import (
     tally,
     verified,
 )
-from tests.faults.processes import finish, start
+from tests.faults.processes import start
 
 BAD_INPUT = 78
 
@@ -118,8 +118,8 @@ def _paths(logs: Path) -> tuple[list[Path], list[Path]]:
     return manifests, [directory / m["file"] for m in verified(directory)]
 
 
-def _break(path: Path) -> None:
-    path.write_bytes(flip(random.Random(path.name), path.read_bytes()))
+def _break(path: Path) -> int:
+    return path.write_bytes(flip(random.Random(path.name), path.read_bytes()))
 
 
 def _swap(a: Path, b: Path) -> None:
@@ -128,24 +128,24 @@ def _swap(a: Path, b: Path) -> None:
     b.write_bytes(first)
 
 
-Damage = Callable[[list[Path], list[Path]], None]
+Damage = Callable[[list[Path], list[Path]], object]
 FALLS_BACK: dict[str, Damage] = {
     "object flipped": lambda m, o: _break(o[1]),
-    "object truncated": lambda m, o: o[1].write_bytes(o[1].read_bytes()[:-1]) and None,
-    "object empty": lambda m, o: o[1].write_bytes(b"") and None,
+    "object truncated": lambda m, o: o[1].write_bytes(o[1].read_bytes()[:-1]),
+    "object empty": lambda m, o: o[1].write_bytes(b""),
     "object missing": lambda m, o: o[1].unlink(),
     "manifest flipped": lambda m, o: _break(m[1]),
-    "manifest truncated": lambda m, o: m[1].write_bytes(m[1].read_bytes()[:100]) and None,
+    "manifest truncated": lambda m, o: m[1].write_bytes(m[1].read_bytes()[:100]),
     "manifest missing": lambda m, o: m[1].unlink(),
-    "older object in its place": lambda m, o: o[1].write_bytes(o[0].read_bytes()) and None,
+    "older object in its place": lambda m, o: o[1].write_bytes(o[0].read_bytes()),
 }
 REFUSED: dict[str, Damage] = {
-    "all objects flipped": lambda m, o: [_break(path) for path in o] and None,
-    "all manifests flipped": lambda m, o: [_break(path) for path in m] and None,
-    "all manifests missing": lambda m, o: [path.unlink() for path in m] and None,
-    "all objects missing": lambda m, o: [path.unlink() for path in o] and None,
+    "all objects flipped": lambda m, o: [_break(path) for path in o],
+    "all manifests flipped": lambda m, o: [_break(path) for path in m],
+    "all manifests missing": lambda m, o: any(map(Path.unlink, m)),
+    "all objects missing": lambda m, o: any(map(Path.unlink, o)),
     "manifests swapped": lambda m, o: _swap(*m),
-    "record cut": lambda m, o: (m[0].parents[1] / "metrics.jsonl").write_bytes(b""),  # type: ignore[dict-item]
+    "record cut": lambda m, o: (m[0].parents[1] / "metrics.jsonl").write_bytes(b""),
 }
 
 
@@ -161,7 +161,9 @@ def end_to_end(bench: Bench, stopped: Path, name: str) -> list[str]:
     child = start(bench, bench.argv(logs))
     problems = [] if child.wait() == 0 else [f"ended with {child.code}: {child.output[-500:]}"]
     if name != "manifest missing" and "set aside" not in child.output:
-        problems.append("said nothing of the damage")  # a lost newest manifest is an unfinished save
+        problems.append(
+            "said nothing of the damage"
+        )  # a lost newest manifest is an unfinished save
     return problems or differences(logs / EXPERIMENT, bench.reference())
 
 

@@ -56,7 +56,7 @@ def _write(pattern: re.Pattern[str], nth: int, share: float) -> Arm:
                 die()
             return real(descriptor, data)
 
-        os.write = write  # type: ignore[assignment]
+        os.write = write
 
     return arm
 
@@ -101,7 +101,7 @@ def _unlink(pattern: re.Pattern[str], nth: int) -> Arm:
                 die()
             real(path, *args, **kwargs)
 
-        os.unlink = unlink  # type: ignore[assignment]
+        os.unlink = unlink
 
     return arm
 
@@ -203,7 +203,7 @@ def signalled_at(step: int, number: int) -> Arm:
                 os.kill(os.getpid(), number)
             return real(self, *args)
 
-        train.Trainer.update = update  # type: ignore[method-assign]
+        train.Trainer.update = update  # type: ignore[method-assign, assignment]
 
     return arm
 
@@ -213,33 +213,33 @@ def clock_set_back(seconds: float) -> Arm:
 
     def arm() -> None:
         real = time.time
-        time.time = lambda: real() - seconds  # type: ignore[assignment]
+        time.time = lambda: real() - seconds
 
     return arm
 
 
-def disk_full(pattern: str, nth: int) -> Arm:
-    """From the n-th write of a matching file on, every write finds the disk full: the first takes
-    half of its bytes, as a real one does."""
+def disk_full(pattern: str, nth: int, lasting: bool = True) -> Arm:
+    """The n-th write of a matching file takes half of its bytes and then finds the disk full, as
+    a real one does; so do all writes after it, or only that file's if it is not `lasting`."""
     matched = re.compile(pattern)
 
     def arm() -> None:
         real, due = os.write, _Nth(nth)
-        full = False
+        full, file = False, ""
 
         def write(descriptor: int, data: Any) -> int:
-            nonlocal full
+            nonlocal full, file
             name = _name(descriptor)
             regular = not name.startswith(("pipe:", "socket:")) and not name.endswith(".out")
-            if full and regular:
+            if full and regular and (lasting or name == file):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if matched.search(name) and due():
-                full = True
+                full, file = True, name
                 view = memoryview(data)
                 return real(descriptor, view[: max(1, len(view) // 2)])
             return real(descriptor, data)
 
-        os.write = write  # type: ignore[assignment]
+        os.write = write
 
     return arm
 

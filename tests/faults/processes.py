@@ -7,6 +7,7 @@ processes, so that the equivalence is itself tested.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 from tests.faults.bench import Bench, clean_environment
 
 HUNG_S = 240.0
+_number = itertools.count()
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -78,6 +80,30 @@ class Child:
             return False
         caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
         return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def waited_s(pid: int) -> float:
+    """Seconds that a process' main thread has spent waiting for a processor, 0 if unknown."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def seconds_to_end(processes: dict[int, Callable[[], bool]]) -> list[tuple[float, float]]:
+    """For each process id, whose `gone()` is given: (wall seconds until then, those of them in
+    which it did not wait for a processor that others had)."""
+    begun = time.monotonic()
+    before = {pid: waited_s(pid) for pid in processes}
+    waited, ended = dict(before), dict[int, float]()
+    while len(ended) < len(processes) and time.monotonic() < begun + 60:
+        for pid, gone in processes.items():
+            waited[pid] = max(waited[pid], waited_s(pid))
+            if pid not in ended and gone():
+                ended[pid] = time.monotonic()
+        time.sleep(0.002)
+    walls = {pid: ended.get(pid, time.monotonic()) - begun for pid in processes}
+    return [(wall, max(0.0, wall - waited[pid] + before[pid])) for pid, wall in walls.items()]
 
 
 def preload() -> None:
@@ -140,13 +166,14 @@ def start(
 
         return run_experiment.main(list(argv))
 
-    return fork(run, _log(argv), arms, ignored)
+    return fork(run, _log(bench, argv), arms, ignored)
 
 
 def start_fresh(bench: Bench, argv: Sequence[str]) -> Child:
     """run_experiment.py with `argv`, as the user starts it."""
     command = [sys.executable, str(bench.code / "run_experiment.py"), *argv]
-    log = _log(argv)
+    log = _log(bench, argv)
+    log.parent.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -157,10 +184,11 @@ def start_fresh(bench: Bench, argv: Sequence[str]) -> Child:
     return child
 
 
-def _log(argv: Sequence[str]) -> Path:
-    """Beside the log directory, so that a refusal can be seen to write nothing into it."""
+def _log(bench: Bench, argv: Sequence[str]) -> Path:
+    """Outside the log directory, so that a refusal can be seen to write nothing into it."""
     logs = Path(argv[list(argv).index("--log_dir") + 1])
-    return logs.with_name(f"{logs.name}.out")
+    name = "-".join(logs.relative_to(bench.work).parts)
+    return bench.work / "out" / f"{name}-{next(_number)}.out"
 
 
 def finish(

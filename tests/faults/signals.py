@@ -10,11 +10,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults import inject
 from tests.faults.bench import (
     EXPERIMENT,
+    SAVE_EVERY,
+    STEPS,
     Bench,
     Tally,
     broken_promises,
@@ -25,10 +28,11 @@ from tests.faults.bench import (
     tally,
     verified,
 )
-from tests.faults.processes import SIGNALS, finish, pause, start
+from tests.faults.processes import SIGNALS, finish, pause, seconds_to_end, start
 
 AGAIN = 75
 LIMIT_S = 5.0
+SAVES = 1 + STEPS // SAVE_EVERY
 LOOP_RUNS = (EXPERIMENT, "other")
 # The PRD's launch loop; the process ids are printed so that the right ones get the signal.
 LOOP = """
@@ -43,7 +47,7 @@ for job in $(jobs -p); do wait $job; echo code $?; done
 
 def run(bench: Bench) -> list[Tally]:
     tallies: list[Tally] = []
-    exits: list[float] = []
+    exits: list[tuple[float, float]] = []
     each = bench.count(25, 1)
     with tally(tallies, "F2", f"TERM, INT, USR1, USR2 x {each} at random times") as line:
         for number in SIGNALS[:2] if bench.quick else SIGNALS:
@@ -52,6 +56,9 @@ def run(bench: Bench) -> list[Tally]:
                 name = f"{signal.Signals(number).name}-{trial}"
                 line.add(random_time(bench, name, number, draw, exits), trial=name)
         note_exits(line, exits)
+    with tally(tallies, "F2", "signals at instants of their own") as line:
+        line.add(in_the_last_save(bench), trial="in the last save")
+        line.add(several_runs(bench), trial="--exp with two runs")
     if bench.quick:
         return tallies
     exits = []
@@ -65,15 +72,17 @@ def run(bench: Bench) -> list[Tally]:
     return tallies
 
 
-def note_exits(line: Tally, exits: list[float]) -> None:
+def note_exits(line: Tally, exits: list[tuple[float, float]]) -> None:
     if exits:
+        walls, owns = zip(*exits, strict=True)
         line.notes.append(
-            f"signal to exit: median {statistics.median(exits):.2f} s, longest {max(exits):.2f} s"
+            f"signal to exit without waiting for a processor: median {statistics.median(owns):.2f} "
+            f"s, longest {max(owns):.2f} s; by the clock {max(walls):.2f} s"
         )
 
 
 def random_time(
-    bench: Bench, name: str, number: int, draw: random.Random, exits: list[float]
+    bench: Bench, name: str, number: int, draw: random.Random, exits: list[tuple[float, float]]
 ) -> list[str]:
     """One signal that lands before the run is finished; half of the runs are started as bash
     starts a background job, with INT ignored."""
@@ -85,14 +94,19 @@ def random_time(
         if not child.until(lambda child=child: child.handles(number)):  # type: ignore[misc]
             return [f"ended with {child.code} before it handled the signal"]
         pause(draw, 1.3 * bench.reference_seconds("noise"), child)
-        sent, done = time.monotonic(), (path / "metrics.json").exists()
-        code = child.kill(number)
-        if done:
+        if (path / "metrics.json").exists() or child.poll() is not None:
+            child.wait()
             continue  # the run was finished: nothing left to interrupt
-        exits.append(time.monotonic() - sent)
+        sent = time.time()
+        os.kill(child.pid, number)
+        (seconds,) = seconds_to_end({child.pid: lambda child=child: child.poll() is not None})  # type: ignore[misc]
+        code, result = child.wait(), path / "metrics.json"
+        if result.exists() and result.stat().st_mtime <= sent:
+            continue  # it was finished between the look and the signal
+        exits.append(seconds)
         problems = stopped_well(path, code, child.output)
-        if bench.timed and exits[-1] > LIMIT_S:
-            problems.append(f"took {exits[-1]:.1f} s to exit")
+        if bench.timed and seconds[1] > LIMIT_S:
+            problems.append(f"took {seconds[1]:.1f} s to exit")
         problems += finish(bench, argv, [inject.noise])
         return problems or differences(path, bench.reference("noise"))
     return ["the run was always finished before the signal"]
@@ -120,7 +134,35 @@ def at_a_step(bench: Bench, number: int, step: int) -> list[str]:
     return problems or differences(path, bench.reference())
 
 
-def bash_loop(bench: Bench, name: str, number: int, exits: list[float]) -> list[list[str]]:
+def in_the_last_save(bench: Bench) -> list[str]:
+    """Too late to stop a step, too early to be forgotten: the evaluation must not begin."""
+    logs = bench.logs("F2", "last-save")
+    argv, path = bench.argv(logs), logs / EXPERIMENT
+
+    def strike() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    child = start(bench, argv, [inject.when("src.checkpoint", None, "save", SAVES, strike)])
+    problems = stopped_well(path, child.wait(), child.output)
+    problems += finish(bench, argv)
+    return problems or differences(path, bench.reference())
+
+
+def several_runs(bench: Bench) -> list[str]:
+    """One signal ends the whole command: the next run must not begin."""
+    logs = bench.logs("F2", "several")
+    argv = bench.argv(logs, exp="all")
+    child = start(bench, argv, [inject.signalled_at(34, signal.SIGTERM)])
+    problems = stopped_well(logs / EXPERIMENT, child.wait(), child.output)
+    if (logs / "other").exists():
+        problems.append("the next run was begun after the signal")
+    problems += finish(bench, argv)
+    return problems or differences(logs / EXPERIMENT, bench.reference())
+
+
+def bash_loop(
+    bench: Bench, name: str, number: int, exits: list[tuple[float, float]]
+) -> list[list[str]]:
     """The loop with two runs, both signalled while they train; then the same loop again.
 
     Returns one list of problems per run."""
@@ -135,8 +177,9 @@ def bash_loop(bench: Bench, name: str, number: int, exits: list[float]) -> list[
     for experiment, code in zip(LOOP_RUNS, codes, strict=True):
         output = logs.with_name(f"{logs.name}.out").read_text()
         problems[experiment] += stopped_well(logs / experiment, code, output)
-        if bench.timed and max(seconds) > LIMIT_S:
-            problems[experiment].append(f"took {max(seconds):.1f} s to exit")
+        own = max(own for _, own in seconds)
+        if bench.timed and own > LIMIT_S:
+            problems[experiment].append(f"took {own:.1f} s to exit")
     codes, _ = loop(script, logs, None, bench.draw("F2", name))
     for experiment, code in zip(LOOP_RUNS, codes, strict=True):
         if code:
@@ -159,9 +202,13 @@ def differences_but_names(bench: Bench, path: Path) -> list[str]:
     return problems
 
 
+def _gone(pid: int) -> Callable[[], bool]:
+    return lambda: not Path(f"/proc/{pid}").exists()
+
+
 def loop(
     script: str, logs: Path, number: int | None, draw: random.Random
-) -> tuple[list[int], list[float]]:
+) -> tuple[list[int], list[tuple[float, float]]]:
     """(exit codes, seconds from signal to exit) of one bash loop; each run is signalled once it
     trains, at a random time."""
     shell = subprocess.Popen(
@@ -169,20 +216,18 @@ def loop(
     )
     assert shell.stdout is not None
     pids = [int(shell.stdout.readline()) for _ in LOOP_RUNS]
-    seconds: list[float] = []
-    for pid, experiment in zip(pids, LOOP_RUNS, strict=True):
-        if number is None:
-            break
-        record = logs / experiment / "metrics.jsonl"
+    seconds: list[tuple[float, float]] = []
+    if number is not None:
+        records = [logs / experiment / "metrics.jsonl" for experiment in LOOP_RUNS]
         deadline = time.monotonic() + 240
-        while not (record.exists() and record.stat().st_size) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if all(record.exists() and record.stat().st_size for record in records):
+                break
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.3))
-        sent = time.monotonic()
-        os.kill(pid, number)
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < sent + 60:
-            time.sleep(0.005)
-        seconds.append(time.monotonic() - sent)
+        for pid in pids:
+            os.kill(pid, number)
+        seconds = seconds_to_end({pid: _gone(pid) for pid in pids})
     output, _ = shell.communicate(timeout=300)
     codes = [int(line.split()[1]) for line in output.splitlines() if line.startswith("code")]
     if len(codes) != len(LOOP_RUNS):

@@ -1,0 +1,110 @@
+"""Phase 0: the checks find what they are for, and the range test's rule reads known curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src import allocation, config, data, sanity
+from src.allocation import Allocation, count_params
+from src.config import ModelConfig, RunConfig
+from src.data import TokenData
+from src.models.transformer import Transformer
+
+
+def loaded(sweep_file: Path, name: str) -> tuple[RunConfig, Allocation, TokenData]:
+    sweep = config.load_sweep(sweep_file, (), "rank")
+    answers = allocation.allocate({run.experiment: run.model for run in sweep.runs})
+    run = sweep.run(name, 0)
+    return run, answers[name], data.load(run.token_dir, run.model.vocab_size)
+
+
+def curve(loss: Callable[[float], float]) -> list[dict[str, Any]]:
+    return sanity.ramp(lambda number, rate: loss(rate))
+
+
+def logistic(rate: float, middle: float = 4e-3) -> float:
+    """Falls from 6 to 4, fastest at `middle`, on a logarithmic axis."""
+    return 6 - 2 / (1 + (middle / rate) ** 2)
+
+
+def test_the_suggestion_is_where_the_loss_falls_fastest() -> None:
+    for middle in (1e-3, 4e-3, 1e-2):
+        found = sanity.suggested_rate(curve(lambda rate, m=middle: logistic(rate, m)))
+        assert found is not None and middle <= found <= 2 * middle  # smoothing lags a little
+
+
+def test_a_later_explosion_changes_nothing() -> None:
+    calm = sanity.suggested_rate(curve(logistic))
+    wild = curve(lambda rate: logistic(rate) + (rate > 0.1) * 50)
+    assert sanity.suggested_rate(wild) == calm
+    assert len(wild) < sanity.RANGE_STEPS and wild[-1]["learning_rate"] < 0.13
+    nan = curve(lambda rate: math.nan if rate > 0.05 else logistic(rate))
+    assert sanity.suggested_rate(nan) == calm and nan[-1]["learning_rate"] <= 0.05
+
+
+@pytest.mark.parametrize("loss", [lambda rate: 6.0, lambda rate: 6.0 + rate, lambda rate: math.nan])
+def test_a_loss_that_never_falls_suggests_nothing(loss: Callable[[float], float]) -> None:
+    assert sanity.suggested_rate(curve(loss)) is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rank", [None, 8])
+def test_blocks_are_counted_tensor_by_tensor(tied: bool, rank: int | None) -> None:
+    model = ModelConfig(
+        vocab_size=300, d_model=32, n_layers=2, n_heads=2, head_dim=16, d_ff=80,
+        tie_embeddings=tied, embedding_dim=rank,
+    )  # fmt: skip
+    assert sanity.blocks(Transformer(model)) == config.to_dict(count_params(model))
+
+
+def test_the_phase_checks_then_measures_the_noise_and_does_neither_twice(
+    tiny_sweep: Path, tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    line = ("--config", tiny_sweep, "--exp", "base", "--phase", "sanity", "--seed", 0, 1,
+            "--log_dir", tmp_path, "--device", "cpu")  # fmt: skip
+    told = run_cli(*line).stdout
+    folder = tmp_path / "base-sanity"
+    found = json.loads((folder / "sanity.json").read_text())
+    assert found["passed"] is True and all(found["checks"].values())
+    assert found["overfit_loss"] < sanity.OVERFIT_LOSS and found["overfit_tokens"] == 256
+    assert abs(found["initial_loss"] - math.log(300)) < 0.1
+    assert sum(found["params"].values()) == found["total_params"]
+    assert "embedding" in told and f"{found['total_params']:,}" in told
+    ramp = json.loads((folder / "learning_rates.json").read_text())
+    assert ramp["suggested"] == found["suggested_learning_rate"] and ramp["rule"]
+    assert [r["learning_rate"] for r in ramp["rows"]] == sorted(
+        r["learning_rate"] for r in ramp["rows"]
+    )
+    assert (folder / "learning_rates.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("base-rank", "base-rank-seed1"):
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["phase"] == "rank"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    assert "nothing to do" in run_cli(*line).stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_model_that_cannot_learn_fails_the_phase(
+    tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanity, "OVERFIT_STEPS", 20)
+    found = sanity.check(*loaded(tiny_sweep, "idle"), tmp_path, "cpu")
+    assert found["checks"]["overfits"] is False and found["passed"] is False
+    assert found["checks"]["parameters as planned"] is True
+    assert "FAIL overfits" in sanity.report(found)
+
+
+def test_the_probe_prints_a_speed(
+    tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--config", str(tiny_sweep), "--exp", "base", "--device", "cpu"]
+    assert sanity.main([*line, "--log_dir", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens_per_s"] > 0 and found["device"] == "cpu" and found["device_name"]
+    assert sanity.main(["--config", "nowhere.yaml", "--exp", "base"]) == 78

@@ -1,0 +1,449 @@
+"""The study: its plan on hand-made numbers at the PRD's scale, and a whole tiny one for real."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import run_experiment
+from src import config, study, study_plan
+from src.study_plan import Documents, Job, Plan, Rate, Record, Study
+
+ROOT = Path(__file__).resolve().parents[1]
+RATE = Rate(flops_per_s=1e12, overhead_s=10.0, usd_per_hour=3.6, source="the test")
+Losses = Callable[[Job], float]
+
+
+@pytest.fixture
+def prd(monkeypatch: pytest.MonkeyPatch) -> Study:
+    """The shipped study at 10M parameters."""
+    monkeypatch.chdir(ROOT)
+    return study.load(Path("configs/study.yaml"))
+
+
+def measured(job: Job, loss: float, **extra: Any) -> dict[str, Any]:
+    """metrics.json of a finished run, as far as the plan reads it."""
+    return {
+        "status": "finished", "dev_loss": loss, "dev_bits_per_byte": loss / 3, "test_loss": loss,
+        "latency_ms_p50_l128": 4.0, "latency_ms_p50_l512": 9.0, "peak_memory_mib": 50.0, **extra,
+    }  # fmt: skip
+
+
+SANE = {
+    "passed": True, "checks": {"overfits": True}, "initial_loss": 9.68, "ln_vocab": 9.68,
+    "overfit_loss": 0.09, "overfit_steps": 80, "overfit_tokens": 1024, "reason": "limits",
+    "suggested_learning_rate": 3e-3, "learning_rate": 4e-3, "learning_rate_rule": "steepest",
+}  # fmt: skip
+
+
+def simulate(
+    asked: Study,
+    loss: Losses,
+    *,
+    extra: Callable[[Job], dict[str, Any]] = lambda job: {},
+    documents: Callable[[str, str], Documents | None] = lambda run, split: None,
+    curve: Callable[[Job], Any] = lambda job: (),
+    until: Callable[[Plan], bool] = lambda plan: False,
+) -> tuple[Plan, list[str]]:
+    """Follow the plan with invented results; returns the last plan and the jobs in order."""
+    results: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
+    tokens: dict[int, int] = {}
+    checks = None
+    order = []
+    while True:
+        record = Record(results=results, curves=curves, documents=documents, train_tokens=tokens,
+                        sanity=checks)  # fmt: skip
+        plan = study_plan.plan(asked, record)
+        job = plan.next
+        if job is None or until(plan):
+            return plan, order
+        order.append(job.name)
+        if job.kind == "tokens":
+            tokens[job.vocab_size] = {16_000: 2_500_000, 8_000: 2_750_000}[job.vocab_size]
+        elif job.kind == "sanity":
+            checks = SANE
+        else:
+            results[job.name] = measured(job, loss(job), **extra(job))
+            curves[job.name] = curve(job)
+
+
+def by_share(job: Job) -> float:
+    """25 % leads clearly, then 2x, with a little seed noise; longer runs end lower."""
+    value = 5.0 - 0.2 * ("emb25" in job.experiment) - 0.1 * ("glu2x" in job.experiment)
+    return value - 1.0 * (job.phase == "full") + 0.001 * job.seed
+
+
+def rows(plan: Plan, rule: str) -> list[dict[str, str]]:
+    return [row for row in plan.decisions if rule in row["rule"]]
+
+
+def row(plan: Plan, rule: str) -> dict[str, str]:
+    (found,) = rows(plan, rule)
+    return found
+
+
+# --- the plan -------------------------------------------------------------------------------
+
+
+def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: Study) -> None:
+    plan = study_plan.plan(prd, Record())
+    assert plan.next is not None and (plan.next.kind, plan.next.vocab_size) == ("tokens", 16_000)
+    assert not plan.complete and plan.decisions == ()
+    assert plan.assumptions and "emb35" in plan.assumptions[0]
+    trained = [job for job in plan.jobs if job.kind == "train"]
+    by_stage = {s: [j for j in trained if j.stage == s] for s in study_plan.STAGES}
+    assert [len(by_stage[s]) for s in study_plan.STAGES[:3]] == [5, 2, 4]  # emb35 is among the 5
+    full = by_stage["2 finals"]
+    assert len(full) == 3 * 3 and all(50_000_000 <= job.tokens < 50_040_000 for job in full)
+    assert all(job.assumed for job in by_stage["1 glu"] + full)
+    after = study_plan.plan(prd, Record(train_tokens={16_000: 2_500_000}))
+    assert after.next is not None and after.next.kind == "sanity"
+
+
+def test_the_kill_rules_baseline_runs_before_the_cells_that_it_judges(prd: Study) -> None:
+    _, order = simulate(prd, by_share)
+    assert order.index("emb35-rank") < order.index("emb25-rank")
+    assert order.index("glu4x-emb25-rank") < order.index("glu2x-emb25-rank")
+
+
+def test_the_glu_sweep_is_made_at_the_share_that_leads(prd: Study) -> None:
+    plan, order = simulate(prd, by_share)
+    assert row(plan, "embedding share")["verdict"] == "emb25"
+    made = plan.sweeps[Path("logs/configs/glu-emb25.yaml")]
+    sweep = config.sweep_from(made, Path("made.yaml"), (), "rank")
+    assert sweep.baseline == "glu4x-emb25" and len(sweep.names) == 4
+    assert {run.model.embedding_ratio for run in sweep.runs} == {0.25}
+    assert sorted({run.model.glu_expansion for run in sweep.runs}) == [2.0, 2.66, 3.0, 4.0]
+    assert row(plan, "GLU expansion")["verdict"] == "glu2x-emb25"
+    assert plan.complete and {"glu2x-emb25", "glu2x-emb25-seed1", "glu2x-emb25-seed2"} <= set(order)
+
+
+def test_identical_cells_are_trained_once_but_never_a_sweeps_baseline(prd: Study) -> None:
+    def loss(job: Job) -> float:
+        return 5.0 - 0.2 * (job.experiment == "emb35") + 0.001 * job.seed
+
+    plan, order = simulate(prd, loss)
+    assert plan.aliases["glu266x-rank"] == "emb35-rank"  # the same integers at 35 %
+    assert "glu266x-rank" not in order and "glu4x-rank" in order
+    assert "glu-emb35.yaml" not in str(plan.sweeps)  # the PRD's own file serves
+    assert plan.aliases["emb35-v16k-tied-rank"] == "emb35-rank"
+    assert "glu266x 4.8000" in row(plan, "GLU expansion")["numbers"]
+
+
+def test_the_baseline_is_no_candidate_even_under_another_name(prd: Study) -> None:
+    def loss(job: Job) -> float:  # emb35 leads, and so does glu266x, which is emb35
+        return 5.0 - 0.2 * (job.experiment == "emb35") + 0.001 * job.seed
+
+    plan, order = simulate(prd, loss)
+    full = [
+        name for name in order if "-rank" not in name and "/" not in name and "sanity" not in name
+    ]
+    assert {name.split("-")[0] for name in full} == {"emb35", "glu4x"}  # the next best goes on
+    assert row(plan, "winner")["verdict"] == "no winner"
+
+
+def test_a_killed_run_lends_its_result_to_nobody(prd: Study) -> None:
+    def extra(job: Job) -> dict[str, Any]:
+        return {"status": "killed"} if job.name == "emb25-rank" else {}
+
+    def loss(job: Job) -> float:
+        return 5.0 - 0.3 * (job.experiment == "emb45") + 0.001 * job.seed - 0.6 * ("25" in job.name)
+
+    plan, order = simulate(prd, loss, extra=extra)
+    share = row(plan, "embedding share")
+    assert share["verdict"] == "emb45" and "emb25 stopped" in share["numbers"]
+    assert plan.aliases["emb45-v16k-tied-rank"] == "emb45-rank"
+    prd_wide = replace(prd, config=replace(prd.config, noise_seeds=2))
+    plan, order = simulate(
+        prd_wide, lambda job: 5.0 + 0.001 * job.seed - 0.2 * ("35" in job.name),
+        extra=lambda job: {"status": "killed"} if job.name == "emb45-rank" else {},
+    )  # fmt: skip
+    assert "emb45-v16k-tied-rank" in order and "emb45-v16k-tied-rank" not in plan.aliases
+
+
+def test_a_thin_margin_sends_the_runner_up_share_to_the_finals(prd: Study) -> None:
+    def loss(job: Job) -> float:
+        best = {"emb25": 4.80, "emb45": 4.801, "emb35": 5.0}
+        return best.get(job.experiment, 4.9 - 0.2 * ("glu2x" in job.experiment)) + 0.01 * job.seed
+
+    plan, order = simulate(prd, loss)
+    assert row(plan, "embedding share")["verdict"] == "emb25, emb45"
+    assert {"emb45", "glu2x-emb25"} <= set(order)
+    capped = replace(prd, config=replace(prd.config, finalists=1))
+    _, order = simulate(capped, loss)
+    assert "emb45" not in order and "glu2x-emb25" in order
+
+
+def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
+    checks = range(250_000, 5_250_000, 250_000)
+
+    def curve(job: Job) -> Any:  # emb45 is bad for the first 1.25M tokens, inside the grace
+        bad = [2.0 if job.experiment == "emb45" and t <= 1_250_000 else 0.0 for t in checks]
+        return [(t, 100.0 + b) for t, b in zip(checks, bad, strict=True)]
+
+    plan, _ = simulate(prd, by_share, curve=curve)
+    (found,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45")]
+    assert found["verdict"] == "keep; to the PRD's letter kill"
+    assert "1,250,000" in found["reason"]
+
+
+def test_phase_1b_trains_on_equal_bytes_and_compares_equal_documents(prd: Study) -> None:
+    rng = np.random.default_rng(0)
+    size = rng.integers(80, 120, 40)
+
+    def documents(run: str, split: str) -> Documents:
+        bits = 1.5 if "v8k" in run else 1.6
+        count = 30 if "v8k" in run else 40  # the first documents with so many tokens
+        nats = bits * np.log(2) * size
+        nats[30:] *= 9  # what only one side scored must not count
+        return Documents(nats=nats[:count], tokens=size[:count] // 4, bytes=size[:count])
+
+    plan, order = simulate(prd, by_share, documents=documents)
+    made = plan.sweeps[Path("logs/configs/vocab_tying.yaml")]
+    budgets = {e["vocab_size"]: e.get("training") for e in made["experiments"]}
+    assert budgets[16_000] is None  # the sweep's own budget
+    assert budgets[8_000] == {"tokens": 5_500_000, "ranking_tokens": 5_500_000}
+    names = {entry["name"] for entry in made["experiments"]}
+    assert "emb25-v8k-untied" in names and "emb35-v16k-untied" in names
+    assert "emb25-v16k-untied" not in names  # the allocator has no such shape
+    assert "emb25-v16k-untied" in row(plan, "allocation")["numbers"]
+    assert not any("emb45" in name for name in names)  # no neighbour of 25 %
+    best = row(plan, "best share, 8000 untied")
+    assert "1.5000 bits/byte at" in best["numbers"] and "layers" in best["numbers"]
+    assert "1.6000" in row(plan, "best share, 16000 tied")["numbers"]
+    built = [name for name in order if name.endswith("v8000")]
+    assert built and order.index(built[0]) < order.index("emb25-v8k-tied-rank")
+
+
+def losses_with(gain: float) -> Losses:
+    return lambda job: by_share(job) - gain * (job.phase == "full" and "glu" in job.experiment)
+
+
+def paper_documents(gain: float) -> Callable[[str, str], Documents]:
+    tokens = np.full(200, 50)
+
+    def documents(run: str, split: str) -> Documents:
+        rng = np.random.default_rng(7)  # the same documents for everyone
+        nats = tokens * (4.0 + 0.2 * rng.standard_normal(200) - gain * run.startswith("glu"))
+        seed = int(run.rpartition("-seed")[2]) if "-seed" in run else 0
+        return Documents(nats=nats + 0.01 * seed, tokens=tokens, bytes=tokens * 4)
+
+    return documents
+
+
+def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
+    plan, _ = simulate(prd, losses_with(0.1), documents=paper_documents(0.1))
+    assert row(plan, "winner")["verdict"] == "glu2x-emb25"
+    says = row(plan, "equivalence")
+    assert says["verdict"] == "different" and "after Holm" in says["reason"]
+    assert "3 seeds, 200 documents" in says["reason"]
+    assert row(plan, "short against full")["verdict"] == "same leader"
+
+
+def test_no_winner_is_a_result(prd: Study) -> None:
+    def slower(job: Job) -> dict[str, Any]:
+        return {"latency_ms_p50_l512": 9.0 + 1.0 * ("glu" in job.name)}
+
+    plan, _ = simulate(prd, losses_with(0.1), extra=slower)
+    assert row(plan, "winner")["verdict"] == "no winner"
+    assert "latency at L=512 +11.11%" in row(plan, "5 % lower PPL")["reason"]
+    within = simulate(
+        prd, losses_with(0.1),
+        extra=lambda job: {"latency_ms_p50_l512": 9.0 + 0.1 * ("glu" in job.name)},
+    )[0]  # fmt: skip
+    assert row(within, "winner")["verdict"] == "no winner; with the 3 % margin glu2x-emb25"
+
+
+def test_a_diverged_cell_is_a_result_and_a_diverged_baseline_an_end(prd: Study) -> None:
+    def extra(name: str) -> Callable[[Job], dict[str, Any]]:
+        return lambda job: {"status": "failed", "reason": "NaN"} if job.name == name else {}
+
+    plan, _ = simulate(prd, by_share, extra=extra("emb45-rank"))
+    assert plan.complete and row(plan, "diverged")["verdict"] == "out"
+    assert "emb45 stopped" in row(plan, "embedding share")["numbers"]
+    with pytest.raises(ValueError, match="emb35-rank: the baseline diverged"):
+        simulate(prd, by_share, extra=extra("emb35-rank"))
+
+
+def test_a_run_made_with_another_config_is_refused(prd: Study) -> None:
+    foreign = {"status": "finished", "n_layers": 99, "dev_loss": 1.0}
+    with pytest.raises(ValueError, match=r"emb35-rank: found a run with n_layers 99, expected 11"):
+        study_plan.plan(prd, Record(results={"emb35-rank": foreign}))
+
+
+def test_sweeps_of_two_budgets_are_refused(prd: Study) -> None:
+    raw = {**prd.glu.raw, "model": {"total_params": 5_000_000, "vocab_size": 16_000}}
+    wrong = replace(prd, glu=study_plan.Source(prd.glu.path, raw))
+    with pytest.raises(ValueError, match="found model.total_params 5,000,000"):
+        study_plan.plan(wrong, Record())
+
+
+def test_estimates_count_only_what_is_left(prd: Study) -> None:
+    plan = study_plan.plan(prd, Record())
+    job = next(job for job in plan.jobs if job.name == "emb25-rank")
+    assert study_plan.seconds(job, RATE) == pytest.approx(job.flops / 1e12 + 10)
+    assert study_plan.dollars(job, RATE) == pytest.approx(study_plan.seconds(job, RATE) / 1000)
+    assert study_plan.seconds(replace(job, done=True), RATE) == 0
+    assert study_plan.seconds(replace(job, alias_of="emb35-rank"), RATE) == 0
+    told = study_plan.table(plan, RATE, {"0 sanity": 1.25}, 50.0)
+    assert "budget_usd 50.00" in told and "spent 1.25 USD" in told and "assumed" in told
+    assert all(stage in told for stage in study_plan.STAGES)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("budget: 50", "unknown key.*did you mean 'budget_usd'"),
+        ("noise_seeds: 1", "noise_seeds: found 1, expected .*at least 2"),
+        ("embedding: nowhere.yaml", "nowhere.yaml: found no such file"),
+    ],
+)
+def test_a_wrong_study_file_is_refused_in_one_sentence(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        study.load(tmp_path / "study.yaml")
+
+
+# --- a tiny study for real ------------------------------------------------------------------
+
+BASE: dict[str, Any] = {
+    "model": {"total_params": 98_304, "vocab_size": 304},
+    "training": {
+        "tokens": 2_048, "ranking_tokens": 1_024, "batch_size": 8, "seq_len": 32,
+        "dev_tokens": 640, "threads": 1, "precision": "fp32",
+    },
+    "data": {"dir": "tokens"},
+    "evaluation": {"metrics": ["perplexity"], "latency": False, "perplexity_tokens": 400},
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, token_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory of a whole study in miniature; signal handlers are put back."""
+    monkeypatch.chdir(tmp_path)
+    sweeps: dict[str, Sequence[dict[str, Any]]] = {
+        "embed": [{"name": "e10", "embedding_ratio": 0.098},
+                  {"name": "e15", "embedding_ratio": 0.147}],
+        "glu": [{"name": "g27", "glu_expansion": 2.66}, {"name": "g15", "glu_expansion": 1.5}],
+        "vocab": [{"name": "a"}, {"name": "b", "vocab_size": 320},
+                  {"name": "c", "vocab_size": 320, "tie_embeddings": False}],
+    }  # fmt: skip
+    for name, experiments in sweeps.items():
+        content = {**BASE, "experiments": list(experiments)}
+        if name != "embed":
+            content["model"] = {**BASE["model"], "embedding_ratio": 0.098}
+            content["experiments"] = list(experiments)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "embedding": "embed.yaml", "glu": "glu.yaml", "vocabulary": "vocab.yaml",
+                "corpus": str(token_root.parent / "corpus"), "device": "cpu", "noise_seeds": 2,
+                "final_seeds": 2, "finalists": 1, "tokens_per_s": 10_000,
+            }
+        )
+    )  # fmt: skip
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield tmp_path
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def in_process(line: Sequence[str]) -> int:
+    """A job's command without another import of torch."""
+    if line[1].endswith("run_experiment.py"):
+        return run_experiment.main(line[2:])
+    return subprocess.run(line, capture_output=True, timeout=100).returncode
+
+
+def timeless(path: Path) -> Any:
+    content = json.loads(path.read_text())
+    content.pop("costs")
+    content["decisions"] = [d for d in content["decisions"] if "cost" not in d["rule"]]
+    return content
+
+
+def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) -> None:
+    asked = study.load(Path("study.yaml"), log_dir="whole")
+    assert study.run(asked, execute=in_process) == 0
+    whole = timeless(tiny / "whole" / "study.json")
+    assert whole["complete"] is True
+    assert [d for d in whole["decisions"] if d["rule"] == "winner"]
+    assert {"1b", "2"} <= {d["phase"] for d in whole["decisions"]}
+    assert (tiny / "whole" / "configs" / "vocab_tying.yaml").is_file()
+    assert (tiny / "whole" / "e10-sanity" / "learning_rates.png").is_file()
+
+    done: list[str] = []
+    # A finished step is only read: the checks need not be done again here.
+    shutil.copytree(tiny / "whole" / "e10-sanity", tiny / "cut" / "e10-sanity")
+
+    def cut(line: Sequence[str]) -> int:
+        """Every third job is preempted before it begins."""
+        done.append(" ".join(line))
+        return 75 if len(done) % 3 == 0 else in_process(line)
+
+    codes = []
+    while not codes or codes[-1] == 75:
+        assert len(codes) < 20
+        codes.append(study.run(study.load(Path("study.yaml"), log_dir="cut"), execute=cut))
+    assert codes[-1] == 0 and len(codes) > 3
+    assert timeless(tiny / "cut" / "study.json") == whole
+    before = len(done)
+    assert study.run(study.load(Path("study.yaml"), log_dir="cut"), execute=cut) == 0
+    assert len(done) == before  # nothing left to do
+
+
+def test_the_study_stops_before_the_money_is_spent(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = yaml.safe_load(Path("study.yaml").read_text())
+    Path("study.yaml").write_text(yaml.safe_dump({**raw, "budget_usd": 1e-9}))
+    begun: list[str] = []
+
+    def execute(line: Sequence[str]) -> int:
+        begun.append(" ".join(line))
+        return in_process(line)
+
+    assert study.run(study.load(Path("study.yaml")), execute=execute) == 78
+    assert not any("run_experiment" in line for line in begun)  # making tokens costs nothing
+    assert "budget_usd" in capsys.readouterr().err
+
+
+def test_an_error_of_a_job_is_the_studys(tiny: Path) -> None:
+    assert study.run(study.load(Path("study.yaml")), execute=lambda line: 74) == 74
+
+
+def test_the_command_line_prints_the_plan_and_touches_nothing(
+    tiny: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run_cli("--study", "study.yaml", "--dry_run", cwd=tiny)
+    assert "2 finals" in done.stdout and "stated 10,000 tokens/s" in done.stdout
+    assert not list((tiny / "logs").glob("*/metrics.json"))
+    refused = run_cli("--study", "study.yaml", "--exp", "e10", code=78, cwd=tiny)
+    assert "--study: takes no --exp" in refused.stderr
+
+
+def test_the_configs_that_ship_are_whole() -> None:
+    shipped = config.load_study(ROOT / "configs" / "study.yaml")
+    assert (shipped.noise_seeds, shipped.final_seeds) == (5, 3)
+    assert (shipped.budget_usd, shipped.runbook_budget_usd) == (50, 150)
+    sweep = config.load_sweep(ROOT / "configs" / "vocab_tying.yaml", phase="rank")
+    variants = {(run.model.vocab_size, run.model.tie_embeddings) for run in sweep.runs}
+    assert variants == {(v, tied) for v in (8_000, 16_000) for tied in (True, False)}
+    for variant in variants:  # one share cannot show a shift
+        alike = [r for r in sweep.runs if (r.model.vocab_size, r.model.tie_embeddings) == variant]
+        assert len({run.model.embedding_ratio for run in alike}) >= 2

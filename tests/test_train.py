@@ -1,0 +1,372 @@
+"""The training loop: its schedule, its bits, and what a cut, a NaN or a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from src import allocation, config, data, record, train
+from src.config import RunConfig, TrainingConfig
+from src.machine import Machine
+from src.run_dir import RunDir, read_rows
+from src.train import NonFinite, Outcome, build_model, build_optimizer, learning_rate
+
+CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)
+FINAL_STEP = 20
+
+
+class Cut(BaseException):
+    """The process dies here: nothing of ours may catch it, and nothing is saved on the way."""
+
+
+class Lab:
+    """Trains the tiny sweep's experiments in process, in directories of its own."""
+
+    def __init__(self, sweep_file: Path, log_dir: Path) -> None:
+        self.sweep_file, self.log_dir = sweep_file, log_dir
+
+    def plan(self, name: str = "base", *overrides: str) -> tuple[RunConfig, Any, Any, Any]:
+        sweep = config.load_sweep(self.sweep_file, overrides)
+        answers = allocation.allocate({run.experiment: run.model for run in sweep.runs})
+        run = sweep.run(name, 0)
+        return run, answers[name], sweep, data.load(run.token_dir, run.model.vocab_size)
+
+    def train(
+        self, name: str = "base", *overrides: str, machine: Machine = CPU, under: str = "logs"
+    ) -> Outcome:
+        run, answer, sweep, tokens = self.plan(name, *overrides)
+        resolved, digest = record.resolved(run, answer, sweep, tokens)
+        with RunDir.open(self.log_dir / under, run.run_name) as directory:
+            directory.claim_config(resolved, digest)
+            return train.train(
+                run, answer.model, tokens, directory, machine,
+                digests=record.digests(digest, tokens),
+            )  # fmt: skip
+
+    def path(self, name: str = "base", under: str = "logs") -> Path:
+        return self.log_dir / under / name
+
+    def rows(self, name: str = "base", under: str = "logs") -> list[dict[str, Any]]:
+        return [timeless(row) for row in read_rows(self.path(name, under) / "metrics.jsonl")]
+
+    def state(self, name: str = "base", under: str = "logs") -> dict[str, Any]:
+        return newest_state(self.path(name, under))
+
+
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl without what clocks and memory meters say."""
+    return {key: v for key, v in row.items() if not key.endswith(("_s", "_mib", "_percent"))}
+
+
+def newest_state(run: Path) -> dict[str, Any]:
+    """The newest checkpoint's content but for clocks and the byte offset that they move."""
+    manifest = json.loads(sorted((run / "checkpoints").glob("step-*.json"))[-1].read_text())
+    state = torch.load(run / "checkpoints" / manifest["file"], weights_only=True)
+    return {key: v for key, v in state.items() if key not in ("seconds", "metrics_offset")}
+
+
+def assert_same(ours: Any, theirs: Any, where: str = "state") -> None:
+    """Equal to the last bit, tensors inside nested dicts and lists included."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{where}[{index}]")
+    else:
+        assert ours == theirs, where
+
+
+@pytest.fixture
+def lab(tiny_sweep: Path, tmp_path: Path) -> Lab:
+    return Lab(tiny_sweep, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One uninterrupted run of `base`; not to be written to."""
+    lab = Lab(tiny_sweep, tmp_path_factory.mktemp("reference"))
+    assert lab.train().status == "trained"
+    yield lab
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Any], None]], None]:
+    """Calls something just before the update of a step (from 1)."""
+
+    def plant(step: int, act: Callable[[Any], None]) -> None:
+        update = train.Trainer.update
+
+        def sabotaged(self: train.Trainer, nats: torch.Tensor) -> tuple[float, float]:
+            if self.step + 1 == step:
+                act(self)
+            return update(self, nats)
+
+        monkeypatch.setattr(train.Trainer, "update", sabotaged)
+
+    return plant
+
+
+def die(_: Any) -> None:
+    raise Cut
+
+
+# ------------------------------------------------------------------------------------ the recipe
+
+
+def test_the_schedule_is_linear_up_and_linear_to_zero():
+    training = TrainingConfig(
+        tokens=100 * 256, batch_size=8, seq_len=32, learning_rate=0.5, warmup_fraction=0.05
+    )
+    rates = [learning_rate(training, step) for step in range(100)]
+    assert (training.steps, training.warmup_steps) == (100, 5)
+    assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert rates[5:] == pytest.approx([0.5 * (100 - step) / 95 for step in range(5, 100)])
+    assert max(rates) == 0.5 and rates[-1] == pytest.approx(0.5 / 95)
+    without = replace(training, warmup_fraction=0.0)
+    assert learning_rate(without, 0) == 0.5 and learning_rate(without, 50) == 0.25
+    single = replace(training, tokens=256)
+    assert single.steps == 1 and learning_rate(single, 0) == 0.5
+
+
+def test_every_parameter_has_its_group(lab):
+    run, answer, _, _ = lab.plan("base", "training.embedding_lr_ratio=3")
+    model = build_model(answer.model, 0)
+    groups = build_optimizer(model, run.training).param_groups
+    assert [(g["lr_ratio"], g["weight_decay"]) for g in groups] == [
+        (3.0, 0.1),
+        (1.0, 0.1),
+        (1.0, 0),
+    ]
+    tables, matrices, norms = (g["params"] for g in groups)
+    assert [p.shape for p in tables] == [(300, 48)]
+    assert all(p.ndim == 1 for p in norms) and all(p.ndim == 2 for p in matrices)
+    grouped = [id(p) for p in (*tables, *matrices, *norms)]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_the_embedding_rate_is_its_ratio_times_the_rate(lab, at_step):
+    seen: list[list[float]] = []
+    at_step(3, lambda trainer: seen.append([g["lr"] for g in trainer.optimizer.param_groups]))
+    lab.train("base", "training.embedding_lr_ratio=3", "training.tokens=768")
+    (rates,) = seen  # as set by the update of step 2
+    training = TrainingConfig(tokens=768, batch_size=8, seq_len=32)
+    expected = learning_rate(training, 1)
+    assert rates == pytest.approx([3 * expected, expected, expected])
+
+
+def test_the_seed_decides_the_first_weights(lab):
+    _, answer, _, _ = lab.plan()
+    first, same, other = (build_model(answer.model, seed).state_dict() for seed in (1, 1, 2))
+    assert_same(first, same)
+    assert not torch.equal(first["embedding.table"], other["embedding.table"])
+
+
+# ---------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_learns_and_leaves_its_record(reference):
+    rows = reference.rows()
+    trained = [row for row in rows if row["kind"] == "train"]
+    dev = [row for row in rows if row["kind"] == "dev"]
+    assert [row["step"] for row in trained] == list(range(1, FINAL_STEP + 1))
+    assert [row["step"] for row in dev] == [0, 5, 10, 15, 20]
+    assert all(row["tokens"] == 256 * row["step"] for row in rows)
+    training = reference.plan()[0].training
+    assert [row["learning_rate"] for row in trained] == [
+        learning_rate(training, step) for step in range(FINAL_STEP)
+    ]
+    assert abs(trained[0]["train_loss"] - math.log(300)) < 0.1
+    assert dev[-1]["dev_loss"] < dev[0]["dev_loss"] - 0.3
+    assert all(row["dev_perplexity"] == math.exp(row["dev_loss"]) for row in dev)
+    assert list((reference.path() / "tensorboard").iterdir())
+
+
+def test_a_rerun_is_equal_to_the_last_bit(reference, lab):
+    lab.train()
+    assert lab.rows() == reference.rows()
+    assert_same(lab.state(), reference.state())
+
+
+def test_micro_batches_add_up_to_the_batch(reference, lab):
+    lab.train(machine=replace(CPU, micro_batch=2))
+    for ours, theirs in zip(lab.rows(), reference.rows(), strict=True):
+        key = "train_loss" if ours["kind"] == "train" else "dev_loss"
+        assert ours[key] == pytest.approx(theirs[key], rel=2e-4)
+
+
+def test_bf16_follows_float32(reference, lab):
+    lab.train(machine=replace(CPU, precision="bf16"))
+    ours, theirs = lab.rows()[-1], reference.rows()[-1]
+    assert ours["kind"] == theirs["kind"] == "dev"
+    assert ours["dev_loss"] == pytest.approx(theirs["dev_loss"], abs=0.05)
+    weights = lab.state()["model"]
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+
+
+@pytest.mark.parametrize("cut_at", [1, 4, 11, 16, 20])
+def test_a_cut_run_resumes_to_the_same_bits(reference, lab, at_step, monkeypatch, cut_at):
+    """Checkpoints every 5 steps (a cosmetic key); a cut before the first one starts again."""
+    with monkeypatch.context():
+        at_step(cut_at, die)
+        with pytest.raises(Cut):
+            lab.train("base", "training.checkpoint_every_steps=5")
+    monkeypatch.undo()
+    before = lab.rows()
+    assert before[-1]["step"] == cut_at - 1
+    assert lab.train("base", "training.checkpoint_every_steps=7").status == "trained"
+    assert lab.rows() == reference.rows()
+    assert_same(lab.state(), reference.state())
+
+
+def test_a_run_cut_three_times_resumes_to_the_same_bits(reference, lab, at_step, monkeypatch):
+    for cut_at in (3, 9, 17):
+        at_step(cut_at, die)
+        with pytest.raises(Cut):
+            lab.train("base", "training.checkpoint_every_steps=2")
+        monkeypatch.undo()
+    lab.train()
+    assert lab.rows() == reference.rows()
+    assert_same(lab.state(), reference.state())
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    reference, lab, at_step, monkeypatch
+):
+    at_step(18, die)
+    with pytest.raises(Cut):
+        lab.train("base", "training.checkpoint_every_steps=5")
+    monkeypatch.undo()
+    newest = sorted((lab.path() / "checkpoints").glob("step-00000015-*.pt"))[0]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match="going on from step 10"):
+        lab.train()
+    assert lab.rows() == reference.rows()
+    assert_same(lab.state(), reference.state())
+
+
+def test_a_preempted_run_saves_where_it_stands(reference, lab, at_step, monkeypatch):
+    at_step(7, lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+    outcome = lab.train()
+    assert outcome.status == "preempted" and "SIGUSR1" in str(outcome.reason)
+    assert outcome.step == lab.state()["step"] == 7
+    monkeypatch.undo()
+    assert lab.train().status == "trained"
+    assert lab.rows() == reference.rows()
+    assert_same(lab.state(), reference.state())
+
+
+def test_a_checkpoint_of_another_config_is_refused(lab):
+    lab.train("base", "training.tokens=512")
+    run, answer, sweep, tokens = lab.plan()
+    _, digest = record.resolved(run, answer, sweep, tokens)
+    with (
+        RunDir.open(lab.log_dir / "logs", "base") as directory,
+        pytest.raises(ValueError, match="config"),
+    ):
+        train.train(
+            run, answer.model, tokens, directory, CPU, digests=record.digests(digest, tokens)
+        )
+
+
+# ------------------------------------------------------------------------------------ not finite
+
+
+def poison_gradient(trainer: train.Trainer) -> None:
+    parameter = next(trainer.model.parameters())
+    assert parameter.grad is not None
+    parameter.grad[0, 0] = float("inf")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(reference, lab, at_step, monkeypatch):
+    weights: list[Any] = []
+
+    def poison(trainer: train.Trainer) -> None:
+        poison_gradient(trainer)
+        weights.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+        weights.append(trainer.model.state_dict())
+
+    at_step(12, poison)
+    with pytest.raises(NonFinite, match=r"step 12: loss \d.*gradient norm (inf|nan)"):
+        lab.train("base", "training.checkpoint_every_steps=5")
+    before, after = weights
+    assert_same(before, after)  # the update never happened
+    assert lab.state()["step"] == 10 and lab.rows()[-1]["step"] == 11
+    monkeypatch.undo()
+    lab.train()
+    assert_same(lab.state(), reference.state())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(lab, monkeypatch):
+    accumulate = train.Trainer.accumulate
+
+    def poisoned(self: train.Trainer) -> torch.Tensor:
+        nats = accumulate(self)
+        return nats * float("nan") if self.step == 3 else nats
+
+    monkeypatch.setattr(train.Trainer, "accumulate", poisoned)
+    with pytest.raises(NonFinite, match="step 4: loss nan"):
+        lab.train()
+    assert not list((lab.path() / "checkpoints").glob("*.json")) or lab.state()["step"] <= 3
+
+
+# ---------------------------------------------------------------------------------- the kill rule
+
+RULE = ("kill_rule.margin_ppl=0.5", "kill_rule.window_tokens=1280", "kill_rule.grace_tokens=0")
+
+
+def test_a_run_far_behind_the_baseline_is_killed_at_the_window(lab):
+    assert lab.train("base", *RULE).kill_verdict is None  # the baseline judges nobody
+    outcome = lab.train("idle", *RULE)
+    assert outcome.status == "killed" and outcome.kill_verdict == "kill"
+    event = [row for row in lab.rows("idle") if row["kind"] == "event"]
+    base, idle = (
+        {row["tokens"]: row["dev_perplexity"] for row in lab.rows(name) if row["kind"] == "dev"}
+        for name in ("base", "idle")
+    )
+    bad = [tokens for tokens in sorted(idle) if tokens and idle[tokens] - base[tokens] >= 0.5]
+    first = next(tokens for tokens in bad if tokens - bad[0] >= 1280)
+    assert [(row["event"], row["tokens"]) for row in event] == [("killed", first)]
+    assert outcome.step == first // 256 == lab.state("idle")["step"] < FINAL_STEP
+
+
+def test_a_kill_that_was_cut_short_is_a_kill_again(lab):
+    lab.train("base", *RULE)
+    first = lab.train("idle", *RULE)
+    again = lab.train("idle", *RULE)  # no metrics.json: the process died after the verdict
+    assert (again.status, again.step, again.reason) == ("killed", first.step, first.reason)
+    assert len([row for row in lab.rows("idle") if row["kind"] == "event"]) == 1
+
+
+def test_grace_changes_the_verdict_and_both_are_recorded(lab):
+    rule = (*RULE[:2], "kill_rule.grace_tokens=4000")
+    lab.train("base", *rule)
+    outcome = lab.train("idle", *rule)
+    assert (outcome.status, outcome.step) == ("trained", FINAL_STEP)
+    assert (outcome.kill_verdict, outcome.kill_verdict_literal) == ("keep", "kill")
+
+
+def test_without_a_baseline_curve_there_is_no_verdict(lab):
+    outcome = lab.train("idle", *RULE)
+    assert (outcome.status, outcome.kill_verdict) == ("trained", "none")
+    assert outcome.kill_verdict_literal == "none"
+
+
+def test_a_baseline_of_another_budget_judges_nobody(lab):
+    lab.train("base", *RULE, "training.tokens=10_240")
+    assert lab.train("idle", *RULE).status == "trained"
