@@ -377,7 +377,7 @@ def _execute(
     evaluated = time.perf_counter()
     measured: dict[str, Any] = {}
     if outcome.status == "trained":
-        measured = evaluation.evaluate(run, outcome.model, data, chosen, directory.path)
+        measured = evaluation.evaluate(run, outcome.model, data, outcome.machine, directory.path)
         train.board_final(directory, measured, outcome.step)
         export(
             outcome.model,
@@ -386,7 +386,7 @@ def _execute(
             max_position_embeddings=run.training.seq_len,
         )
     metrics = record.metrics(
-        facts, outcome, chosen, measured,
+        facts, outcome, measured,
         eval_seconds=time.perf_counter() - evaluated,
         wall_seconds=time.perf_counter() - begun,
     )  # fmt: skip

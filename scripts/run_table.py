@@ -76,7 +76,8 @@ def find_runs(log_dir: Path) -> list[Path]:
 
 
 def read_rows(log_dir: Path) -> list[Row]:
-    """One row for every run directory, and one for every experiment of their sweeps without any."""
+    """One row for every run directory, every alias of study.json, and every experiment of their
+    sweeps that has neither."""
     rows: list[Row] = []
     sweeps: dict[str, dict[str, Any]] = {}
     for path in find_runs(log_dir):
@@ -87,7 +88,24 @@ def read_rows(log_dir: Path) -> list[Row]:
             if len(_names(sweep)) > len(_names(known)):
                 sweeps[sweep["file"]] = sweep
         rows.append(_read_run(path, path.relative_to(log_dir).as_posix(), config))
+    rows += _aliases(log_dir / "study.json", rows)
     return rows + list(_missing(rows, sweeps))
+
+
+# What a run cost stands in its own row alone.
+_COSTS = ("path", "train_seconds", "eval_seconds", "wall_seconds", "gpu_hours", "cost_usd")
+
+
+def _aliases(study: Path, rows: Iterable[Row]) -> Iterator[Row]:
+    """Cells that a study did not train because an equal one was: that one's numbers, free."""
+    listed = (_read_json(study) or {}).get("aliases", []) if study.exists() else []
+    done = {row["run"]: row for row in rows if row["status"] in ("finished", "killed")}
+    for alias in listed:
+        original = done.get(alias["alias_of"])
+        if original is not None and alias["run"] not in done:
+            own = {key: value for key, value in alias.items() if key != "alias_of"}
+            kept = {key: value for key, value in original.items() if key not in _COSTS}
+            yield {**kept, **own, "reason": f"the same model and training as {alias['alias_of']}"}
 
 
 def _read_run(path: Path, name: str, config: Mapping[str, Any]) -> Row:

@@ -143,7 +143,6 @@ def facts(
 def metrics(
     facts: Mapping[str, Any],
     outcome: Any,
-    machine: Any,
     measured: Mapping[str, Any],
     *,
     eval_seconds: float,
@@ -151,8 +150,9 @@ def metrics(
 ) -> dict[str, Any]:
     """metrics.json: `facts`, how training ended, and what was measured (see docs/METRICS.md).
 
-    `outcome` is a `src.train.Outcome`, `machine` a `src.machine.Machine`.
+    `outcome` is a `src.train.Outcome`.
     """
+    machine = outcome.machine
     tokens = outcome.step * facts["batch_size"] * facts["seq_len"]
     # Earlier attempts of a resumed run trained too; their start-up is not counted.
     wall = max(wall_seconds, outcome.train_seconds + eval_seconds)

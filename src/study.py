@@ -255,7 +255,11 @@ class _Reader:
 
     def rate(self, known: Rate | None = None) -> Rate:
         """From finished runs here, else `known`, else the study file's speed, else a probe."""
-        done = [m for m in self._results.values() if m.get("train_seconds") and m.get("tokens")]
+        done = [
+            m
+            for m in self._results.values()
+            if m.get("phase") in config.PHASES and m.get("train_seconds") and m.get("tokens")
+        ]
         if done:
             last = done[-1]
             return Rate(
@@ -350,7 +354,7 @@ def summary(
         "study": Path(study.file).name,
         "complete": found.complete,
         "decisions": [*found.decisions, *_cost_decisions(study, spent, total, runbook)],
-        "aliases": [{"run": run, "alias_of": of} for run, of in found.aliases.items()],
+        "aliases": [dict(alias) for alias in found.aliased],
         "runs": [
             {
                 "stage": job.stage,

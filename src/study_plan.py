@@ -109,6 +109,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     sweeps: Mapping[Path, Mapping[str, Any]]
     assumptions: tuple[str, ...]
+    aliased: tuple[Metrics, ...]  # study.json's `aliases`: what the aggregator needs of each
     complete: bool
 
     @property
@@ -250,6 +251,7 @@ def plan(study: Study, record: Record) -> Plan:
         decisions=tuple(planner.decisions),
         sweeps=planner.sweeps,
         assumptions=tuple(planner.assumptions),
+        aliased=tuple(planner.aliased),
         complete=all((job.done or job.alias_of) and not job.assumed for job in jobs),
     )
 
@@ -297,6 +299,7 @@ class _Planner:
         self.sweeps: dict[Path, Mapping[str, Any]] = {}
         self.assumptions: list[str] = []
         self.aliases: dict[str, str] = {}
+        self.aliased: list[Metrics] = []
         self.first_with: dict[str, str] = {}  # identity -> run
         self.decided = True
         self.embedding = self._sweep(study.embedding, "rank")
@@ -354,6 +357,7 @@ class _Planner:
             may = found is None or found["status"] == "finished"
             if original != cell.name and may and own is None and not (own_baseline and is_baseline):
                 self.aliases[cell.name] = original
+                self.aliased.append(_alias(cell, original))
             self.jobs.append(
                 Job(
                     stage=stage,
@@ -863,6 +867,21 @@ class _Planner:
             f"Spearman {rho} over {found.n} cells; finishing the short runs' best alone would "
             f"have cost {found.top1_regret:.4f} nats.",
         )  # fmt: skip
+
+
+def _alias(cell: Cell, original: str) -> Metrics:
+    """The keys of metrics.json by which a cell differs from the run that stands for it."""
+    run = cell.run
+    return {
+        "run": cell.name,
+        "alias_of": original,
+        "experiment": run.experiment,
+        "sweep": cell.path.name,
+        "baseline": run.experiment == run.baseline,
+        "baseline_name": run.baseline,
+        "asked_embedding_ratio": run.model.embedding_ratio,
+        "asked_glu_expansion": run.model.glu_expansion,
+    }
 
 
 def _step_tokens(cell: Cell) -> int:

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Outcome:
     gpu_utilisation_percent: float | None  # mean of samples; None on a CPU
     peak_memory_mib: float
     device_name: str
+    machine: Machine  # as computed with: a resumed run goes on as it began
     kill_verdict: str | None  # "kill", "keep", "none"; None where the rule is not on
     kill_verdict_literal: str | None  # the PRD's rule without grace
     model: Transformer
@@ -139,9 +140,6 @@ class Trainer:
         self.skipped = 0  # consecutive fp16 steps without an update
         self.seconds_before = 0.0  # of earlier attempts
         self.begun = time.perf_counter()
-        if machine.compile:
-            for block in self.model.blocks:
-                block.compile(dynamic=False)
 
     @property
     def seconds(self) -> float:
@@ -160,6 +158,7 @@ class Trainer:
             "metrics_offset": self.directory.offset(),
             "seconds": self.seconds,
             "machine": {
+                "device": self.machine.device.type,
                 "precision": self.machine.precision,
                 "micro_batch": self.machine.micro_batch,
                 "compile": self.machine.compile,
@@ -182,6 +181,7 @@ class Trainer:
             self.directory.truncate(0)
             return False
         state, _ = found
+        self._compute_as(state["machine"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -190,6 +190,24 @@ class Trainer:
         checkpoint.restore_rng(state["rng"])
         self.directory.truncate(state["metrics_offset"])
         return True
+
+    def _compute_as(self, stored: dict[str, Any]) -> None:
+        """Go on as the checkpoint was made (another host may choose otherwise), so that the bits
+        agree; on another kind of device keep this one's choices and say so."""
+        choices = {key: value for key, value in stored.items() if key != "device"}
+        if stored["device"] != self.machine.device.type:
+            print(f"{self.run.run_name}: begun on {stored['device']}, so bits differ from here on")
+            return
+        self.machine = replace(self.machine, **choices)
+        runtime.pin_threads(self.machine.threads)
+        enabled = self.machine.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=enabled)
+
+    def compile(self) -> None:
+        """Compile each block, where that was chosen; one code serves all blocks of a shape."""
+        if self.machine.compile:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
 
     # ------------------------------------------------------------------------------ one step
 
@@ -291,6 +309,7 @@ def train(
     trainer = Trainer(run, config, data, directory, machine, digests, on_saved)
     training = run.training
     resumed = trainer.restore()
+    trainer.compile()
     steps, every = training.steps, training.eval_every_steps
     log_every = math.ceil(steps / MOST_TRAIN_ROWS)
     board = SummaryWriter(
@@ -333,7 +352,7 @@ def train(
             if trainer.step % log_every == 0 or trainer.step == steps:
                 row = _train_row(trainer, loss, norm, time.perf_counter() - begun)
                 directory.append(row)
-                _board_train(board, row, machine)
+                _board_train(board, row, trainer.machine)
             progress(trainer.step, loss)
     if stop.requested and status == "trained":  # it came too late for a step: during the last save
         status, reason = "preempted", stop.signal_name
@@ -361,6 +380,7 @@ def _outcome(
         gpu_utilisation_percent=statistics.mean(used) if used else None,
         peak_memory_mib=runtime.peak_memory_mib(device),
         device_name=runtime.device_name(device),
+        machine=trainer.machine,
         kill_verdict=verdict.kind if verdict else None,
         kill_verdict_literal=verdict.literal_kind if verdict else None,
         model=trainer.model,

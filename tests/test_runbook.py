@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -48,7 +50,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
         {"name": "v8k-tied-emb25", "embedding_ratio": 0.098, "vocab_size": 320},
     ],
 }
-STUDY = {"noise_seeds": 2, "final_seeds": 2, "finalists": 1, "corpus": "data/wikitext-2"}
+STUDY = {"noise_seeds": 2, "final_seeds": 1, "finalists": 1, "corpus": "data/wikitext-2"}
 REPORT = "# Report\n\n<!-- table:decisions --><!-- /table:decisions -->\n"
 
 
@@ -80,13 +82,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def mirror_with_instructions(root: Path) -> Path:
+    folder = build_tiny_mirror(root) / "mosaicml" / "dolly_hhrlhf" / "default"
+    folder.mkdir(parents=True)
+    columns = {"prompt": [f"say {n}:" for n in range(40)], "response": ["rain"] * 40}
+    pq.write_table(pa.table(columns), folder / "train-00000-of-00001.parquet")
+    return root
+
+
 def test_every_command_of_the_runbook_works_as_printed(
     place: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HUB_MIRROR": str(build_tiny_mirror(tmp_path_factory.mktemp("mirror"))),
+        "HUB_MIRROR": str(mirror_with_instructions(tmp_path_factory.mktemp("mirror"))),
     }  # fmt: skip
     done = subprocess.run(
         ["bash", "-euxo", "pipefail", "-c", commands()],
@@ -104,6 +114,7 @@ def test_every_command_of_the_runbook_works_as_printed(
         assert (place / name).read_bytes().startswith(b"\x89PNG")
     found = json.loads((place / "logs" / "study.json").read_text())
     assert found["complete"] is True and found["costs"]["runbook_usd"] > 0
+    assert "emb25-tuned" in finished
     assert "2 | winner" in re.sub(r" +", " ", (place / "REPORT.md").read_text())
 
 

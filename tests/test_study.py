@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -377,6 +379,20 @@ def timeless(path: Path) -> Any:
     return content
 
 
+def check_the_csv(tiny: Path) -> None:
+    """An alias is a row with its original's numbers and no cost, and is not missing."""
+    script = ROOT / "scripts" / "aggregate_results.py"
+    subprocess.run(
+        [sys.executable, str(script), "--log_dir", "whole", "--no_figures"], check=True, cwd=tiny
+    )
+    with (tiny / "results_summary.csv").open(newline="") as file:
+        found = {row["run"]: row for row in csv.DictReader(file)}
+    alias, original = found["e10-v304-tied-rank"], found["e10-rank"]
+    assert alias["dev_loss"] == original["dev_loss"] and alias["status"] == "finished"
+    assert (alias["cost_usd"], alias["sweep"]) == ("", "vocab_tying.yaml")
+    assert original["cost_usd"] and "e10-rank" in alias["reason"]
+
+
 def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) -> None:
     asked = study.load(Path("study.yaml"), log_dir="whole")
     assert study.run(asked, execute=in_process) == 0
@@ -386,6 +402,8 @@ def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) 
     assert {"1b", "2"} <= {d["phase"] for d in whole["decisions"]}
     assert (tiny / "whole" / "configs" / "vocab_tying.yaml").is_file()
     assert (tiny / "whole" / "e10-sanity" / "learning_rates.png").is_file()
+
+    check_the_csv(tiny)
 
     done: list[str] = []
     # A finished step is only read: the checks need not be done again here.

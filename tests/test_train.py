@@ -232,6 +232,18 @@ def test_a_cut_run_resumes_to_the_same_bits(reference, lab, at_step, monkeypatch
     assert_same(lab.state(), reference.state())
 
 
+def test_a_run_resumed_on_another_host_goes_on_as_it_began(reference, lab, at_step, monkeypatch):
+    """A host that would choose another micro-batch and precision takes the checkpoint's."""
+    with monkeypatch.context():
+        at_step(11, die)
+        with pytest.raises(Cut):
+            lab.train("base", "training.checkpoint_every_steps=5")
+    monkeypatch.undo()
+    lab.train(machine=replace(CPU, micro_batch=2, precision="bf16"))
+    assert lab.rows() == reference.rows()
+    assert_same(lab.state(), reference.state())
+
+
 def test_a_run_cut_three_times_resumes_to_the_same_bits(reference, lab, at_step, monkeypatch):
     for cut_at in (3, 9, 17):
         at_step(cut_at, die)

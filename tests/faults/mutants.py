@@ -236,7 +236,7 @@ def run(bench: Bench) -> list[Tally]:
             problems, caught = bite(bench, mutant)
             line.add(problems, trial=mutant.name)
             if not problems:
-                line.notes.append(f"{mutant.name}: {mutant.check}")
+                line.notes.append(f"{mutant.name} ({mutant.file}): caught by {mutant.check}")
                 seconds = time.monotonic() - begun
                 say(f"{mutant.name}: {seconds:.0f} s, {mutant.check}: {caught[:200]!r}")
     if bench.quick:

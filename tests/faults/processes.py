@@ -1,8 +1,8 @@
 """Starts runs as processes of their own, and ends them.
 
 A run costs 3 to 6 s of imports, so most of them are forks of a process that has imported
-everything and computed nothing: no thread exists that a fork would lose. A share are fresh
-processes, so that the equivalence is itself tested.
+everything and computed nothing: no thread that a run needs exists yet (an allocator's sweeper is
+all there is). A share are fresh processes, so that the equivalence is itself tested.
 """
 
 from __future__ import annotations

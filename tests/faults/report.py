@@ -14,11 +14,13 @@ import torch
 
 from tests.faults.bench import Tally
 
+MOST_NOTES = 4  # more than these stand below the table
 HEADER = ("fault", "what", "injected", "survived or detected", "seconds", "verdict")
 
 
 def _row(line: Tally) -> tuple[str, ...]:
-    what = line.what + (f" ({'; '.join(line.notes)})" if line.notes else "")
+    notes = line.notes if len(line.notes) <= MOST_NOTES else []
+    what = line.what + (f" ({'; '.join(notes)})" if notes else "")
     share = f"{100 * line.good / line.injected:.0f} %" if line.injected else "not run"
     verdict = share if line.passed else f"FAILED, {share}"
     return line.fault, what, str(line.injected), str(line.good), f"{line.seconds:.0f}", verdict
@@ -36,7 +38,14 @@ def markdown(lines: Sequence[Tally], seed: int, begun: float, quick: bool) -> st
     rows = [HEADER, ("---",) * len(HEADER), *map(_row, lines)]
     total, good = sum(line.injected for line in lines), sum(line.good for line in lines)
     rows.append(("all", "", str(total), str(good), "", "100 %" if total == good else "FAILED"))
-    return "\n".join([head, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    long = [line for line in lines if len(line.notes) > MOST_NOTES]
+    below = [
+        text
+        for line in long
+        for text in ("", f"{line.fault}, {line.what}:", "", *(f"- {note}" for note in line.notes))
+    ]
+    return "\n".join([head, "", *table, *below, ""])
 
 
 def write(directory: Path, lines: Sequence[Tally], table: str) -> None:

@@ -1,0 +1,484 @@
+"""Light instruction tuning of a finished run: loss on the answers only, same run directory rules.
+
+    python -m src.instruction_tuning --run logs/emb35 --data data/instructions
+
+Makes <log_dir>/<run>-tuned: config.yaml, metrics.jsonl, checkpoints/, final/, tuning.json (held-out
+answer loss before and after, sample generations) and, last, metrics.json with its cost.
+Exit codes as in run_experiment.py. Shapes: B examples, T tokens, N answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from src import checkpoint, config, costs, machine, runtime
+from src.config import TrainingConfig
+from src.machine import Machine
+from src.models.export import export
+from src.models.loss import chunked_cross_entropy
+from src.models.transformer import Transformer
+from src.run_dir import Held, Preemption, RunDir, write_json
+from src.train import LOSS_CHUNK, NonFinite, build_optimizer, learning_rate
+from src.trained_run import TrainedRun, load_run
+
+OK, OUR_FAULT, IO_FAILED, TRY_AGAIN, BAD_INPUT = 0, 70, 74, 75, 78
+END = 0  # <|endoftext|>: begins each prompt and ends each answer
+SAMPLES = 4
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of prompt and answer; targets before `answer_start` are not trained on."""
+
+    ids: NDArray[np.int64]
+    answer_start: int  # index into ids of the answer's first token
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What decides a tuning run beside the run it starts from."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+# ------------------------------------------------------------------------------------- examples
+
+
+def encode(tokenizer: Tokenizer, prompt: str, answer: str, context: int) -> Example:
+    """One example of at most context + 1 tokens: long answers lose their end, long prompts (which
+    then no longer fit) their beginning, so that an answer always follows its own prompt's end."""
+    head = [END, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    tail = [*tokenizer.encode(answer, add_special_tokens=False).ids, END][: max(1, context // 2)]
+    head = head[-(context + 1 - len(tail)) :]
+    return Example(np.array(head + tail, dtype=np.int64), len(head))
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a file of scripts/download_instructions.py; ValueError where it is not one."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        if not rows or not all({"prompt", "answer"} <= row.keys() for row in rows):
+            raise ValueError("rows need the keys prompt and answer")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{file}: found no such file, expected instructions; make them with: python "
+            f"scripts/download_instructions.py --output {file.parent}"
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: found no instructions ({error}); download them again") from None
+    return rows
+
+
+def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """(B, T + 1) ids padded on the right, and (B, T) whether a target belongs to an answer."""
+    width = max(len(example.ids) for example in examples)
+    tokens = torch.full((len(examples), width), END, dtype=torch.int64)
+    answers = torch.zeros(len(examples), width - 1, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.ids)] = torch.from_numpy(example.ids)
+        answers[row, example.answer_start - 1 : len(example.ids) - 1] = True
+    return tokens, answers
+
+
+class Batches:
+    """The batch of a step depends on (seed, step) alone, so a resumed run has nothing to replay."""
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
+        self._examples, self._seed = examples, seed
+        self.size = min(batch_size, len(examples))
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self._examples) // self.size
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
+
+    def __getitem__(self, step: int) -> list[Example]:
+        epoch, place = divmod(step, self.per_epoch)
+        chosen = self._order(epoch)[place * self.size : (place + 1) * self.size]
+        return [self._examples[index] for index in chosen]
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+def answer_nats(
+    model: Transformer, examples: Sequence[Example], chosen: Machine
+) -> tuple[Tensor, int]:
+    """Mean nats of the answers' tokens (differentiable) and their number."""
+    tokens, answers = (part.to(chosen.device) for part in collate(examples))
+    with chosen.autocast():
+        hidden = model.hidden(tokens[:, :-1])
+        rows = model.head.head_input(hidden)[answers]  # (N, width): prompts never reach the head
+    objective, _ = chunked_cross_entropy(
+        rows,
+        model.head.table,
+        tokens[:, 1:][answers],
+        0.0,
+        chunk=LOSS_CHUNK[chosen.device.type],
+        dtype=chosen.dtype,
+    )
+    return objective, len(rows)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Transformer, examples: Sequence[Example], chosen: Machine, batch_size: int = 16
+) -> float:
+    """Nats per answer token over all examples, every token weighing the same."""
+    total = count = 0.0
+    for start in range(0, len(examples), batch_size):
+        nats, number = answer_nats(model, examples[start : start + batch_size], chosen)
+        total, count = total + float(nats) * number, count + number
+    return total / count
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompt: Sequence[int], context: int, limit: int) -> list[int]:
+    """Greedy continuation of at most `limit` tokens, up to the end token or a full context."""
+    device = model.norm.weight.device
+    kept = list(prompt)[-(context - 1) :]
+    cache = model.new_cache(1, context)
+    logits = model(torch.tensor([kept], device=device), cache)[:, -1]
+    made: list[int] = []
+    while len(made) < limit:
+        token = int(logits.argmax())
+        if token == END:
+            break
+        made.append(token)
+        if len(kept) + len(made) >= context:
+            break
+        logits = model(torch.tensor([[token]], device=device), cache)[:, -1]
+    return made
+
+
+def samples(
+    model: Transformer, tokenizer: Tokenizer, rows: Sequence[dict[str, str]], context: int
+) -> list[str]:
+    """Answers to the first held-out prompts."""
+    model.eval()
+    texts = []
+    for row in rows[:SAMPLES]:
+        prompt = [END, *tokenizer.encode(row["prompt"], add_special_tokens=False).ids]
+        made = generate(model, prompt, context, min(SAMPLE_TOKENS, context // 2))
+        texts.append(tokenizer.decode(made))
+    return texts
+
+
+# ----------------------------------------------------------------------------------------- tuning
+
+
+def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: str) -> int:
+    """Tune `base_path` on `data_dir`, or go on with it; returns an exit code."""
+    begun = time.perf_counter()
+    rows = {name: read_rows(data_dir / f"{name}.jsonl") for name in ("train", "validation")}
+    base = load_run(base_path)
+    examples = {
+        name: [encode(base.tokenizer, r["prompt"], r["answer"], base.context) for r in part]
+        for name, part in rows.items()
+    }
+    batches = Batches(examples["train"], asked.batch_size, asked.seed)
+    training = _training(base, asked, batches)
+    resolved = _resolved(base, asked, training, data_dir)
+    digest = config.digest(resolved)
+    digests = {"config": digest, "tokenizer": base.resolved["tokenizer_sha256"],
+               "data": resolved["data_sha256"]}  # fmt: skip
+    with RunDir.open(log_dir, resolved["experiment"]) as directory:
+        directory.claim_config(resolved, digest)
+        if directory.finished() is not None:
+            print(f"{directory.path}: finished before, nothing to do")
+            return OK
+        directory.clear_failure()
+        chosen = machine.choose(training, base.model.config, log_dir, device)
+        base.model.to(chosen.device)
+        before = samples(base.model, base.tokenizer, rows["validation"], base.context)
+        try:
+            loop = _Loop(base.model, training, batches, directory, chosen, digests)
+            done = loop.run(examples["validation"])
+        except NonFinite as error:
+            directory.record_failure("NonFinite", str(error))
+            print(error, file=sys.stderr)
+            return OUR_FAULT
+        if not done:
+            print(f"{directory.path}: stopped at step {loop.step}; run me again")
+            return TRY_AGAIN
+        losses = [row["answer_loss"] for row in directory.rows("dev")]
+        after = samples(base.model, base.tokenizer, rows["validation"], base.context)
+        found = _tuning_json(base, rows["validation"], losses, before, after)
+        write_json(directory.path / "tuning.json", found)
+        tokenizer_path = base.path / "final" / "tokenizer.json"
+        export(base.model, tokenizer_path, directory.path / "final",
+               max_position_embeddings=base.context)  # fmt: skip
+        wall = max(time.perf_counter() - begun, loop.seconds)
+        directory.finish(_metrics(base, resolved, digest, loop, chosen, wall))
+        _tell(found)
+    return OK
+
+
+def _training(base: TrainedRun, asked: Asked, batches: Batches) -> TrainingConfig:
+    """The base run's recipe at the tuning's rate and length; a step counts context x batch."""
+    stated = TrainingConfig(**base.resolved["training"])
+    steps = asked.epochs * batches.per_epoch
+    return replace(
+        stated,
+        batch_size=batches.size,
+        tokens=steps * batches.size * stated.seq_len,
+        learning_rate=asked.learning_rate,
+        micro_batch=None,
+        compile="off",  # ragged batches would be compiled again and again
+    )
+
+
+def _resolved(
+    base: TrainedRun, asked: Asked, training: TrainingConfig, data_dir: Path
+) -> dict[str, Any]:
+    """config.yaml's content; the digest covers all of it."""
+    files = [data_dir / f"{name}.jsonl" for name in ("train", "validation")]
+    data = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
+    name = f"{base.path.name}-tuned"
+    return {
+        "experiment": name,
+        "baseline": name,
+        "phase": "tuning",
+        "seed": asked.seed,
+        "base": {"run": base.path.name, "config_digest": base.resolved["config_digest"]},
+        "model": base.resolved["model"],
+        "training": config.to_dict(training),
+        "tuning": config.to_dict(asked),
+        "tokenizer_sha256": base.resolved["tokenizer_sha256"],
+        "data_sha256": data.hexdigest(),
+    }
+
+
+class _Loop:
+    """Evaluate, save, stop?, step, log; everything that a checkpoint holds."""
+
+    def __init__(
+        self, model: Transformer, training: TrainingConfig, batches: Batches, directory: RunDir,
+        chosen: Machine, digests: dict[str, str],
+    ) -> None:  # fmt: skip
+        self.model, self.training, self.batches = model, training, batches
+        self.directory, self.chosen, self.digests = directory, chosen, digests
+        self.optimizer = build_optimizer(model, training)
+        self.step, self.seconds_before = 0, 0.0
+        self.begun = time.perf_counter()
+        found = checkpoint.load_latest(directory.checkpoints, digests=digests)
+        if found is None:
+            directory.truncate(0)
+            return
+        state, _ = found
+        model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds_before = state["step"], state["seconds"]
+        directory.truncate(state["metrics_offset"])
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.begun
+
+    def run(self, held_out: Sequence[Example]) -> bool:
+        """Train to the end (True) or to a signal (False)."""
+        steps, saved_at = self.training.steps, time.perf_counter()
+        with Preemption() as stop:
+            while True:
+                last = self.step == steps
+                if self.step % self.batches.per_epoch == 0 or last:
+                    self._evaluate(held_out)
+                due = time.perf_counter() - saved_at >= 60 * self.training.checkpoint_minutes
+                if due or last or stop.requested:
+                    self._save()
+                    saved_at = time.perf_counter()
+                if last or stop.requested:
+                    return last
+                self._train_step()
+
+    def _evaluate(self, held_out: Sequence[Example]) -> None:
+        rows = self.directory.rows("dev")
+        if rows and rows[-1]["step"] == self.step:
+            return
+        loss = held_out_loss(self.model, held_out, self.chosen)
+        if not math.isfinite(loss):
+            raise NonFinite(f"step {self.step}: the held-out answer loss is {loss}")
+        self.directory.append(self._row("dev", answer_loss=loss))
+
+    def _train_step(self) -> None:
+        nats, count = answer_nats(self.model, self.batches[self.step], self.chosen)
+        nats.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
+        loss, size = float(nats.detach()), float(norm)
+        if not (math.isfinite(loss) and math.isfinite(size)):
+            raise NonFinite(f"step {self.step + 1}: loss {loss}, gradient norm {size}")
+        rate = learning_rate(self.training, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_ratio"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.directory.append(
+            self._row("train", train_loss=loss, learning_rate=rate, answer_tokens=count)
+        )
+
+    def _row(self, kind: str, **values: Any) -> dict[str, Any]:
+        tokens = self.step * self.training.step_tokens
+        return {"step": self.step, "tokens": tokens, "kind": kind, **values,
+                "elapsed_s": self.seconds}  # fmt: skip
+
+    def _save(self) -> None:
+        self.directory.sync()
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "metrics_offset": self.directory.offset(),
+            "seconds": self.seconds,
+        }
+        checkpoint.save(
+            self.directory.checkpoints, state, step=self.step, digests=self.digests,
+            environment=runtime.environment_stamp(self.chosen.device),
+        )  # fmt: skip
+
+
+def _tuning_json(
+    base: TrainedRun,
+    rows: Sequence[dict[str, str]],
+    losses: Sequence[float],
+    before: Sequence[str],
+    after: Sequence[str],
+) -> dict[str, Any]:
+    return {
+        "base": base.path.name,
+        "answer_loss_before": losses[0],
+        "answer_loss_after": losses[-1],
+        "answer_loss_by_epoch": list(losses),
+        "samples": [
+            {"prompt": row["prompt"], "expected": row["answer"], "before": b, "after": a}
+            for row, b, a in zip(rows, before, after, strict=False)
+        ],
+    }
+
+
+_SHAPE_KEYS = (
+    "schema corpus total_params embedding_ratio glu_expansion vocab_size d_model n_layers n_heads "
+    "head_dim d_ff embedding_dim tie_embeddings qk_norm attention_width_ratio params_embedding "
+    "params_projection params_attention params_ffn params_norm flops_per_token"
+).split()
+
+
+def _metrics(
+    base: TrainedRun,
+    resolved: dict[str, Any],
+    digest: str,
+    loop: _Loop,
+    chosen: Machine,
+    wall: float,
+) -> dict[str, Any]:
+    """metrics.json: what the run is and what it cost. Its losses are answers', not a corpus', so
+    they stand in tuning.json alone."""
+    before = json.loads((base.path / "metrics.json").read_bytes())
+    device_name = runtime.device_name(chosen.device)
+    price = costs.price_per_hour(chosen.device.type, device_name)
+    stamp = runtime.environment_stamp(chosen.device)
+    trained = [row["train_loss"] for row in loop.directory.rows("train")]
+    training = loop.training
+    return {
+        **{key: before.get(key) for key in _SHAPE_KEYS},
+        "run": resolved["experiment"],
+        "experiment": resolved["experiment"],
+        "sweep": "instruction_tuning",
+        "baseline": False,
+        "phase": "tuning",
+        "seed": resolved["seed"],
+        "status": "finished",
+        "config_digest": digest,
+        "tokenizer_sha256": resolved["tokenizer_sha256"],
+        "data_sha256": resolved["data_sha256"],
+        "git_sha": stamp.get("git_sha"),
+        "git_dirty": stamp.get("git_dirty"),
+        "device": chosen.device.type,
+        "device_name": device_name,
+        "precision": chosen.precision,
+        "threads": chosen.threads,
+        "tokens": loop.step * training.step_tokens,
+        "steps": loop.step,
+        "batch_size": training.batch_size,
+        "seq_len": training.seq_len,
+        "learning_rate": training.learning_rate,
+        "embedding_lr_ratio": training.embedding_lr_ratio,
+        "train_loss": float(np.mean(trained[-max(1, len(trained) // 20) :])),
+        "train_seconds": loop.seconds,
+        "wall_seconds": wall,
+        "gpu_hours": wall / 3600 if chosen.device.type == "cuda" else None,
+        "cost_usd": None if price is None else wall / 3600 * price,
+    }
+
+
+def _tell(found: dict[str, Any]) -> None:
+    for sample in found["samples"]:
+        print(f"prompt: {sample['prompt'][-160:]!r}")
+        print(f"  before: {sample['before']!r}\n  after:  {sample['after']!r}")
+    print(
+        f"{found['base']}: held-out answer loss {found['answer_loss_before']:.4f} before, "
+        f"{found['answer_loss_after']:.4f} after"
+    )
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Tune a finished run on instructions.")
+    parser.add_argument("--run", type=Path, required=True, help="logs/<run>, finished")
+    parser.add_argument("--data", type=Path, required=True, help="of download_instructions.py")
+    parser.add_argument("--log_dir", type=Path, help="default: where --run lies")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=16, help="examples")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    found = parser.parse_args(arguments)
+    try:
+        for name in ("epochs", "batch_size", "learning_rate"):
+            if not getattr(found, name) > 0:
+                raise ValueError(f"--{name}: found {getattr(found, name)}, expected more than 0")
+        asked = Asked(
+            epochs=found.epochs, batch_size=found.batch_size, learning_rate=found.learning_rate,
+            seed=found.seed,
+        )  # fmt: skip
+        return tune(found.run, found.data, found.log_dir or found.run.parent, asked, found.device)
+    except Held as held:
+        print(held, file=sys.stderr)
+        return TRY_AGAIN
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        print(f"could not read or write: {error}", file=sys.stderr)
+        return IO_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
