@@ -22,10 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from files import BAD_INPUT, IO_FAILURE, Parser
 from report_tables import fill, tables
 from run_table import STATUSES, Row, read_csv, read_curve, read_rows, undocumented, write_csv
 
-BAD_INPUT, IO_ERROR = 78, 74
+OUTPUT = Path("results_summary.csv")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,16 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refuse(str(error))
     except OSError as error:
-        print(f"aggregate_results: could not read or write: {error}", file=sys.stderr)
-        return IO_ERROR
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"aggregate_results: could not read or write {what}", file=sys.stderr)
+        return IO_FAILURE
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        __doc__.split("\n\n")[0],
+        example="python scripts/aggregate_results.py --log_dir logs --output results_summary.csv",
     )
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="where the runs are")
-    parser.add_argument("--output", type=Path, default=Path("results_summary.csv"))
+    parser.add_argument(
+        "--output", type=Path, help=f"the CSV to write (default: {OUTPUT}); not with --from_csv"
+    )
     parser.add_argument(
         "--metric",
         default="perplexity",
@@ -58,7 +63,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="change nothing: exit 78 if the report is out of date"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.from_csv is not None and options.report is None:
+        parser.error(
+            "--from_csv alone makes nothing, since figures and the CSV come from run directories: "
+            "name the report to fill with --report"
+        )
+    options.output = options.output or OUTPUT
+    return options
 
 
 def _run(options: argparse.Namespace) -> int:

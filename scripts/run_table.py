@@ -30,10 +30,11 @@ COLUMNS: tuple[str, ...] = tuple(
     tokens steps epochs batch_size seq_len learning_rate embedding_lr_ratio
     kill_verdict kill_verdict_literal
     train_loss dev_loss dev_perplexity dev_bits_per_byte dev_word_perplexity
-    dev_perplexity_nonoverlapping
+    dev_perplexity_nonoverlapping dev_tokens_scored
     test_loss test_perplexity test_bits_per_byte test_word_perplexity
-    test_perplexity_nonoverlapping
-    smallbench_accuracy smallbench_accuracy_se smallbench_contaminated_items
+    test_perplexity_nonoverlapping test_tokens_scored
+    smallbench_accuracy smallbench_accuracy_se smallbench_tasks smallbench_missing_tasks
+    smallbench_limit smallbench_contaminated_items
     latency_ms_p50_l128 latency_ms_p95_l128 latency_ms_p50_low_l128 latency_ms_p50_high_l128
     latency_ms_p50_l512 latency_ms_p95_l512 latency_ms_p50_low_l512 latency_ms_p50_high_l512
     latency_full_logits_ms_p50_l128 latency_full_logits_ms_p95_l128
@@ -57,7 +58,7 @@ _TEXT = frozenset(
     """
     run path status reason experiment sweep baseline_name phase corpus tokenizer_sha256
     data_sha256 config_digest model_digest git_sha device device_name precision
-    kill_verdict kill_verdict_literal
+    kill_verdict kill_verdict_literal smallbench_missing_tasks
     """.split()
 )
 _MARKS = ("config.yaml", "metrics.json", "metrics.jsonl", "failure.json", "checkpoints")
@@ -76,17 +77,17 @@ def find_runs(log_dir: Path) -> list[Path]:
 
 
 def read_rows(log_dir: Path) -> list[Row]:
-    """One row for every run directory, every alias of study.json, and every experiment of their
-    sweeps that has neither."""
+    """One row for every run directory, every alias of study.json, and every run of their sweeps
+    that has neither."""
     rows: list[Row] = []
-    sweeps: dict[str, dict[str, Any]] = {}
+    sweeps: dict[_Plan, dict[str, Any]] = {}
     for path in find_runs(log_dir):
         config = _read_config(path)
         sweep = config.get("sweep")
         if isinstance(sweep, dict) and isinstance(sweep.get("file"), str):
-            known = sweeps.setdefault(sweep["file"], sweep)
-            if len(_names(sweep)) > len(_names(known)):
-                sweeps[sweep["file"]] = sweep
+            plan = (sweep["file"], _phase(sweep, config))
+            if _size(sweep) > _size(sweeps.setdefault(plan, sweep)):
+                sweeps[plan] = sweep
         rows.append(_read_run(path, path.relative_to(log_dir).as_posix(), config))
     rows += _aliases(log_dir / "study.json", rows)
     return rows + list(_missing(rows, sweeps))
@@ -188,25 +189,66 @@ def read_curve(path: Path) -> Curve:
     return sorted(curve.items())
 
 
-def _missing(rows: Iterable[Row], sweeps: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
-    begun = {(row.get("sweep"), row.get("experiment")) for row in rows}
-    for file, sweep in sorted(sweeps.items()):
+# A sweep's file and the phase whose runs it lists; None where config.yaml lists no seeds.
+_Plan = tuple[str, str | None]
+
+
+def _phase(sweep: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """The phase that `sweep` plans; None for a run outside it, or one that lists no seeds."""
+    phase = sweep.get("phase")
+    planned = isinstance(phase, str) and phase == config.get("phase") and _seeds(sweep)
+    return phase if planned else None
+
+
+def _missing(rows: Iterable[Row], sweeps: Mapping[_Plan, Mapping[str, Any]]) -> Iterator[Row]:
+    """Runs that a sweep lists, in a phase that was begun, and that were not begun themselves.
+
+    A sweep that lists no seeds lacks an experiment only where no run of it was begun.
+    """
+    known = list(rows)
+    begun = {tuple(row.get(k) for k in ("sweep", "phase", "experiment", "seed")) for row in known}
+    named = {(row.get("sweep"), row.get("experiment")) for row in known}
+    planned = {file for file, phase in sweeps if phase is not None}
+    for (file, phase), sweep in sorted(sweeps.items(), key=lambda item: str(item[0])):
         for name in _names(sweep):
-            if (file, name) not in begun:
-                yield {
-                    "run": name,
-                    "status": "missing",
-                    "reason": f"named in {file}, but no run of it was begun",
-                    "experiment": name,
-                    "sweep": file,
-                    "baseline": name == sweep.get("baseline"),
-                    "baseline_name": sweep.get("baseline"),
-                }
+            if phase is None:
+                if file not in planned and (file, name) not in named:
+                    yield _missing_row(file, sweep, name) | {"run": name}
+                continue
+            for seed in _seeds(sweep):
+                if (file, phase, name, seed) not in begun:
+                    own = {"run": _run_name(name, phase, seed), "phase": phase, "seed": seed}
+                    yield _missing_row(file, sweep, name) | own
+
+
+def _missing_row(file: str, sweep: Mapping[str, Any], name: str) -> Row:
+    return {
+        "status": "missing",
+        "reason": f"named in {file}, but no run of it was begun",
+        "experiment": name,
+        "sweep": file,
+        "baseline": name == sweep.get("baseline"),
+        "baseline_name": sweep.get("baseline"),
+    }
+
+
+def _run_name(experiment: str, phase: str, seed: int) -> str:
+    """As run_experiment.py names run directories."""
+    return experiment + ("-rank" if phase == "rank" else "") + (f"-seed{seed}" if seed else "")
 
 
 def _names(sweep: Mapping[str, Any]) -> list[str]:
     names = sweep.get("experiments")
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _seeds(sweep: Mapping[str, Any]) -> list[int]:
+    seeds = sweep.get("seeds")
+    return [seed for seed in seeds if isinstance(seed, int)] if isinstance(seeds, list) else []
+
+
+def _size(sweep: Mapping[str, Any]) -> int:
+    return len(_names(sweep)) * max(1, len(_seeds(sweep)))
 
 
 def _flatten(metrics: Mapping[str, Any]) -> Row:

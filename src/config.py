@@ -208,6 +208,7 @@ class Sweep:
     baseline: str
     seeds: tuple[int, ...]
     phase: str
+    states_kill_rule: bool  # in the file or by --set, not by the phase's default
     runs: tuple[RunConfig, ...]
 
     @property
@@ -455,6 +456,7 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
         baseline=baseline,
         seeds=seeds,
         phase=phase,
+        states_kill_rule=raw.get("kill_rule") is not None or "kill_rule" in forced,
         runs=runs,
     )
 
@@ -496,6 +498,8 @@ def _experiment_entries(where: str, entries: Any) -> list[dict[str, Any]]:
                 f"{here}.name: found {name!r}, expected 1 to 64 letters, digits, '.', '_' or "
                 "'-', the first a letter or digit"
             )
+        if name == "all":
+            raise ValueError(f"{here}.name: found 'all', which --exp keeps for every experiment")
         if RUN_SUFFIX.search(name):
             raise ValueError(
                 f"{here}.name: found {name!r}, expected a name that does not end like the "

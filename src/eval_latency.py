@@ -1,7 +1,10 @@
 """Latency and memory at batch size 1: prefill, decoding with a KV cache, and what they hold.
 
+    python -m src.eval_latency --run logs/glu266x
     python -m src.eval_latency --compare logs/glu4x logs/glu266x
 
+Both measure in the precision that the run was trained and measured in (the `precision` of its
+metrics.json; fp32 where it has none), unless --precision states another.
 `--compare` interleaves two runs' models in one process, so that whether the second is slower is
 decided on one machine in one run, with an interval. Counts and times are always those of the
 native model: the exported one has its factorised table folded.
@@ -29,12 +32,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from src import runtime
+from src import command_line, runtime
 from src.models.transformer import Transformer
 from src.trained_run import load_run
 
 MIB = 2**20
-# "Equal latency" is a ratio below this, fixed before any measurement (SCIENCE's protocol).
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# "Equal latency" is a ratio below this, fixed before any measurement (3 %, set in advance).
 MARGIN = 1.03
 RESAMPLES = 2_000
 
@@ -179,6 +183,7 @@ def _compiled_steps(
     """
     steps = {"decode": _graphed(_steps(model, device, cache_dtype, lengths)["decode"])}
     fast = _plain_copy(model, device)
+    torch.compiler.reset()  # or dynamo's limit of eight shapes a process leaves some eager
     for block in fast.blocks:
         block.compile(dynamic=False)
     for length in lengths:
@@ -393,25 +398,25 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="one finished run, measured alone")
     what.add_argument(
         "--compare", type=Path, nargs=2, metavar=("BASELINE", "OURS"), help="two finished runs"
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
-    parser.add_argument("--warmup", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: one a core)")
+    parser.add_argument("--precision", choices=tuple(DTYPES), help="default: the run's own")
+    at_least = command_line.at_least
+    parser.add_argument("--lengths", type=at_least(2), nargs="+", default=[128, 512])
+    parser.add_argument("--warmup", type=at_least(0), default=50)
+    parser.add_argument("--repeats", type=at_least(2), default=200)
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: one a core)")
     parser.add_argument("--compiled", action="store_true", help="CUDA: also compiled, in graphs")
     asked = parser.parse_args(arguments)
     try:
         found = _measured(asked)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 78
+    except (ValueError, OSError) as error:
+        return command_line.refuse(error)
     print(json.dumps(found, indent=2, allow_nan=False))
     return 0
 
@@ -419,23 +424,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measured(asked: argparse.Namespace) -> dict[str, Any]:
     device = runtime.choose_device(asked.device)
     runtime.pin_threads(asked.threads)
-    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    paths = asked.compare or [asked.run]
+    runs = [load_run(path) for path in paths]
+    precision = asked.precision or _own_precision(paths)
     options: dict[str, Any] = {
         "device": device,
-        "autocast_dtype": dtypes[runtime.resolve_precision(asked.precision, device)],
+        "autocast_dtype": DTYPES[runtime.resolve_precision(precision, device)],
         "lengths": asked.lengths,
         "warmup": asked.warmup,
         "repeats": asked.repeats,
     }
-    head = {"precision": asked.precision, "warmup": asked.warmup, "repeats": asked.repeats}
+    head = {"precision": precision, "warmup": asked.warmup, "repeats": asked.repeats}
     if asked.run is not None:
-        result = measure(load_run(asked.run).model, compiled=asked.compiled, **options)
+        result = measure(runs[0].model, compiled=asked.compiled, **options)
         names: dict[str, Any] = {"run": asked.run.name}
     else:
-        baseline, ours = (load_run(path).model for path in asked.compare)
+        baseline, ours = (run.model for run in runs)
         result = {"comparison": compare(ours, baseline, **options), "margin": MARGIN}
         names = {"baseline": asked.compare[0].name, "ours": asked.compare[1].name}
     return {**names, **head, **result, "environment": runtime.environment_stamp(device)}
+
+
+def _own_precision(paths: Sequence[Path]) -> str:
+    """What the runs' metrics.json say, fp32 where none does; ValueError where they disagree."""
+    stated: dict[str, Path] = {}
+    for path in paths:
+        file = path / "metrics.json"
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_bytes()).get("precision") or "fp32"
+        except (ValueError, AttributeError):
+            raise ValueError(
+                f"{file}: found no JSON object, expected a run's metrics; state --precision"
+            ) from None
+        if not isinstance(found, str) or found not in DTYPES:
+            raise ValueError(
+                f"{file}: precision: found {found!r}, expected one of {', '.join(DTYPES)}; "
+                "state --precision"
+            )
+        stated.setdefault(found, path)
+    if len(stated) > 1:
+        told = ", ".join(f"{name} of {path}" for name, path in stated.items())
+        raise ValueError(
+            f"precision: found {told}, expected one for both models of a comparison; state it "
+            "with --precision"
+        )
+    return next(iter(stated), "fp32")
 
 
 if __name__ == "__main__":

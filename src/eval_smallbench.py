@@ -1,6 +1,7 @@
 """SmallBench: zero-shot tasks described in YAML, scored by log-likelihood.
 
     python -m src.eval_smallbench --run logs/emb35            # as the run itself was evaluated
+    python -m src.eval_smallbench --run logs/emb35 --limit 20
     python -m src.eval_smallbench --run logs/emb35 --random_init
     python -m src.eval_smallbench --run logs/emb35 --full     # every row of every task
 
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from src import runtime
+from src import command_line, runtime
 from src.config import ModelConfig
 from src.models.transformer import Transformer
 from src.perplexity import LanguageModel, score_positions, windows
@@ -327,8 +328,9 @@ def evaluate(
 
     `context`: tokens that the model was trained to read; longer prompts are cut on the left and
     counted. `limit` caps the items a task, `full` lifts the task list's own n. `exclude`: rows by
-    task that the training text contains; they are dropped and counted. `items_path` receives one
-    JSON line an item. Returns "accuracy" (the mean over tasks; the members of a group are
+    task that the training text contains; they are dropped and counted. None: nothing is known of
+    the training text, nothing dropped, and the counts are None. `items_path` receives one JSON
+    line an item. Returns "accuracy" (the mean over tasks; the members of a group are
     averaged first, so that a group weighs as much as a task), "accuracy_se", "tasks" by name,
     "contaminated_items", "missing_tasks". Raises ValueError for unusable tasks or data, and for
     scores that are not numbers.
@@ -357,7 +359,10 @@ def evaluate(
     if items_path is not None:
         write_atomic(items_path, _item_lines(scored))
     rows = {
-        entry.task.name: {**entry.summary(), "contaminated": contaminated[entry.task.name]}
+        entry.task.name: {
+            **entry.summary(),
+            "contaminated": None if exclude is None else contaminated[entry.task.name],
+        }
         for entry in scored
     }
     units = _units(scored, rows)
@@ -368,7 +373,8 @@ def evaluate(
         "accuracy": float(np.mean(accuracies)) if accuracies else None,
         "accuracy_se": math.hypot(*errors) / len(errors) if known else None,
         "tasks": units,
-        "contaminated_items": sum(contaminated.values()),
+        # Without a leakage report the number is unknown, not 0.
+        "contaminated_items": None if exclude is None else sum(contaminated.values()),
         "missing_tasks": missing,
     }
 
@@ -479,10 +485,10 @@ def _group(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for key in first:
         values: list[Any] = [row.get(key) for row in rows.values()]
-        if key in ("n", "ties", "cut_prompts", "contaminated"):
-            merged[key] = sum(values)
-        elif None in values:
+        if None in values:
             merged[key] = None
+        elif key in ("n", "ties", "cut_prompts", "contaminated"):
+            merged[key] = sum(values)
         elif key == "items_sha256":
             merged[key] = hashlib.sha256("\n".join(values).encode()).hexdigest()
         elif key.endswith("_se"):
@@ -500,38 +506,46 @@ def _group(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="directory of a finished run")
     parser.add_argument("--smallbench", type=Path, help="downloaded rows (default: the run's)")
     parser.add_argument("--tasks", type=Path, help="task list (default: the run's)")
-    parser.add_argument("--limit", type=int, help="at most so many items a task")
-    parser.add_argument("--full", action="store_true", help="every row of every task")
+    parser.add_argument(
+        "--limit",
+        type=command_line.at_least(1),
+        help="at most so many items a task (default: evaluation.smallbench_limit of the run)",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="every row of every task, capped by --limit alone"
+    )
     parser.add_argument("--random_init", action="store_true", help="the same model, untrained")
     parser.add_argument("--items", type=Path, help="write one JSON line an item here")
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     try:
         found = _evaluate_run(asked)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 78
+    except (ValueError, OSError) as error:
+        return command_line.refuse(error)
     print(json.dumps(found, indent=2, allow_nan=False))
     return 0
 
 
 def _evaluate_run(asked: argparse.Namespace) -> dict[str, Any]:
-    """In float32, as a run's own SmallBench is."""
+    """In float32, as a run's own SmallBench is, on the items that the run was evaluated on."""
     device = runtime.choose_device(asked.device)
     runtime.pin_threads()
     run = load_run(asked.run, device)
     stated = run.resolved["evaluation"]
     data_dir = asked.smallbench or Path(stated["smallbench_dir"])
     listed = asked.tasks or Path(stated["smallbench_tasks"] or TASKS_FILE)
+    limit = asked.limit
+    if limit is None and not asked.full:
+        limit = stated.get("smallbench_limit")
     options: dict[str, Any] = {
         "context": run.context,
         "device": device,
         "autocast_dtype": None,
-        "limit": asked.limit,
+        "limit": limit,
         "full": asked.full,
         "exclude": run.contaminated_rows(data_dir),
         "items_path": asked.items,

@@ -76,7 +76,8 @@ def _split(
     write_atomic(run_path / f"documents_{name}.npz", packed.getbuffer())
     prefix = "dev" if name == "validation" else name
     kept = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "perplexity_nonoverlapping")
-    return {f"{prefix}_{key}": result[key] for key in kept}
+    found = {f"{prefix}_{key}": result[key] for key in kept}
+    return found | {f"{prefix}_tokens_scored": result["tokens_scored"]}
 
 
 def _smallbench(
@@ -100,7 +101,9 @@ def _smallbench(
     return {
         "smallbench_accuracy": result["accuracy"],
         "smallbench_accuracy_se": result["accuracy_se"],
-        # Without a leakage report the number is unknown, not 0.
-        "smallbench_contaminated_items": None if exclude is None else result["contaminated_items"],
+        "smallbench_tasks": len(result["tasks"]),
+        "smallbench_missing_tasks": " ".join(result["missing_tasks"]) or None,
+        "smallbench_limit": asked.smallbench_limit,
+        "smallbench_contaminated_items": result["contaminated_items"],
         "smallbench": result["tasks"],
     }

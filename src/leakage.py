@@ -25,7 +25,8 @@ def contaminated_rows(
 ) -> dict[str, set[int]] | None:
     """Rows by task to leave out; None where no report exists (nothing is known, nothing dropped).
 
-    Raises ValueError for a report of another corpus or one that cannot be read.
+    Raises ValueError for a report of another corpus, of other rows than `smallbench_dir` holds,
+    or one that cannot be read.
     """
     path = report_path(stated, smallbench_dir, corpus)
     if path is None:
@@ -34,7 +35,8 @@ def contaminated_rows(
         report = json.loads(path.read_text(encoding="utf-8"))
         found = report["corpus"]["splits"]["train"]["sha256"]
         rows = {task: set(entry["contaminated"]) for task, entry in report["tasks"].items()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        checked = {task: str(entry["sha256"]) for task, entry in report["tasks"].items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: found no readable leakage report ({error}), expected one of "
             "scripts/check_leakage.py"
@@ -45,4 +47,31 @@ def contaminated_rows(
             f"{path}: found a report on another train split ({str(found)[:12]}), expected "
             f"{str(expected)[:12]}; run scripts/check_leakage.py on this corpus"
         )
+    _check_rows(path, checked, smallbench_dir)
     return rows
+
+
+def _check_rows(path: Path, checked: Mapping[str, str], smallbench_dir: Path) -> None:
+    """Row numbers of another download would leave out the wrong rows, and none of a new task."""
+    source = smallbench_dir / "source.json"
+    try:
+        held = {
+            task: str(entry["sha256"])
+            for task, entry in json.loads(source.read_bytes())["tasks"].items()
+        }
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{source}: found no list of downloaded tasks, expected one; run python "
+            f"scripts/download_smallbench.py --output {smallbench_dir}"
+        ) from None
+    way_out = f"run python scripts/check_leakage.py --smallbench {smallbench_dir} again"
+    for task, sha256 in held.items():
+        if task not in checked:
+            raise ValueError(
+                f"{path}: tasks: found no {task}, expected every task of {source}; {way_out}"
+            )
+        if checked[task] != sha256:
+            raise ValueError(
+                f"{path}: tasks.{task}.sha256: found {checked[task][:12]}, expected "
+                f"{sha256[:12]} as in {source}, so the report is on other rows; {way_out}"
+            )

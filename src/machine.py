@@ -7,7 +7,6 @@ compared and by every resumption; whatever the config states wins.
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,14 @@ import torch
 
 from src import runtime
 from src.config import ModelConfig, TrainingConfig
+from src.preflight import compiler
 
 # Tokens of a CPU micro-batch: activations of one block stay in the cache.
 CPU_MICRO_BATCH_TOKENS = 4_096
 # Under this budget compiling (11-17 s a block shape on two cores) costs more than it gives.
 COMPILE_PAYS_TOKENS = 1_000_000
-# Activation bytes a token and layer, in units of d_model, with the FFN's share; measured on a GPU
-# by PERFORMANCE's traffic formula (62 d + 18 r d, forward and backward once each).
+# Values kept for the backward pass a token and layer, in units of d_model, the FFN's beside it:
+# an estimate from counting tensors, not yet checked on a GPU.
 _ACTIVATION_UNITS = 40
 
 
@@ -55,18 +55,18 @@ def choose(
     device = runtime.choose_device(device_asked)
 
     def decide() -> dict[str, object]:
-        threads = runtime.pin_threads(training.threads)
+        # Nothing here may depend on one run's settings: the next run of the directory reads it.
         return {
-            "threads": threads,
+            "threads": runtime.pin_threads(None),
             "precision": runtime.resolve_precision(
-                training.precision,
+                "auto",
                 device,
                 d_model=model.d_model,
                 d_ff=model.d_ff,
                 vocab_size=model.vocab_size,
             ),
             "micro_batch_tokens": _micro_batch_tokens(device, model),
-            "compile": _can_compile(device) and training.tokens >= COMPILE_PAYS_TOKENS,
+            "can_compile": _can_compile(device),
         }
 
     stored = runtime.Choices.get(log_dir, runtime.device_name(device), decide)
@@ -74,7 +74,12 @@ def choose(
     precision = str(stored["precision"])
     if training.precision != "auto":
         precision = runtime.resolve_precision(training.precision, device)
-    compiled = bool(stored["compile"]) if training.compile == "auto" else training.compile == "on"
+    pays = training.tokens >= COMPILE_PAYS_TOKENS
+    if training.compile == "auto" and pays and not stored["can_compile"]:
+        print("training.compile: no C++ compiler (on a GPU, or no Triton) found, so eager")
+    compiled = bool(stored["can_compile"]) and pays
+    if training.compile != "auto":
+        compiled = training.compile == "on"
     if training.deterministic:
         runtime.deterministic(True)
     most = max(1, int(stored["micro_batch_tokens"]) // training.seq_len)
@@ -94,15 +99,15 @@ def _largest_divisor(number: int, most: int) -> int:
 def _micro_batch_tokens(device: torch.device, model: ModelConfig) -> int:
     if device.type == "cpu":
         return CPU_MICRO_BATCH_TOKENS
-    free, _ = torch.cuda.mem_get_info(device)
+    # A quarter of the card: the PRD's loop starts three or four runs at once on one GPU.
+    _, total = torch.cuda.mem_get_info(device)
     width = _ACTIVATION_UNITS * model.d_model + 8 * model.d_ff
     bytes_per_token = 2 * model.n_layers * width + 8 * model.vocab_size
-    return int(0.5 * free / bytes_per_token)
+    return int(0.25 * total / bytes_per_token)
 
 
 def _can_compile(device: torch.device) -> bool:
     """Inductor needs a C++ compiler on a CPU and Triton on a GPU (and a C compiler for it)."""
-    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if device.type == "cpu":
-        return compiler is not None
-    return compiler is not None and importlib.util.find_spec("triton") is not None
+        return compiler() is not None
+    return compiler() is not None and importlib.util.find_spec("triton") is not None

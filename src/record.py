@@ -46,6 +46,7 @@ def resolved(
             "experiments": list(sweep.names),
             "baseline": sweep.baseline,
             "phase": sweep.phase,
+            "seeds": list(sweep.seeds),
         },
         "asked": cfg.to_dict(run.model),
         "realised": {

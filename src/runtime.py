@@ -6,6 +6,7 @@ that are compared, and a run before and after its interruption, use the same.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -167,6 +168,14 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory_mib` afresh, for the next of several runs in one process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):  # Linux only, and not in every container
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 # --- precision ----------------------------------------------------------------------------------

@@ -568,17 +568,41 @@ class _Planner:
             if result is not None and result["status"] == "failed":
                 self._decide(phase, "diverged", [name], "out", str(result.get("reason")))
             elif stated is not None and name != cell.run.baseline:
-                rule = kill_rule.KillRule(
-                    margin_ppl=stated.margin_ppl,
-                    window_tokens=stated.window_tokens,
-                    grace_tokens=stated.grace(cell.run.training.tokens),
-                )
+                rule = _rule(stated, stated.grace(cell.run.training.tokens))
                 found = kill_rule.verdict(rule, curves[cell.run.baseline], curves[name])
                 verdict = f"{found.kind}; to the PRD's letter {found.literal_kind}"
                 self._decide(
                     phase, "kill rule", [f"{name} against {cell.run.baseline}"], verdict,
                     found.reason,
                 )  # fmt: skip
+
+        self._replay_decision(phase, cells)
+
+    def _replay_decision(self, phase: str, cells: Sequence[Cell]) -> None:
+        """How often the rule would have killed a run that ended no worse than the baseline."""
+        baseline = next(cell for cell in cells if cell.run.experiment == cell.run.baseline)
+        reference = self._curve(baseline)
+        curves = {c.run.experiment: self._curve(c) for c in cells if c is not baseline}
+        complete = {
+            name: curve
+            for name, curve in curves.items()
+            if curve and reference and curve[-1][0] == reference[-1][0]
+        }
+        stated = baseline.run.kill_rule
+        if stated is None or not complete:
+            return
+        told = []
+        for label, grace in (("letter", 0), ("grace", stated.grace(baseline.run.training.tokens))):
+            found = decisions.replay_kills(reference, complete, _kills_at(stated, grace))
+            told.append(
+                f"{label}: {found.kills} kills, {found.false_kills} false, "
+                f"{found.tokens_saved:,} of {found.tokens_total:,} tokens saved"
+            )
+        self._decide(
+            phase, f"kill rule replayed, {baseline.path.name}", told, "recorded",
+            f"over the {len(complete)} cells that ran to the end; false: ended no worse than the "
+            "baseline.",
+        )  # fmt: skip
 
     # ---------------------------------------------------------------------------- phase 1b
 
@@ -867,6 +891,19 @@ class _Planner:
             f"Spearman {rho} over {found.n} cells; finishing the short runs' best alone would "
             f"have cost {found.top1_regret:.4f} nats.",
         )  # fmt: skip
+
+
+def _rule(stated: config.KillRuleConfig, grace: int) -> kill_rule.KillRule:
+    return kill_rule.KillRule(
+        margin_ppl=stated.margin_ppl, window_tokens=stated.window_tokens, grace_tokens=grace
+    )
+
+
+def _kills_at(
+    stated: config.KillRuleConfig, grace: int
+) -> Callable[[kill_rule.Curve, kill_rule.Curve], int | None]:
+    rule = _rule(stated, grace)
+    return lambda baseline, run: kill_rule.verdict(rule, baseline, run).tokens
 
 
 def _alias(cell: Cell, original: str) -> Metrics:

@@ -140,6 +140,7 @@ class Trainer:
         self.skipped = 0  # consecutive fp16 steps without an update
         self.seconds_before = 0.0  # of earlier attempts
         self.begun = time.perf_counter()
+        runtime.reset_peak_memory(machine.device)
 
     @property
     def seconds(self) -> float:
@@ -206,6 +207,7 @@ class Trainer:
     def compile(self) -> None:
         """Compile each block, where that was chosen; one code serves all blocks of a shape."""
         if self.machine.compile:
+            torch.compiler.reset()  # or the ninth shape in one process would silently run eager
             for block in self.model.blocks:
                 block.compile(dynamic=False)
 

@@ -52,11 +52,13 @@ def write_sweep(
     tokens: int = 50_000_000,
     killed: Mapping[str, float] | None = None,
     names: Sequence[str] | None = None,
+    planned_seeds: Sequence[int] | None = None,
     **overrides: Any,
 ) -> None:
     """Write a run directory for each cell and seed; `killed` maps a cell to the fraction it ran.
 
-    `names` are the experiments the sweep file lists, where more than `cells` were begun.
+    `names` are the experiments the sweep file lists, where more than `cells` were begun,
+    and `planned_seeds` its seeds, where config.yaml is to list them.
     `overrides` replace keys of every metrics.json.
     """
     for cell in cells:
@@ -69,6 +71,8 @@ def write_sweep(
                     "file": file,
                     "experiments": list(names or [c.name for c in cells]),
                     "baseline": baseline or cells[0].name,
+                    **({} if planned_seeds is None else {"seeds": list(planned_seeds)}),
+                    "phase": phase,
                 },
                 phase=phase,
                 seed=seed,
@@ -173,6 +177,7 @@ def _metrics(
             f"{split}_bits_per_byte": nats / math.log(2) / bytes_per_token,
             f"{split}_word_perplexity": math.exp(nats * 1.3),
             f"{split}_perplexity_nonoverlapping": math.exp(nats + 0.04),
+            f"{split}_tokens_scored": 250_000,
         }
 
     missing = {key: None for key in evaluated("test", 1.0)}
@@ -240,6 +245,9 @@ def _metrics(
         **(missing if killed else evaluated("test", loss + 0.02)),
         "smallbench_accuracy": None if killed else 0.52 - 0.1 * cell.gain,
         "smallbench_accuracy_se": None if killed else 0.011,
+        "smallbench_tasks": None if killed else 2,
+        "smallbench_missing_tasks": None if killed else "lambada rte",
+        "smallbench_limit": None,
         "smallbench": {}
         if killed
         else {

@@ -13,25 +13,28 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From top to bottom; modules of one row may know each other.
 ROWS = (
-    {"config"},
+    {"config", "command_line"},
     {"allocation", "costs"},
     {"run_dir", "data", "smallbench", "leakage"},
     {"models.transformer", "models.loss", "models.export"},
     {"checkpoint", "runtime", "remote", "record"},
-    {"perplexity", "kill_rule", "machine", "trained_run"},
+    {"perplexity", "kill_rule", "trained_run"},
+    {"preflight"},
+    {"machine"},
     {"train"},
     {"eval_smallbench", "eval_latency", "instruction_tuning", "sanity"},
     {"evaluation"},
+    {"execution"},
     {"decisions"},
     {"study_plan", "study"},
 )
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Decided without a file, a clock or a GPU, so without anything of ours that has one.
-PURE = {"decisions", "kill_rule", "costs"}
+PURE = {"decisions", "kill_rule"}
 # Everything before the lock: these may not cost torch's import.
 WITHOUT_TORCH = (
     "config", "allocation", "costs", "run_dir", "data", "smallbench", "leakage", "record",
-    "kill_rule",
+    "kill_rule", "command_line", "preflight", "execution",
 )  # fmt: skip
 
 

@@ -79,6 +79,27 @@ def test_a_planted_item_is_found_at_every_length(tmp_path: Path, length: int) ->
     assert contaminated_rows(None, tmp_path / "bench", other) is None
 
 
+def test_a_report_on_other_rows_than_those_here_is_refused(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    texts = {split: [words(rng, 60)] for split in ("train", "validation", "test")}
+    corpus = write_corpus(tmp_path / "corpus", texts)
+    tasks = {name: sentence_tasks(rng, 8) for name in ("one", "two")}
+    bench = write_smallbench(tmp_path / "bench", tasks)
+    report = tmp_path / "report.json"
+    check(corpus, bench, "--output", report)
+    source = json.loads((corpus / "source.json").read_bytes())
+    assert contaminated_rows(str(report), bench, source) == {"one": set(), "two": set()}
+
+    again = write_smallbench(tmp_path / "changed", tasks | {"two": sentence_tasks(rng, 8)})
+    with pytest.raises(ValueError, match=r"tasks\.two\.sha256.*check_leakage\.py.* again"):
+        contaminated_rows(str(report), again, source)
+    more = write_smallbench(tmp_path / "more", tasks | {"three": sentence_tasks(rng, 8)})
+    with pytest.raises(ValueError, match=r"found no three.*check_leakage\.py.* again"):
+        contaminated_rows(str(report), more, source)
+    with pytest.raises(ValueError, match=r"source\.json.*download_smallbench\.py"):
+        contaminated_rows(str(report), tmp_path / "absent", source)
+
+
 def test_a_long_item_is_found_by_any_13_words_of_it(tmp_path: Path) -> None:
     rng = random.Random(1)
     items = sentence_tasks(rng, 50)

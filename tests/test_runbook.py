@@ -39,7 +39,8 @@ TINY: dict[str, Any] = {
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "embed_ratio": [
         {"name": "emb35", "embedding_ratio": 0.147},
-        {"name": "emb25", "embedding_ratio": 0.098},
+        # Learns nothing, so that emb35 leads and the study finds its GLU sweep done by hand.
+        {"name": "emb25", "embedding_ratio": 0.098, "training": {"learning_rate": 1e-7}},
     ],
     "glu_expansion": [
         {"name": "glu4x", "glu_expansion": 1.5, "embedding_ratio": 0.147},

@@ -559,6 +559,10 @@ def test_a_task_without_rows_is_missing_and_not_zero(tokenizer: Tokenizer, tmp_p
     tasks = [make_task(), make_task(name="elsewhere", only_in_mirror=True)]
     result = run(ConstantModel(), tokenizer, tasks, tmp_path)
     assert result["missing_tasks"] == ["elsewhere"] and list(result["tasks"]) == ["toy"]
+    # No leakage report: how many rows the training text holds is unknown, not 0.
+    assert result["contaminated_items"] is result["tasks"]["toy"]["contaminated"] is None
+    grouped = run(ConstantModel(), tokenizer, [make_task(group="g")], tmp_path)
+    assert grouped["tasks"]["g"]["contaminated"] is None and grouped["tasks"]["g"]["n"] == 6
     gone = run(ConstantModel(), tokenizer, tasks, tmp_path, exclude={"toy": set(range(6))})
     assert gone["accuracy"] is None and gone["tasks"] == {} and gone["contaminated_items"] == 6
 

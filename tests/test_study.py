@@ -195,9 +195,12 @@ def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
         return [(t, 100.0 + b) for t, b in zip(checks, bad, strict=True)]
 
     plan, _ = simulate(prd, by_share, curve=curve)
-    (found,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45")]
+    (found,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
     assert found["verdict"] == "keep; to the PRD's letter kill"
     assert "1,250,000" in found["reason"]
+    replayed = row(plan, "kill rule replayed, embed_ratio.yaml")["numbers"]
+    assert replayed.startswith("letter: 1 kills, 1 false, 3,750,000 of 10,000,000 tokens saved")
+    assert "grace: 0 kills, 0 false" in replayed
 
 
 def test_phase_1b_trains_on_equal_bytes_and_compares_equal_documents(prd: Study) -> None:

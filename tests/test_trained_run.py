@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,37 @@ def test_smallbench_command(
     assert eval_smallbench.main([*command, "--tasks", str(TASKS_FILE)]) == 78
     assert "download_smallbench.py" in capsys.readouterr().err
 
+    # By default the items that the run itself was evaluated on.
+    resolved = yaml.safe_load((path / "config.yaml").read_text())
+    resolved["evaluation"]["smallbench_limit"] = 4
+    (path / "config.yaml").write_text(yaml.safe_dump(resolved))
+    for more, items_used in ([], 4), (["--full"], 10), (["--limit", "7"], 7):
+        assert eval_smallbench.main([*command, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["tasks"]["toy"]["n"] == items_used
+    unwritable = ["--items", str(path / "absent" / "items.jsonl")]
+    assert eval_smallbench.main([*command, *unwritable]) == 74
+    told = capsys.readouterr().err
+    assert told.startswith("could not read or write") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("main", "wrong"),
+    [
+        (eval_smallbench.main, []),
+        (eval_smallbench.main, ["--run", "x", "--limit", "-3"]),
+        (eval_latency.main, ["--run", "x", "--precision", "fp8"]),
+        (eval_latency.main, ["--run", "x", "--repeats", "1"]),
+        (eval_latency.main, ["--run", "x", "--unknown"]),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(
+    main: Callable[[list[str]], int], wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(wrong)
+    told = capsys.readouterr().err
+    assert left.value.code == 78 and told.endswith("; see --help\n") and told.count("\n") == 1
+
 
 def test_latency_command(run: tuple[Path, Transformer], capsys: pytest.CaptureFixture[str]) -> None:
     path, _ = run
@@ -112,3 +145,16 @@ def test_latency_command(run: tuple[Path, Transformer], capsys: pytest.CaptureFi
     pair = json.loads(capsys.readouterr().out)
     assert pair["comparison"]["decode"]["ratio_low"] <= pair["comparison"]["decode"]["ratio_high"]
     assert pair["margin"] == 1.03
+    assert pair["precision"] == "fp32"  # metrics.json is not there to say another
+
+    (path / "metrics.json").write_text('{"precision": "bf16"}')
+    assert eval_latency.main(["--run", str(path), *options, *threads]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == "bf16"
+    stated = ["--precision", "fp32"]
+    assert eval_latency.main(["--run", str(path), *options, *threads, *stated]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == "fp32"
+    other = path.with_name("other")
+    shutil.copytree(path, other)
+    (other / "metrics.json").write_text('{"precision": "fp32"}')
+    assert eval_latency.main(["--compare", str(path), str(other), *options, *threads]) == 78
+    assert "state it with --precision" in capsys.readouterr().err

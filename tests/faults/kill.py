@@ -13,7 +13,6 @@ QUICK_POINTS = (
     ("half a row", 3, "noise"),
     ("object half written", 1, "plain"),
     ("manifest half written", 1, "noise"),
-    ("pruned manifest, object left", 3, "plain"),
 )
 
 

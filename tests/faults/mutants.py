@@ -38,7 +38,7 @@ MUTANTS = (
             "        _write_new(temporary, data)\n        os.replace(temporary, path)\n",
             "        path.unlink(missing_ok=True)\n        _write_new(path, data)\n",
         ),),
-        "F1 first manifest half written", quick=True,
+        "F1 first manifest half written",
     ),
     Mutant(
         "nothing is fsynced", "src/run_dir.py",
@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant(
         "a bare except starts over", "src/checkpoint.py",
         (("    raise NoValidCheckpoint(\n", "    return None\n    raise NoValidCheckpoint(\n"),),
-        "F3 nothing left to trust", quick=True,
+        "F3 nothing left to trust",
     ),
     Mutant(
         "the manifest is written first", "src/checkpoint.py",
@@ -129,6 +129,11 @@ MUTANTS = (
         (("    return [path for _, path in sorted(found, reverse=True)]",
           "    return sorted((p for _, p in found), key=lambda p: -p.stat().st_mtime)"),),
         "F9 clock set back",
+    ),
+    Mutant(
+        "a resumed run computes as this host chooses", "src/train.py",
+        (('        self._compute_as(state["machine"])\n', ""),),
+        "F9 another host",
     ),
     Mutant(
         "the signal's handler exits at once", "src/run_dir.py",
@@ -223,6 +228,7 @@ def checks() -> dict[str, Check]:
         "F9 another config": damage.foreign_config,
         "F9 malicious pickle": lambda bench: odd.malicious(bench, "torch"),
         "F9 clock set back": lambda bench: odd.clock_set_back(bench, 34),
+        "F9 another host": odd.another_host,
         "F9 NaN": lambda bench: odd.not_a_number(bench, 25),
     }
 

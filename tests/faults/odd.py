@@ -44,6 +44,8 @@ def run(bench: Bench) -> list[Tally]:
             line.add(malicious(bench, form), trial=form)
     with tally(tallies, "F9", "stopped (SIGSTOP) holder of the lock") as line:
         line.add(stopped_holder(bench))
+    with tally(tallies, "F9", "resumed on a host that would choose otherwise") as line:
+        line.add(another_host(bench))
     with tally(tallies, "F9", "another run's checkpoints, another config") as line:
         line.add(damage.foreign_checkpoints(bench), trial="checkpoints of another seed")
         line.add(damage.foreign_config(bench), trial="another learning rate")
@@ -67,6 +69,21 @@ def clock_set_back(bench: Bench, step: int) -> list[str]:
     if log.read_text() != str(found[-1]["step"]):
         problems.append(f"went on from {log.read_text()}, saved was {found[-1]['step']}")
     log.unlink()
+    return problems or differences(path, bench.reference())
+
+
+def another_host(bench: Bench) -> list[str]:
+    """Interrupted at step 34; by then the host's stored choice is another micro-batch, which sums
+    in another order."""
+    logs = bench.logs("F9", "host")
+    argv, path = bench.argv(logs), logs / EXPERIMENT
+    code = start(bench, argv, [inject.signalled_at(34, signal.SIGTERM)]).wait()
+    problems = [] if code == AGAIN else [f"exit {code}, expected 75"]
+    stored = json.loads((logs / "choices.json").read_text())
+    for choices in stored.values():
+        choices["micro_batch_tokens"] = 32
+    (logs / "choices.json").write_text(json.dumps(stored))
+    problems += finish(bench, argv)
     return problems or differences(path, bench.reference())
 
 

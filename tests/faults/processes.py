@@ -90,20 +90,33 @@ def waited_s(pid: int) -> float:
         return 0.0
 
 
-def seconds_to_end(processes: dict[int, Callable[[], bool]]) -> list[tuple[float, float]]:
-    """For each process id, whose `gone()` is given: (wall seconds until then, those of them in
-    which it did not wait for a processor that others had)."""
-    begun = time.monotonic()
-    before = {pid: waited_s(pid) for pid in processes}
-    waited, ended = dict(before), dict[int, float]()
-    while len(ended) < len(processes) and time.monotonic() < begun + 60:
-        for pid, gone in processes.items():
-            waited[pid] = max(waited[pid], waited_s(pid))
-            if pid not in ended and gone():
-                ended[pid] = time.monotonic()
+def seconds_to_end(pid: int, gone: Callable[[], bool]) -> tuple[float, float]:
+    """(wall seconds until `gone()`, those of them in which the process did not wait for a
+    processor that others had)."""
+    watch = Watch(pid)
+    while not watch.look(gone()) and watch.wall < 60:
         time.sleep(0.002)
-    walls = {pid: ended.get(pid, time.monotonic()) - begun for pid in processes}
-    return [(wall, max(0.0, wall - waited[pid] + before[pid])) for pid, wall in walls.items()]
+    return watch.wall, watch.own
+
+
+class Watch:
+    """How long a process that was just signalled goes on."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.begun, self.before = pid, time.monotonic(), waited_s(pid)
+        self.waited, self.wall, self.gone = self.before, 0.0, False
+
+    def look(self, gone: bool) -> bool:
+        """Update; returns whether it has ended."""
+        if not self.gone:
+            self.waited = max(self.waited, waited_s(self.pid))
+            self.wall, self.gone = time.monotonic() - self.begun, gone
+        return self.gone
+
+    @property
+    def own(self) -> float:
+        """Seconds in which it had a processor, or waited for a disk."""
+        return max(0.0, self.wall - (self.waited - self.before))
 
 
 def preload() -> None:

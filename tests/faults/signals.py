@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults import inject
@@ -28,7 +28,7 @@ from tests.faults.bench import (
     tally,
     verified,
 )
-from tests.faults.processes import SIGNALS, finish, pause, seconds_to_end, start
+from tests.faults.processes import SIGNALS, Watch, finish, pause, seconds_to_end, start
 
 AGAIN = 75
 LIMIT_S = 5.0
@@ -63,7 +63,7 @@ def run(bench: Bench) -> list[Tally]:
         return tallies
     exits = []
     with tally(tallies, "F2", "the same under the PRD's bash loop (& and wait)") as line:
-        for round_number in range(2):
+        for round_number in range(bench.count(1, 0)):
             for number in SIGNALS:
                 name = f"loop-{signal.Signals(number).name}-{round_number}"
                 for problems in bash_loop(bench, name, number, exits):
@@ -99,7 +99,7 @@ def random_time(
             continue  # the run was finished: nothing left to interrupt
         sent = time.time()
         os.kill(child.pid, number)
-        (seconds,) = seconds_to_end({child.pid: lambda child=child: child.poll() is not None})  # type: ignore[misc]
+        seconds = seconds_to_end(child.pid, lambda child=child: child.poll() is not None)  # type: ignore[misc]
         code, result = child.wait(), path / "metrics.json"
         if result.exists() and result.stat().st_mtime <= sent:
             continue  # it was finished between the look and the signal
@@ -172,14 +172,14 @@ def bash_loop(
         config=bench.config, logs=logs,
     )  # fmt: skip
     problems: dict[str, list[str]] = {experiment: [] for experiment in LOOP_RUNS}
-    codes, seconds = loop(script, logs, number, bench.draw("F2", name))
-    exits += seconds
+    codes, watches = loop(script, logs, number, bench.draw("F2", name))
     for experiment, code in zip(LOOP_RUNS, codes, strict=True):
+        watch = watches[experiment]
+        exits.append((watch.wall, watch.own))
         output = logs.with_name(f"{logs.name}.out").read_text()
         problems[experiment] += stopped_well(logs / experiment, code, output)
-        own = max(own for _, own in seconds)
-        if bench.timed and own > LIMIT_S:
-            problems[experiment].append(f"took {own:.1f} s to exit")
+        if bench.timed and watch.own > LIMIT_S:
+            problems[experiment].append(f"took {watch.own:.1f} s to exit")
     codes, _ = loop(script, logs, None, bench.draw("F2", name))
     for experiment, code in zip(LOOP_RUNS, codes, strict=True):
         if code:
@@ -202,34 +202,35 @@ def differences_but_names(bench: Bench, path: Path) -> list[str]:
     return problems
 
 
-def _gone(pid: int) -> Callable[[], bool]:
-    return lambda: not Path(f"/proc/{pid}").exists()
-
-
 def loop(
     script: str, logs: Path, number: int | None, draw: random.Random
-) -> tuple[list[int], list[tuple[float, float]]]:
-    """(exit codes, seconds from signal to exit) of one bash loop; each run is signalled once it
-    trains, at a random time."""
+) -> tuple[list[int], dict[str, Watch]]:
+    """(exit codes, how long each went on after its signal) of one bash loop; each run is signalled
+    a random time after it began to train."""
     shell = subprocess.Popen(
         ["bash", "-c", script], stdout=subprocess.PIPE, text=True, env=clean_environment()
     )
     assert shell.stdout is not None
-    pids = [int(shell.stdout.readline()) for _ in LOOP_RUNS]
-    seconds: list[tuple[float, float]] = []
-    if number is not None:
-        records = [logs / experiment / "metrics.jsonl" for experiment in LOOP_RUNS]
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline:
-            if all(record.exists() and record.stat().st_size for record in records):
-                break
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.3))
-        for pid in pids:
-            os.kill(pid, number)
-        seconds = seconds_to_end({pid: _gone(pid) for pid in pids})
+    pids = {experiment: int(shell.stdout.readline()) for experiment in LOOP_RUNS}
+    due: dict[str, float] = {}
+    watches: dict[str, Watch] = {}
+    deadline = time.monotonic() + 240
+    while number is not None and time.monotonic() < deadline:
+        for experiment, pid in pids.items():
+            record = logs / experiment / "metrics.jsonl"
+            if experiment not in due and record.exists() and record.stat().st_size:
+                due[experiment] = time.monotonic() + draw.uniform(0, 0.3)
+            if experiment in watches:
+                watches[experiment].look(not Path(f"/proc/{pid}").exists())
+            elif experiment in due and time.monotonic() >= due[experiment]:
+                watches[experiment] = Watch(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        if len(watches) == len(pids) and all(watch.gone for watch in watches.values()):
+            break
+        time.sleep(0.002)
     output, _ = shell.communicate(timeout=300)
     codes = [int(line.split()[1]) for line in output.splitlines() if line.startswith("code")]
     if len(codes) != len(LOOP_RUNS):
         say(f"bash loop said {output!r}")
-    return codes, seconds
+    return codes, watches

@@ -1,0 +1,45 @@
+"""What the commands share: wrong arguments and refusals are one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+IO_FAILURE, BAD_INPUT = 74, 78
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes exit 78 with one sentence, like any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argument's `type`: a whole number of at least `least`."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(
+                f"found {text!r}, expected a whole number of at least {least}"
+            )
+        return value
+
+    return number
+
+
+def refuse(error: ValueError | OSError) -> int:
+    """Tell the user in one sentence; returns 74 for what could not be read or written, else 78."""
+    if not isinstance(error, OSError):
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    print(f"could not read or write {what}", file=sys.stderr)
+    return IO_FAILURE

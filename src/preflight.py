@@ -1,0 +1,100 @@
+"""Refuses, in about a second and before anything is written, what cannot work."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+from src import costs, data, kill_rule, leakage, run_dir, smallbench
+from src.allocation import Allocation
+from src.config import RunConfig, Sweep
+
+STORES = ("s3", "gs", "gcs", "abfs", "abfss", "file")
+
+
+def check(
+    run: RunConfig,
+    answer: Allocation,
+    sweep: Sweep,
+    *,
+    log_dir: Path,
+    device: str,
+    remote: str | None,
+) -> data.TokenData:
+    """The verified tokens of `run`; ValueError, one sentence, for whatever would fail later."""
+    _check_machine(run, device, remote)
+    checkpoints = log_dir / run.run_name / "checkpoints"
+    run_dir.check_disk(checkpoints, 12 * answer.params.total)  # weights, two moments; float32
+    tokens = data.load(run.token_dir, run.model.vocab_size)
+    training = run.training
+    data.Windows(
+        tokens.train.tokens, batch_size=training.batch_size, seq_len=training.seq_len, seed=0
+    )
+    data.consecutive_windows(
+        tokens.validation.tokens, limit=training.dev_token_budget, seq_len=training.seq_len
+    )
+    if sweep.states_kill_rule:
+        _check_kill_rule(run, sweep)
+    costs.price_per_hour("cpu", "")  # reads and checks the table of prices
+    if "smallbench_accuracy" in run.evaluation.metrics:
+        directory = Path(run.evaluation.smallbench_dir)
+        _check_smallbench(run.smallbench_tasks, directory, run.evaluation.smallbench_limit)
+        leakage.contaminated_rows(run.evaluation.leakage, directory, tokens.corpus)
+    return tokens
+
+
+def _check_machine(run: RunConfig, device: str, remote: str | None) -> None:
+    if remote is not None and remote.partition("://")[0] not in STORES:
+        raise ValueError(
+            f"--remote: found {remote!r}, expected an address that starts with one of "
+            f"{', '.join(f'{store}://' for store in STORES)}"
+        )
+    if run.training.compile == "on" and compiler() is None:
+        raise ValueError(
+            "training.compile: found on, but this machine has no C++ compiler (g++ or clang++); "
+            "install one, or use auto or off"
+        )
+    explicit = run.training.precision in ("bf16", "fp16")
+    if device not in ("auto", "cpu") or explicit:
+        from src import runtime  # imports torch; only where there is something to refuse
+
+        chosen = runtime.choose_device(device)
+        if explicit:
+            runtime.resolve_precision(run.training.precision, chosen)
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would find on this machine."""
+    return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+
+
+def _check_kill_rule(run: RunConfig, sweep: Sweep) -> None:
+    training, stated = run.training, run.kill_rule
+    assert stated is not None
+    rule = kill_rule.KillRule(
+        margin_ppl=stated.margin_ppl,
+        window_tokens=stated.window_tokens,
+        grace_tokens=stated.grace(training.tokens),
+    )
+    every = training.eval_every_steps * training.step_tokens
+    if not kill_rule.can_ever_fire(rule, training.steps * training.step_tokens, every):
+        raise ValueError(
+            f"{sweep.file}: kill_rule: found a rule that can never fire in "
+            f"{training.tokens:,} tokens with dev evaluations every {every:,}; expected "
+            "window_tokens and grace_tokens that fit, or no kill_rule"
+        )
+
+
+@functools.cache
+def _check_smallbench(task_list: Path, directory: Path, limit: int | None) -> None:
+    """Every item rendered once: a wrong template is found now, not after hours of training."""
+    tasks = smallbench.load_tasks(task_list)
+    if not (directory / "source.json").is_file():
+        raise ValueError(
+            f"evaluation.smallbench_dir: found no SmallBench data in {directory}; get "
+            f"it with: python scripts/download_smallbench.py --output {directory}, or "
+            "leave smallbench_accuracy out of evaluation.metrics"
+        )
+    for task in tasks:
+        smallbench.load_items(task, directory, limit=limit)

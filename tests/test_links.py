@@ -1,0 +1,48 @@
+"""Every relative link and image of the pages resolves to something in the repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "REPORT.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")]
+)
+# [text](target), ![text](target "title"), [label]: target and <img src="target">
+LINK = re.compile(
+    r'\]\(\s*<?([^)\s>]+)>?(?:\s+"[^"]*")?\s*\)|^\[[^\]]+\]:\s*(\S+)|\b(?:src|href)="([^"]+)"', re.M
+)
+CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1|`[^`\n]*`", re.M | re.S)
+
+
+def relative_links(text: str) -> list[str]:
+    """Targets without their anchors; other sites' and the page's own anchors are left out."""
+    targets = [next(filter(None, found)) for found in LINK.findall(CODE.sub("", text))]
+    local = [target for target in targets if not re.match(r"[a-z][a-z0-9+.-]*:|#|//", target)]
+    return [unquote(target.partition("#")[0]) for target in local]
+
+
+def test_links_are_found_in_every_spelling_and_not_in_code() -> None:
+    text = """
+[a](a.md) ![b](b.png "title") <img src="c.png"> [d](d.md#part)
+[`e`](e.py) and `[x](x.md)` [y](https://example.org/y.md) [z](#here)
+[f]: f.md
+```
+[w](w.md)
+```
+"""
+    assert relative_links(text) == ["a.md", "b.png", "c.png", "d.md", "e.py", "f.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_resolves(page: Path) -> None:
+    broken = []
+    for target in relative_links(page.read_text(encoding="utf-8")):
+        path = (page.parent / target).resolve()
+        if not path.is_relative_to(ROOT) or not path.exists():
+            broken.append(target)
+    assert not broken, f"{page.relative_to(ROOT)}: found links to nothing: {', '.join(broken)}"
