@@ -48,7 +48,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="where the runs are")
     parser.add_argument(
-        "--output", type=Path, help=f"the CSV to write (default: {OUTPUT}); not with --from_csv"
+        "--output", type=Path, help=f"the CSV to write (default: {OUTPUT}); unused with --from_csv"
     )
     parser.add_argument(
         "--metric",

@@ -56,14 +56,14 @@ def _entry(where: str, entry: Any) -> tuple[tuple[str, ...], float]:
     strings, price, kind = (found.get(key) for key in ("match", "usd_per_hour", "kind"))
     if not isinstance(strings, list) or not strings or not all(isinstance(s, str) for s in strings):
         raise ValueError(f"{where}.match: found {strings!r}, expected a list of texts")
-    number = isinstance(price, (int, float)) and not isinstance(price, bool)
-    if not number or not math.isfinite(price) or price < 0:
+    number = float(price) if isinstance(price, (int, float)) else math.nan
+    if isinstance(price, bool) or not math.isfinite(number) or number < 0:
         raise ValueError(
             f"{where}.usd_per_hour: found {price!r}, expected a number of dollars of at least 0"
         )
     if "kind" in found and kind not in _KINDS:
         raise ValueError(f"{where}.kind: found {kind!r}, expected one of {', '.join(_KINDS)}")
-    return tuple(string.casefold() for string in strings), float(price)
+    return tuple(string.casefold() for string in strings), number
 
 
 def _mapping(where: str, found: Any, keys: tuple[str, ...] | None = None) -> Mapping[str, Any]:

@@ -335,6 +335,10 @@ def test_no_experiments_are_refused(refusal, experiments):
     assert "expected a mapping" in refusal("experiments: [emb35]\n")
 
 
+def test_all_is_no_name(refusal):
+    assert "experiments[0].name: found 'all'" in refusal("experiments: [{name: all}]")
+
+
 def test_a_schedule_that_does_not_fit_is_refused(refusal):
     warm = refusal(EMBED_RATIO, "training.warmup_fraction=0.9999")
     assert "training.warmup_fraction: found 0.9999" in warm and "1526 of 1526 steps" in warm

@@ -55,7 +55,7 @@ def test_device_type_and_name_are_matched_together_in_the_order_of_the_table(tab
         ("devices: [", "prices.yaml"),
         ("- 1", "expected a mapping"),
         ("prices: {}", "prices.yaml.prices: found an unknown key"),
-        ("currency: EUR\ndevices: {a: %s}" % GOOD, "currency: found 'EUR', expected USD"),
+        ("currency: EUR\ndevices: {a: " + GOOD + "}", "currency: found 'EUR', expected USD"),
         ("devices: {}", "devices: found none"),
         ("as_of: x", "devices: found None"),
         ("devices: {a: 3}", "devices.a: found 3"),
@@ -68,7 +68,7 @@ def test_device_type_and_name_are_matched_together_in_the_order_of_the_table(tab
         ("devices: {a: {match: [x], usd_per_hour: true}}", "usd_per_hour: found True"),
         ("devices: {a: {match: [x], usd_per_hour: 1, kind: gift}}", "kind: found 'gift'"),
         ("devices: {a: {match: [x], usd_per_hour: 1, prize: 2}}", "devices.a.prize: found an"),
-        ("devices:\n  a: %s\n  a: %s" % (GOOD, GOOD), "'a' is there twice"),
+        (f"devices:\n  a: {GOOD}\n  a: {GOOD}", "'a' is there twice"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(table: Path, text: str, told: str) -> None:

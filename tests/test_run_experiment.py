@@ -22,6 +22,7 @@ import yaml
 import run_experiment
 from src import train
 from src.run_dir import RunDir, read_rows
+from src.trained_run import load_run
 from tests.conftest import ROOT, SWEEP, VOCAB
 from tests.test_train import assert_same, newest_state, timeless
 
@@ -356,6 +357,11 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["--set", "kill_rule.window_tokens=5_000"],
         ["kill_rule", "never fire", "5,120"],
     ),
+    "a stated kill rule that never fires in a ranking run": (
+        ["--phase", "rank", "--set", "kill_rule.window_tokens=5_000"],
+        ["kill_rule", "never fire"],
+    ),
+    "a store that nobody knows": (["--remote", "http://x/y"], ["--remote", "s3://"]),
     "a kill rule that its default grace keeps from firing": (
         ["--set", "kill_rule.window_tokens=3_700"],
         ["kill_rule", "never fire"],
@@ -403,6 +409,25 @@ def test_a_leakage_report_that_does_not_fit_is_refused_before_training(
     assert main(*arguments) == BAD_INPUT
     assert "none.json: found no readable leakage report" in capsys.readouterr().err
     assert not logs.exists()
+
+
+def test_compiling_without_a_compiler_is_refused(tiny_sweep, logs, main, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    arguments = ("--config", tiny_sweep, "--exp", "base", "--log_dir", logs)
+    assert main(*arguments, "--set", "training.compile=on") == BAD_INPUT
+    assert "no C++ compiler" in capsys.readouterr().err and not logs.exists()
+
+
+def test_a_finished_run_comes_back_whole_from_a_store(finished, tiny_sweep, tmp_path, main):
+    """A second machine with an empty disk has the results and the weights, without training."""
+    arguments = ("--config", tiny_sweep, "--exp", "base", "--remote", f"file://{tmp_path}/store")
+    assert main(*arguments, "--log_dir", tmp_path / "one") == OK
+    assert main(*arguments, "--log_dir", tmp_path / "two") == OK
+    one, two = tmp_path / "one" / "base", tmp_path / "two" / "base"
+    assert (two / "metrics.json").read_bytes() == (one / "metrics.json").read_bytes()
+    for name in ("final/model.safetensors", "documents_test.npz"):
+        assert (two / name).read_bytes() == (one / name).read_bytes()
+    assert load_run(two).model.config == load_run(one).model.config
 
 
 def test_cuda_asked_and_absent_is_refused(tiny_sweep, logs, monkeypatch, capsys):

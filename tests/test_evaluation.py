@@ -1,0 +1,57 @@
+"""What an evaluation was over stands beside its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import config, data, evaluation
+from src.config import ModelConfig
+from src.machine import Machine
+from src.models.transformer import Transformer
+from tests.test_smallbench import toy_rows, write_rows
+
+TASKS = """\
+tasks:
+- {name: toy, path: p, config: c, split: s, prompt: '{{ q }}', choices: [a, b], gold: '{{ label }}'}
+- {name: elsewhere, path: p, config: c, split: s, prompt: x, choices: [a, b], gold: '0',
+   only_in_mirror: true}
+"""
+
+
+@pytest.mark.parametrize("limit", [4, None])
+def test_tokens_tasks_and_limit_are_recorded(
+    tmp_path: Path, tiny_sweep: Path, limit: int | None
+) -> None:
+    write_rows(tmp_path / "bench", "toy", toy_rows(10))
+    (tmp_path / "tasks.yaml").write_text(TASKS)
+    stated = {
+        "metrics": "[perplexity, smallbench_accuracy]",
+        "smallbench_dir": tmp_path / "bench",
+        "smallbench_tasks": tmp_path / "tasks.yaml",
+        "smallbench_limit": limit or "null",
+        "perplexity_tokens": 500 if limit else "null",
+    }
+    overrides = [f"evaluation.{key}={value}" for key, value in stated.items()]
+    run = config.load_sweep(tiny_sweep, overrides).run("base", 0)
+    tokens = data.load(run.token_dir, run.model.vocab_size)
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8, "d_ff": 16}
+    model = Transformer(ModelConfig(vocab_size=run.model.vocab_size, **sizes))
+    machine = Machine(
+        device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1
+    )
+    found = evaluation.evaluate(run, model, tokens, machine, tmp_path)
+    assert found["smallbench_tasks"] == 1
+    assert found["smallbench_missing_tasks"] == "elsewhere"
+    assert found["smallbench_limit"] == limit
+    assert found["smallbench"]["toy"]["n"] == (limit or 10)
+    # No leakage report of this corpus is there.
+    assert found["smallbench_contaminated_items"] is None
+    assert found["smallbench"]["toy"]["contaminated"] is None
+    for prefix, split in (("dev", tokens.validation), ("test", tokens.test)):
+        whole = len(split.tokens) - len(split.documents)
+        scored = found[f"{prefix}_tokens_scored"]
+        assert scored == whole if limit is None else 400 < scored < whole

@@ -1,0 +1,82 @@
+"""What a run chooses by itself: once per log directory, whatever one run's settings were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from src import machine, runtime
+from src.config import ModelConfig, TrainingConfig
+from src.models.transformer import Block, Transformer
+from src.train import Trainer
+
+MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=1, head_dim=16, d_ff=40)
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No probe and no other thread count: what is tested is who decides."""
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(runtime, "probe", lambda **_: 2.0)
+    monkeypatch.setattr(machine, "_can_compile", lambda _: True)
+
+
+def test_one_run_does_not_choose_for_the_next(quiet: None, tmp_path: Path) -> None:
+    plain = TrainingConfig(tokens=5_000_000, threads=1)
+    stated = replace(plain, precision="fp32", micro_batch=4, tokens=100_000)
+    first = machine.choose(stated, MODEL, tmp_path, "cpu")
+    assert (first.precision, first.micro_batch, first.compile) == ("fp32", 4, False)
+    second = machine.choose(plain, MODEL, tmp_path, "cpu")
+    assert (second.precision, second.micro_batch, second.compile) == ("bf16", 32, True)
+
+
+def test_the_choice_is_kept_when_the_machine_would_choose_otherwise(
+    quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = TrainingConfig(threads=1)
+    first = machine.choose(training, MODEL, tmp_path, "cpu")
+    monkeypatch.setattr(runtime, "probe", lambda **_: 0.5)
+    assert machine.choose(training, MODEL, tmp_path, "cpu") == first
+
+
+def test_without_a_compiler_a_run_is_eager_and_says_so(
+    quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "_can_compile", lambda _: False)
+    assert not machine.choose(TrainingConfig(threads=1), MODEL, tmp_path, "cpu").compile
+    assert "so eager" in capsys.readouterr().out
+
+
+def test_the_micro_batch_divides_the_batch(quiet: None, tmp_path: Path) -> None:
+    training = TrainingConfig(batch_size=250, threads=1)
+    chosen = machine.choose(training, MODEL, tmp_path, "cpu").micro_batch
+    assert 250 % chosen == 0 and chosen * training.seq_len <= machine.CPU_MICRO_BATCH_TOKENS
+
+
+def test_more_shapes_than_dynamo_counts_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit is eight recompilations a code object; `Trainer.compile` starts a new count."""
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(1)
+        return graph.forward
+
+    compile_with = partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(Block, "compile", compile_with)
+    for d_ff in range(8, 8 * 11, 8):
+        trainer = Trainer.__new__(Trainer)
+        trainer.machine = machine.Machine(
+            device=torch.device("cpu"), precision="fp32", micro_batch=1, compile=True, threads=1
+        )
+        trainer.model = Transformer(replace(MODEL, n_layers=1, d_ff=d_ff))
+        trainer.compile()
+        with torch.no_grad():
+            trainer.model(torch.zeros(1, 4, dtype=torch.int64))
+    torch.compiler.reset()
+    assert len(compiled) == 10
