@@ -18,20 +18,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from src import allocation, config, execution
+from src.command_line import Parser
 from src.execution import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NOISE_SEEDS = 5  # ranking runs of the baseline in phase 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
-        raise SystemExit(BAD_INPUT)
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="run_experiment.py",
         description="Train and evaluate the experiments of a sweep; resumes by itself.",
         epilog="Exit codes: 0 finished, 70 our fault, 74 I/O, 75 run me again, 78 bad input.",

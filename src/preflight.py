@@ -36,7 +36,7 @@ def check(
     )
     if sweep.states_kill_rule:
         _check_kill_rule(run, sweep)
-    costs.price_per_hour("cpu", "")  # reads and checks the table of prices
+    costs.check()
     if "smallbench_accuracy" in run.evaluation.metrics:
         directory = Path(run.evaluation.smallbench_dir)
         _check_smallbench(run.smallbench_tasks, directory, run.evaluation.smallbench_limit)
