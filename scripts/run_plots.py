@@ -169,7 +169,7 @@ def _draw_curves(
 
 _MOST_NAMES = 20  # more names than this would be a legend larger than the figure
 _COSTS = (
-    ("flops_per_token", "Forward FLOPs per token (M)", 1e-6),
+    ("flops_per_token", "Training FLOPs per token (M)", 1e-6),
     ("latency_ms_p50_l128", "Median latency, batch 1, L = 128 (ms)", 1.0),
     ("latency_ms_p50_l512", "Median latency, batch 1, L = 512 (ms)", 1.0),
     ("peak_memory_mib", "Peak memory (MiB)", 1.0),
