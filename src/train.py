@@ -444,7 +444,8 @@ def _verdict(run: RunConfig, directory: RunDir, step: int) -> kill_rule.Verdict 
 
 
 def kill_rule_of(run: RunConfig) -> kill_rule.KillRule:
-    """The stated rule; grace left out means 30 % of the run's budget (SCIENCE, fact 4)."""
+    """The stated rule; grace left out means 30 % of the run's budget: earlier, two equal
+    runs differ by 0.5 PPL in a third of the checks."""
     stated = run.kill_rule
     assert stated is not None
     return kill_rule.KillRule(
