@@ -62,7 +62,8 @@ def named(bench: Bench, point: str, save: int, variant: str) -> list[str]:
 def random_times(bench: Bench, line: Tally, variant: str, kills: int, fresh: bool) -> None:
     """`kills` kills in chains of one to five, each chain one run that ends bitwise equal."""
     draw = bench.draw("F1", variant, fresh)
-    number, longest = 0, 1.2 * bench.reference_seconds(variant)
+    number = 0
+    longest = 1.2 * bench.reference_seconds(variant) if kills else 0.0
     while kills > 0:
         number += 1
         wanted = min(kills, draw.randint(1, 5))
