@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -46,3 +48,14 @@ def test_every_relative_link_resolves(page: Path) -> None:
         if not path.is_relative_to(ROOT) or not path.exists():
             broken.append(target)
     assert not broken, f"{page.relative_to(ROOT)}: found links to nothing: {', '.join(broken)}"
+
+
+def test_the_tables_of_the_report_are_those_of_the_published_csv() -> None:
+    script = str(ROOT / "scripts" / "aggregate_results.py")
+    csv = str(ROOT / "results" / "miniature" / "results_summary.csv")
+    done = subprocess.run(
+        [sys.executable, script, "--from_csv", csv, "--report", str(ROOT / "REPORT.md"), "--check"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
