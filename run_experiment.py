@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from src import allocation, config, execution
-from src.command_line import Parser
-from src.execution import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Preempted
+from src.command_line import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Parser
+from src.execution import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NOISE_SEEDS = 5  # ranking runs of the baseline in phase 0

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-IO_FAILURE, BAD_INPUT = 74, 78
+# The exit codes of every command: finished, our fault, I/O, run me again, bad input.
+OK, OUR_FAULT, IO_FAILED, TRY_AGAIN, BAD_INPUT = 0, 70, 74, 75, 78
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,4 +43,4 @@ def refuse(error: ValueError | OSError) -> int:
         return BAD_INPUT
     what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     print(f"could not read or write {what}", file=sys.stderr)
-    return IO_FAILURE
+    return IO_FAILED

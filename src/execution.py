@@ -17,11 +17,10 @@ from typing import Any
 
 from src import record
 from src.allocation import Allocation
+from src.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
 from src.config import RunConfig, Sweep
 from src.data import TokenData
 from src.run_dir import Held, RunDir, write_json
-
-OK, OUR_FAULT, IO_FAILED, TRY_AGAIN, BAD_INPUT = 0, 70, 74, 75, 78
 
 
 class Preempted(BaseException):

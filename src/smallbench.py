@@ -17,9 +17,9 @@ from typing import Any
 
 import jinja2.sandbox
 
-from src.config import parse_yaml
+from src.config import SMALLBENCH_TASKS, parse_yaml
 
-TASKS_FILE = Path(__file__).resolve().parents[1] / "configs" / "smallbench.yaml"
+TASKS_FILE = SMALLBENCH_TASKS
 METRICS = ("accuracy", "matthews", "perplexity")
 
 

@@ -23,11 +23,11 @@ import numpy as np
 import yaml
 
 from src import config, costs, study_plan
+from src.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
 from src.kill_rule import Curve
 from src.run_dir import locked, read_rows, write_atomic, write_json
 from src.study_plan import Documents, Job, Plan, Rate, Record, Source, Study
 
-OK, TRY_AGAIN, BAD_INPUT, OUR_FAULT = 0, 75, 78, 70
 SCHEMA = 1
 REPOSITORY = Path(__file__).resolve().parents[1]
 
