@@ -174,7 +174,8 @@ def _chosen(
     for seed in seeds or ():
         if not 0 <= seed < 2**31:
             raise ValueError(f"--seed: found {seed}, expected a seed from 0 to 2^31 - 1")
-    wanted = list(sweep.names) if list(names) == ["all"] else list(dict.fromkeys(names))
+    asked = sweep.names if list(names) == ["all"] else names
+    wanted = list(dict.fromkeys(run for name in asked for run in sweep.named(name)))
     wanted.sort(key=lambda name: name != sweep.baseline)
     return [sweep.run(name, seed) for name in wanted for seed in (seeds or sweep.seeds)]
 

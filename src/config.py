@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from src import rates
+
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RUN_SUFFIX = re.compile(
     r"(-rank|-sanity|-seed[0-9]+)$"
@@ -210,10 +212,16 @@ class Sweep:
     phase: str
     states_kill_rule: bool  # in the file or by --set, not by the phase's default
     runs: tuple[RunConfig, ...]
+    # Runs of each experiment that asked for a list of learning rates.
+    rates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(run.experiment for run in self.runs)
+
+    def named(self, name: str) -> tuple[str, ...]:
+        """The experiments that `name` stands for: itself, or its runs at each learning rate."""
+        return self.rates.get(name, (name,))
 
     def run(self, name: str, seed: int) -> RunConfig:
         """The cell `name` at `seed`; raises ValueError naming the nearest experiment."""
@@ -443,22 +451,48 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
     forced = _parse_overrides(overrides)
     entries = _experiment_entries(where, raw.get("experiments"))
     baseline = raw.get("baseline", entries[0]["name"])
-    names = [entry["name"] for entry in entries]
+    cells = rates.expand(where, raw, entries, forced, _rate)
+    names = [entry["name"] for entry in (*entries, *(cells.entries if cells.runs else ()))]
     if baseline not in names:
         raise ValueError(
             f"{where}baseline: found {baseline!r}, expected one of the experiments "
             f"{', '.join(names)}{_nearest(str(baseline), names)}"
         )
     seeds = _seeds(where, raw.get("seeds", [0]))
-    runs = tuple(_run(where, raw, entry, forced, baseline, phase) for entry in entries)
+    states_kill_rule = raw.get("kill_rule") is not None or "kill_rule" in forced
+    baseline = cells.runs.get(baseline, (baseline,))[0]  # at the first rate of its list
+    runs = tuple(
+        _run(where, cells.shared, entry, cells.forced, baseline, phase)
+        for entry in _experiment_entries(where, cells.entries)
+    )
+    if cells.runs:
+        runs = _without_kill_rule(where, runs, states_kill_rule)
     return Sweep(
         file=path,
         baseline=baseline,
         seeds=seeds,
         phase=phase,
-        states_kill_rule=raw.get("kill_rule") is not None or "kill_rule" in forced,
+        states_kill_rule=states_kill_rule,
         runs=runs,
+        rates=cells.runs,
     )
+
+
+def _rate(place: str, value: Any) -> float:
+    (spec,) = (s for s in dataclasses.fields(TrainingConfig) if s.name == "learning_rate")
+    return float(_checked(place, spec, value))
+
+
+def _without_kill_rule(
+    where: str, runs: tuple[RunConfig, ...], states_kill_rule: bool
+) -> tuple[RunConfig, ...]:
+    """A rate far off is a point that the fit over rates needs: nothing kills it, in any phase."""
+    if states_kill_rule:
+        raise ValueError(
+            f"{where}kill_rule: found a kill rule beside a list of learning rates, expected none: "
+            "the fit needs the runs at bad rates too; state one training.learning_rate instead"
+        )
+    return tuple(dataclasses.replace(run, kill_rule=None) for run in runs)
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -479,6 +513,9 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
             )
         section, name = dotted.split(".")
         parsed = parse_yaml(value, f"--set {dotted}")
+        if dotted == "training.learning_rate" and isinstance(parsed, list):
+            forced.setdefault(section, {})[name] = parsed  # checked with the file's own lists
+            continue
         _build(_SECTIONS[section], f"--set {section}.", {name: parsed})
         forced.setdefault(section, {})[name] = parsed
     return forced

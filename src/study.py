@@ -45,7 +45,8 @@ def load(
     sources: dict[str, Source | None] = {}
     for key in ("embedding", "glu", "vocabulary"):
         named = getattr(asked, key)
-        sources[key] = _source(Path(named)) if named is not None else None
+        every = (*asked.overrides, *overrides)
+        sources[key] = _source(Path(named), every) if named is not None else None
     embedding, glu = sources["embedding"], sources["glu"]
     assert embedding is not None and glu is not None
     return Study(
@@ -58,8 +59,13 @@ def load(
     )
 
 
-def _source(path: Path) -> Source:
-    config.load_sweep(path)  # refused here if it is not an experiment file
+def _source(path: Path, overrides: Sequence[str]) -> Source:
+    sweep = config.load_sweep(path, overrides)  # refused here if it is not an experiment file
+    if sweep.rates:
+        raise ValueError(
+            f"{path}: training.learning_rate: found a list of rates, expected one: a study ranks "
+            "shapes; run the list by itself with --config, then state the rate it points to"
+        )
     return Source(path, config.read_yaml(path, "an experiment file"))
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From top to bottom; modules of one row may know each other.
 ROWS = (
+    {"rates"},
     {"config", "command_line"},
     {"allocation", "costs"},
     {"run_dir", "data", "smallbench", "leakage"},
