@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from src import allocation, config, execution
+from src import allocation, config, costs, execution
 from src.command_line import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Parser
 from src.execution import Preempted
 
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = _chosen(sweep, arguments.exp or ["all"], arguments.seed)
         if arguments.dry_run:
             _print_plan(answers, arguments.json)
+            if not arguments.json:
+                _print_floor(answers, runs)
             return OK
         if checking and (code := _sanity(sweep, answers, arguments)) != OK:
             return code
@@ -178,6 +180,28 @@ def _chosen(
     wanted = list(dict.fromkeys(run for name in asked for run in sweep.named(name)))
     wanted.sort(key=lambda name: name != sweep.baseline)
     return [sweep.run(name, seed) for name in wanted for seed in (seeds or sweep.seeds)]
+
+
+def _print_floor(
+    answers: dict[str, allocation.Allocation], runs: Sequence[config.RunConfig]
+) -> None:
+    """What the asked runs cost at least, device by device where that is a dollar anywhere."""
+    tokens = sum(run.training.steps * run.training.step_tokens for run in runs)
+    flops = sum(
+        run.training.steps
+        * run.training.step_tokens
+        * allocation.flops_per_token(answers[run.experiment].model, run.training.seq_len)
+        for run in runs
+    )
+    print(f"\nruns: {len(runs)}, tokens: {tokens:,}, training FLOPs: {flops:.2e}")
+    floors = costs.floors(flops)
+    if max((floor.usd for floor in floors), default=0.0) < 1:
+        print("under 1 USD of training on every device of configs/prices.yaml at half its peak; "
+              "small models reach a few per cent of it")  # fmt: skip
+        return
+    print(f"training alone, at {costs.UTILISATION:.0%} of each device's peak, so at least:")
+    for floor in floors:
+        print(f"  {floor.device:<8} {floor.hours:10.2f} h {floor.usd:10.2f} USD")
 
 
 def _check_inputs(

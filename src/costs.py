@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from src.config import read_yaml
 
 TABLE = Path(__file__).resolve().parent.parent / "configs" / "prices.yaml"
 _TOP_KEYS = ("as_of", "currency", "devices")
-_KEYS = ("match", "usd_per_hour", "kind", "read_on", "source")
+_KEYS = ("match", "tflops", "usd_per_hour", "kind", "read_on", "source")
 _KINDS = ("spot", "on-demand", "marketplace")
+
+UTILISATION = 0.5  # of peak; no run of ours has come near, which makes `floors` lower bounds
 
 # (strings to look for, in lower case; USD an hour), in the order of the table
 _Prices = tuple[tuple[tuple[str, ...], float], ...]
@@ -32,6 +35,30 @@ def price_per_hour(device_type: str, device_name: str) -> float | None:
         if any(string in device for string in strings):
             return price
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What some training costs at least on one device of the table."""
+
+    device: str
+    hours: float
+    usd: float
+
+
+def floors(flops: float) -> list[Floor]:
+    """Hours and dollars of `flops` at half of each device's peak: training alone, a lower bound.
+
+    Devices without `tflops` in the table are left out. Raises ValueError as `check` does.
+    """
+    check()
+    devices = read_yaml(TABLE, "a table of prices")["devices"]
+    found = []
+    for name, entry in devices.items():
+        if "tflops" in entry:
+            hours = flops / (UTILISATION * 1e12 * entry["tflops"]) / 3600
+            found.append(Floor(name, hours, hours * entry["usd_per_hour"]))
+    return found
 
 
 def check() -> None:
@@ -61,6 +88,9 @@ def _entry(where: str, entry: Any) -> tuple[tuple[str, ...], float]:
         raise ValueError(
             f"{where}.usd_per_hour: found {price!r}, expected a number of dollars of at least 0"
         )
+    speed = found.get("tflops", 1)
+    if isinstance(speed, bool) or not isinstance(speed, (int, float)) or not 0 < speed < 1e6:
+        raise ValueError(f"{where}.tflops: found {speed!r}, expected TFLOP/s above 0")
     if "kind" in found and kind not in _KINDS:
         raise ValueError(f"{where}.kind: found {kind!r}, expected one of {', '.join(_KINDS)}")
     return tuple(string.casefold() for string in strings), number

@@ -276,7 +276,10 @@ def dry_run(*arguments: str) -> str:
 
 def test_the_dry_run_prints_the_sweep_by_block_without_torch():
     printed = dry_run("--config", "configs/embed_ratio.yaml")
-    header, *rows = printed.splitlines()
+    table, _, floor = printed.partition("\n\n")
+    assert floor.startswith("runs: 3, tokens: 150,011,904, training FLOPs: ")
+    assert "under 1 USD" in floor
+    header, *rows = table.splitlines()
     for column in ("share", "GLU", "embedding", "projection", "attention", "ffn", "norm", "total"):
         assert column in header
     assert [row.split()[0] for row in rows] == ["emb35", "emb25", "emb45"]

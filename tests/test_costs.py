@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import run_experiment
 from src import costs
 
+ROOT = Path(__file__).resolve().parents[1]
 GOOD = "{match: [H100], usd_per_hour: 2.69, kind: spot, read_on: null, source: a}"
 
 
@@ -66,6 +68,7 @@ def test_device_type_and_name_are_matched_together_in_the_order_of_the_table(tab
         ("devices: {a: {match: [x], usd_per_hour: -1}}", "usd_per_hour: found -1"),
         ("devices: {a: {match: [x], usd_per_hour: .nan}}", "usd_per_hour: found nan"),
         ("devices: {a: {match: [x], usd_per_hour: true}}", "usd_per_hour: found True"),
+        ("devices: {a: {match: [x], usd_per_hour: 1, tflops: 0}}", "devices.a.tflops: found 0"),
         ("devices: {a: {match: [x], usd_per_hour: 1, kind: gift}}", "kind: found 'gift'"),
         ("devices: {a: {match: [x], usd_per_hour: 1, prize: 2}}", "devices.a.prize: found an"),
         (f"devices:\n  a: {GOOD}\n  a: {GOOD}", "'a' is there twice"),
@@ -82,3 +85,24 @@ def test_a_table_that_cannot_be_used_is_refused(table: Path, text: str, told: st
 def test_no_table_is_refused(table: Path) -> None:
     with pytest.raises(ValueError, match="prices.yaml: found no such file, expected a table"):
         costs.check()
+
+
+def test_a_floor_is_flops_at_half_of_peak_at_the_hour_s_price(table: Path) -> None:
+    table.write_text(
+        "devices:\n"
+        "  fast: {match: [fast], tflops: 200, usd_per_hour: 2}\n"
+        "  slow: {match: [slow], usd_per_hour: 1}\n"
+    )
+    assert costs.floors(3.6e17) == [costs.Floor("fast", 1.0, 2.0)]  # 3.6e17 / 1e14 = 3,600 s
+
+
+def test_the_dry_run_of_the_transfer_shows_what_it_costs_at_least(capsys) -> None:
+    command = ["--config", str(ROOT / "configs/transfer_100m.yaml"), "--dry_run"]
+    assert run_experiment.main(command) == 0
+    whole = capsys.readouterr().out
+    assert "runs: 4, tokens: 8,000," in whole
+    h100 = next(line.split() for line in whole.splitlines() if line.split()[:1] == ["H100"])
+    # 6 FLOPs a multiplied weight and token, on about 100M weights: at least 4.8e18 in all.
+    assert 4.8e18 / (0.5 * 989e12) / 3600 < float(h100[1]) < 1.3 * 4.8e18 / (0.5 * 989e12) / 3600
+    assert run_experiment.main([*command, "--exp", "big-share25", "--seed", "0"]) == 0
+    assert "runs: 1, tokens: 2,000," in capsys.readouterr().out
