@@ -249,6 +249,10 @@ class StudyConfig:
     noise_seeds: int = _key(5, "seeds of at least 2", lambda v: v >= 2)
     final_seeds: int = _key(3, "seeds of at least 1", lambda v: v >= 1)
     finalists: int = _key(2, "a number of configurations of at least 1", lambda v: v >= 1)
+    # all: every ranking cell at the full budget too, one seed, for the rank agreement.
+    full: str = _one_of("finalists", "finalists", "all")
+    vocabulary_seeds: int = _key(1, "seeds of at least 1", lambda v: v >= 1)
+    jobs: int = _key(1, "runs at a time, from 1 to 64", lambda v: 1 <= v <= 64)
     budget_usd: float = _key(50.0, "dollars above 0", lambda v: v > 0)
     runbook_budget_usd: float = _key(150.0, "dollars above 0", lambda v: v > 0)
     # None: from earlier runs of log_dir, else from a short probe on the device.

@@ -1,7 +1,7 @@
 """Latency and memory at batch size 1: prefill, decoding with a KV cache, and what they hold.
 
     python -m src.eval_latency --run logs/glu266x
-    python -m src.eval_latency --compare logs/glu4x logs/glu266x
+    python -m src.eval_latency --compare logs/glu4x logs/glu266x [--output FILE]
 
 Both measure in the precision that the run was trained and measured in (the `precision` of its
 metrics.json; fp32 where it has none), unless --precision states another.
@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_iter
 
 from src import command_line, runtime
 from src.models.transformer import Transformer
+from src.run_dir import write_json
 from src.trained_run import load_run
 
 MIB = 2**20
@@ -412,9 +413,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=at_least(2), default=200)
     parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: one a core)")
     parser.add_argument("--compiled", action="store_true", help="CUDA: also compiled, in graphs")
+    parser.add_argument("--output", type=Path, help="a JSON file; what is there is not repeated")
     asked = parser.parse_args(arguments)
+    begun = time.perf_counter()
     try:
+        if asked.output is not None and asked.output.is_file():
+            print(f"{asked.output}: measured before, nothing to do")
+            return 0
         found = _measured(asked)
+        if asked.output is not None:
+            asked.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(asked.output, {**found, "wall_seconds": time.perf_counter() - begun})
     except (ValueError, OSError) as error:
         return command_line.refuse(error)
     print(json.dumps(found, indent=2, allow_nan=False))

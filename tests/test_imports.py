@@ -27,7 +27,14 @@ ROWS = (
     {"evaluation"},
     {"execution"},
     {"decisions"},
-    {"study_plan", "study"},
+    {"planning.cells"},
+    {"planning.ledger", "planning.costs"},
+    {"planning.ranking", "planning.vocabulary"},
+    {"planning.finals"},
+    {"study_plan"},
+    {"with_parent", "study_jobs"},
+    {"study_record"},
+    {"study"},
 )
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Decided without a file, a clock or a GPU, so without anything of ours that has one.

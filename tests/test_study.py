@@ -18,8 +18,10 @@ import pytest
 import yaml
 
 import run_experiment
-from src import config, study, study_plan
-from src.study_plan import Documents, Job, Plan, Rate, Record, Study
+from src import config, eval_latency, study, study_jobs, study_plan
+from src.planning import cells, costs
+from src.planning.cells import STAGES, Documents, Job, Plan, Record, Study
+from src.planning.costs import Rate
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = Rate(flops_per_s=1e12, overhead_s=10.0, usd_per_hour=3.6, source="the test")
@@ -41,6 +43,12 @@ def measured(job: Job, loss: float, **extra: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def comparison(ratio: float) -> dict[str, Any]:
+    """What eval_latency --compare leaves, as far as the plan reads it."""
+    row = {"ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
+    return {"comparison": {"l128": row, "l512": row}}
+
+
 SANE = {
     "passed": True, "checks": {"overfits": True}, "initial_loss": 9.68, "ln_vocab": 9.68,
     "overfit_loss": 0.09, "overfit_steps": 80, "overfit_tokens": 1024, "reason": "limits",
@@ -56,16 +64,18 @@ def simulate(
     documents: Callable[[str, str], Documents | None] = lambda run, split: None,
     curve: Callable[[Job], Any] = lambda job: (),
     until: Callable[[Plan], bool] = lambda plan: False,
+    speed: float = 1.0,
 ) -> tuple[Plan, list[str]]:
     """Follow the plan with invented results; returns the last plan and the jobs in order."""
     results: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     tokens: dict[int, int] = {}
+    compared: dict[str, Any] = {}
     checks = None
-    order = []
+    order: list[str] = []
     while True:
         record = Record(results=results, curves=curves, documents=documents, train_tokens=tokens,
-                        sanity=checks)  # fmt: skip
+                        sanity=checks, latency=compared)  # fmt: skip
         plan = study_plan.plan(asked, record)
         job = plan.next
         if job is None or until(plan):
@@ -75,6 +85,8 @@ def simulate(
             tokens[job.vocab_size] = {16_000: 2_500_000, 8_000: 2_750_000}[job.vocab_size]
         elif job.kind == "sanity":
             checks = SANE
+        elif job.kind == "latency":
+            compared[job.name] = comparison(speed)
         else:
             results[job.name] = measured(job, loss(job), **extra(job))
             curves[job.name] = curve(job)
@@ -104,8 +116,8 @@ def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: S
     assert not plan.complete and plan.decisions == ()
     assert plan.assumptions and "emb35" in plan.assumptions[0]
     trained = [job for job in plan.jobs if job.kind == "train"]
-    by_stage = {s: [j for j in trained if j.stage == s] for s in study_plan.STAGES}
-    assert [len(by_stage[s]) for s in study_plan.STAGES[:3]] == [5, 2, 4]  # emb35 is among the 5
+    by_stage = {s: [j for j in trained if j.stage == s] for s in STAGES}
+    assert [len(by_stage[s]) for s in STAGES[:3]] == [5, 2, 4]  # emb35 is among the 5
     full = by_stage["2 finals"]
     assert len(full) == 3 * 3 and all(50_000_000 <= job.tokens < 50_040_000 for job in full)
     assert all(job.assumed for job in by_stage["1 glu"] + full)
@@ -257,17 +269,106 @@ def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
 
 
 def test_no_winner_is_a_result(prd: Study) -> None:
-    def slower(job: Job) -> dict[str, Any]:
-        return {"latency_ms_p50_l512": 9.0 + 1.0 * ("glu" in job.name)}
-
-    plan, _ = simulate(prd, losses_with(0.1), extra=slower)
+    plan, _ = simulate(prd, losses_with(0.1), speed=1.11)
     assert row(plan, "winner")["verdict"] == "no winner"
-    assert "latency at L=512 +11.11%" in row(plan, "5 % lower PPL")["reason"]
-    within = simulate(
-        prd, losses_with(0.1),
-        extra=lambda job: {"latency_ms_p50_l512": 9.0 + 0.1 * ("glu" in job.name)},
-    )[0]  # fmt: skip
+    assert "latency at L=512 +11.00%" in row(plan, "5 % lower PPL")["reason"]
+    within, _ = simulate(prd, losses_with(0.1), speed=1.02)
     assert row(within, "winner")["verdict"] == "no winner; with the 3 % margin glu2x-emb25"
+
+
+def test_speed_is_compared_in_one_process_and_decides_instead_of_the_runs_own(prd: Study) -> None:
+    def slow_hour(job: Job) -> dict[str, Any]:  # every finalist's own medians are 30 % up
+        return (
+            {"latency_ms_p50_l128": 5.2, "latency_ms_p50_l512": 11.7} if "glu" in job.name else {}
+        )
+
+    plan, order = simulate(prd, losses_with(0.1), extra=slow_hour, speed=0.9)
+    assert order[-1] == "latency/glu2x-emb25-against-emb35.json"
+    assert row(plan, "winner")["verdict"] == "glu2x-emb25"
+    says = row(plan, "interleaved")
+    assert says["verdict"] == "faster"
+    assert "l128 -10.00 % (-11.00 % to -9.00 %)" in says["numbers"]
+    (job,) = (job for job in plan.jobs if job.kind == "latency")
+    line = study.command(prd, job)
+    assert line[line.index("--compare") + 1 :][:2] == ["logs/emb35", "logs/glu2x-emb25"]
+    assert line[line.index("--repeats") + 1] == "200"
+
+
+def test_a_comparison_takes_the_first_seed_that_finished(prd: Study) -> None:
+    def extra(job: Job) -> dict[str, Any]:
+        return {"status": "killed"} if job.name == "glu2x-emb25" else {}
+
+    _, order = simulate(prd, losses_with(0.1), extra=extra)
+    assert order[-1] == "latency/glu2x-emb25-seed1-against-emb35.json"
+
+
+def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
+    plan, order = simulate(prd, by_share)
+    assert "emb45" not in order and "over 2 cells" in row(plan, "short against full")["reason"]
+    whole = replace(prd, config=replace(prd.config, full="all"))
+    plan, order = simulate(whole, by_share)
+    full = {"emb25", "emb35", "emb45", *(f"glu{f}-emb25" for f in ("2x", "266x", "3x", "4x"))}
+    assert full <= set(order) | set(plan.aliases)
+    agreement = row(plan, "short against full")
+    assert "over 7 cells" in agreement["reason"] and "by chance" in agreement["reason"]
+    assert order[-1].startswith("latency/")
+    seeds = [job for job in plan.jobs if job.stage == "2 all cells"]
+    assert {job.seed for job in seeds} == {0}
+
+
+def test_more_seeds_a_vocabulary_cell_pool_and_reuse_the_noise_floor(prd: Study) -> None:
+    asked = replace(prd, config=replace(prd.config, vocabulary_seeds=2))
+
+    def loss(job: Job) -> float:
+        return 5.0 - 0.2 * ("emb35" in job.experiment) + 0.001 * job.seed
+
+    plan, order = simulate(asked, loss)
+    assert plan.aliases["emb35-v16k-tied-rank-seed1"] == "emb35-rank-seed1"
+    assert "emb35-v8k-tied-rank-seed1" in order
+    assert "2 seeds a cell" in row(plan, "shift of the best share")["reason"]
+    best = row(plan, "best share, 8000 tied")
+    assert "sqrt(1/2 + 1/2)" in best["reason"]
+
+
+# --- several at a time ----------------------------------------------------------------------
+
+
+def test_what_may_run_at_the_same_time(prd: Study) -> None:
+    def names(plan: Plan, *running: str) -> list[str]:
+        return [job.name for job in plan.ready(running)]
+
+    def asked(**known: Any) -> Plan:
+        return study_plan.plan(prd, Record(**known))
+
+    tokens = {16_000: 2_500_000, 8_000: 2_750_000}
+    assert [j.kind for j in asked().ready()] == ["tokens"]
+    (checks,) = asked(train_tokens=tokens).ready()
+    assert checks.kind == "sanity"
+    begun = asked(train_tokens=tokens, sanity=SANE)
+    seeds = ["emb35-rank", *(f"emb35-rank-seed{k}" for k in range(1, 5))]
+    assert names(begun) == seeds  # the shares wait for their baseline's curve
+    assert names(begun, "emb35-rank") == seeds[1:]
+    there = {"emb35-rank": {"status": "finished", "dev_loss": 5.0}}
+    shares = asked(train_tokens=tokens, sanity=SANE, results=there)
+    assert names(shares) == [*seeds[1:], "emb25-rank", "emb45-rank"]
+    # All shares are there, the noise floor is not: nobody knows yet whether a margin is thin.
+    there |= {f"emb{share}-rank": {"status": "finished", "dev_loss": 4.9} for share in (25, 45)}
+    waiting = asked(train_tokens=tokens, sanity=SANE, results=there)
+    assert names(waiting) == seeds[1:] and not rows(waiting, "embedding share")
+
+
+def test_a_comparison_of_speed_runs_alone_and_last(prd: Study) -> None:
+    plans: list[Plan] = []
+
+    def watch(plan: Plan) -> bool:
+        plans.append(plan)
+        return False
+
+    simulate(prd, by_share, until=watch)
+    for plan in plans:
+        ready = [job.kind for job in plan.ready()]
+        assert ready == ["latency"] or "latency" not in ready
+    assert not plans[-1].ready({"emb35"})  # something runs
 
 
 def test_a_diverged_cell_is_a_result_and_a_diverged_baseline_an_end(prd: Study) -> None:
@@ -289,7 +390,7 @@ def test_a_run_made_with_another_config_is_refused(prd: Study) -> None:
 
 def test_sweeps_of_two_budgets_are_refused(prd: Study) -> None:
     raw = {**prd.glu.raw, "model": {"total_params": 5_000_000, "vocab_size": 16_000}}
-    wrong = replace(prd, glu=study_plan.Source(prd.glu.path, raw))
+    wrong = replace(prd, glu=cells.Source(prd.glu.path, raw))
     with pytest.raises(ValueError, match="found model.total_params 5,000,000"):
         study_plan.plan(wrong, Record())
 
@@ -297,13 +398,13 @@ def test_sweeps_of_two_budgets_are_refused(prd: Study) -> None:
 def test_estimates_count_only_what_is_left(prd: Study) -> None:
     plan = study_plan.plan(prd, Record())
     job = next(job for job in plan.jobs if job.name == "emb25-rank")
-    assert study_plan.seconds(job, RATE) == pytest.approx(job.flops / 1e12 + 10)
-    assert study_plan.dollars(job, RATE) == pytest.approx(study_plan.seconds(job, RATE) / 1000)
-    assert study_plan.seconds(replace(job, done=True), RATE) == 0
-    assert study_plan.seconds(replace(job, alias_of="emb35-rank"), RATE) == 0
-    told = study_plan.table(plan, RATE, {"0 sanity": 1.25}, 50.0)
+    assert costs.seconds(job, RATE) == pytest.approx(job.flops / 1e12 + 10)
+    assert costs.dollars(job, RATE) == pytest.approx(costs.seconds(job, RATE) / 1000)
+    assert costs.seconds(replace(job, done=True), RATE) == 0
+    assert costs.seconds(replace(job, alias_of="emb35-rank"), RATE) == 0
+    told = costs.table(plan, RATE, {"0 sanity": 1.25}, 50.0)
     assert "budget_usd 50.00" in told and "spent 1.25 USD" in told and "assumed" in told
-    assert all(stage in told for stage in study_plan.STAGES)
+    assert all(stage in told for stage in STAGES if stage != "2 all cells")
 
 
 @pytest.mark.parametrize(
@@ -372,7 +473,29 @@ def in_process(line: Sequence[str]) -> int:
     """A job's command without another import of torch."""
     if line[1].endswith("run_experiment.py"):
         return run_experiment.main(line[2:])
+    if line[1:3] == ["-m", "src.eval_latency"]:
+        return eval_latency.main(line[3:])
     return subprocess.run(line, capture_output=True, timeout=100).returncode
+
+
+class Ended:
+    """A command that was run to its end before anyone asked."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def poll(self) -> int:
+        return self.code
+
+    def terminate(self) -> None:
+        pass
+
+    def wait(self) -> int:
+        return self.code
+
+
+def here(execute: Callable[[Sequence[str]], int] = in_process) -> study_jobs.Start:
+    return lambda line: Ended(execute(line))
 
 
 def timeless(path: Path) -> Any:
@@ -398,7 +521,7 @@ def check_the_csv(tiny: Path) -> None:
 
 def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) -> None:
     asked = study.load(Path("study.yaml"), log_dir="whole")
-    assert study.run(asked, execute=in_process) == 0
+    assert study.run(asked, start=here()) == 0
     whole = timeless(tiny / "whole" / "study.json")
     assert whole["complete"] is True
     assert [d for d in whole["decisions"] if d["rule"] == "winner"]
@@ -417,14 +540,14 @@ def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) 
         done.append(" ".join(line))
         return 75 if len(done) % 3 == 0 else in_process(line)
 
-    codes = []
+    codes: list[int] = []
     while not codes or codes[-1] == 75:
         assert len(codes) < 20
-        codes.append(study.run(study.load(Path("study.yaml"), log_dir="cut"), execute=cut))
+        codes.append(study.run(study.load(Path("study.yaml"), log_dir="cut"), start=here(cut)))
     assert codes[-1] == 0 and len(codes) > 3
     assert timeless(tiny / "cut" / "study.json") == whole
     before = len(done)
-    assert study.run(study.load(Path("study.yaml"), log_dir="cut"), execute=cut) == 0
+    assert study.run(study.load(Path("study.yaml"), log_dir="cut"), start=here(cut)) == 0
     assert len(done) == before  # nothing left to do
 
 
@@ -439,13 +562,13 @@ def test_the_study_stops_before_the_money_is_spent(
         begun.append(" ".join(line))
         return in_process(line)
 
-    assert study.run(study.load(Path("study.yaml")), execute=execute) == 78
+    assert study.run(study.load(Path("study.yaml")), start=here(execute)) == 78
     assert not any("run_experiment" in line for line in begun)  # making tokens costs nothing
     assert "budget_usd" in capsys.readouterr().err
 
 
 def test_an_error_of_a_job_is_the_studys(tiny: Path) -> None:
-    assert study.run(study.load(Path("study.yaml")), execute=lambda line: 74) == 74
+    assert study.run(study.load(Path("study.yaml")), start=here(lambda line: 74)) == 74
 
 
 def test_the_command_line_prints_the_plan_and_touches_nothing(
