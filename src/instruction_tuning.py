@@ -31,10 +31,9 @@ from src import checkpoint, config, costs, machine, runtime
 from src.config import TrainingConfig
 from src.machine import Machine
 from src.models.export import export
-from src.models.loss import chunked_cross_entropy
 from src.models.transformer import Transformer
 from src.run_dir import Held, Preemption, RunDir, write_json
-from src.train import LOSS_CHUNK, NonFinite, build_optimizer, learning_rate
+from src.train import NonFinite, build_optimizer, learning_rate, next_token_loss
 from src.trained_run import TrainedRun, load_run
 
 OK, OUR_FAULT, IO_FAILED, TRY_AGAIN, BAD_INPUT = 0, 70, 74, 75, 78
@@ -130,18 +129,9 @@ def answer_nats(
 ) -> tuple[Tensor, int]:
     """Mean nats of the answers' tokens (differentiable) and their number."""
     tokens, answers = (part.to(chosen.device) for part in collate(examples))
-    with chosen.autocast():
-        hidden = model.hidden(tokens[:, :-1])
-        rows = model.head.head_input(hidden)[answers]  # (N, width): prompts never reach the head
-    objective, _ = chunked_cross_entropy(
-        rows,
-        model.head.table,
-        tokens[:, 1:][answers],
-        0.0,
-        chunk=LOSS_CHUNK[chosen.device.type],
-        dtype=chosen.dtype,
-    )
-    return objective, len(rows)
+    # Prompts never reach the head.
+    objective, _ = next_token_loss(model, tokens, chosen, 0.0, scored=answers)
+    return objective, int(answers.sum())
 
 
 @torch.no_grad()

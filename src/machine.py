@@ -17,7 +17,7 @@ from src.config import ModelConfig, TrainingConfig
 from src.preflight import compiler
 
 # Tokens of a CPU micro-batch: activations of one block stay in the cache.
-CPU_MICRO_BATCH_TOKENS = 4_096
+CPU_MICRO_BATCH_TOKENS = 2_048
 # Under this budget compiling (11-17 s a block shape on two cores) costs more than it gives.
 COMPILE_PAYS_TOKENS = 1_000_000
 # Values kept for the backward pass a token and layer, in units of d_model, the FFN's beside it:

@@ -28,10 +28,9 @@ from src.allocation import Allocation
 from src.config import RunConfig, TrainingConfig
 from src.data import TokenData, Windows
 from src.machine import Machine
-from src.models.loss import chunked_cross_entropy
 from src.models.transformer import Transformer
 from src.run_dir import locked, write_json
-from src.train import LOSS_CHUNK, build_model, build_optimizer
+from src.train import build_model, build_optimizer, next_token_loss
 
 OVERFIT_TOKENS = 1_024
 OVERFIT_LOSS = 0.1  # nats a token
@@ -61,26 +60,12 @@ class Stepper:
         self.model: Transformer = build_model(answer.model, seed).to(chosen.device)
         self.optimizer = build_optimizer(self.model, self.training)
 
-    def loss(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T + 1) -> objective and mean nats."""
-        with self.chosen.autocast():
-            hidden = self.model.hidden(tokens[:, :-1])
-            rows = self.model.head.head_input(hidden).flatten(0, 1)
-        return chunked_cross_entropy(
-            rows,
-            self.model.head.table,
-            tokens[:, 1:].flatten(),
-            self.training.z_loss,
-            chunk=LOSS_CHUNK[self.chosen.device.type],
-            dtype=self.chosen.dtype,
-        )
-
     def step(self, batch: Tensor, rate: float) -> float:
         """One update on (B, T + 1); returns the batch's nats before it."""
         parts = batch.to(self.chosen.device).split(self.chosen.micro_batch)
         total = torch.zeros((), device=self.chosen.device)
         for part in parts:
-            objective, nats = self.loss(part)
+            objective, nats = next_token_loss(self.model, part, self.chosen, self.training.z_loss)
             (objective * len(part) / len(batch)).backward()
             total += nats * len(part) / len(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
@@ -97,7 +82,8 @@ class Stepper:
 def initial_loss(stepper: Stepper, batch: Tensor) -> float:
     """Nats of the untrained model; close to ln V, or the initialisation prefers some tokens."""
     with torch.no_grad():
-        _, nats = stepper.loss(batch[: stepper.chosen.micro_batch].to(stepper.chosen.device))
+        first = batch[: stepper.chosen.micro_batch].to(stepper.chosen.device)
+        _, nats = next_token_loss(stepper.model, first, stepper.chosen, stepper.training.z_loss)
     return float(nats)
 
 

@@ -99,6 +99,30 @@ def build_optimizer(model: Transformer, training: TrainingConfig) -> torch.optim
     )
 
 
+def next_token_loss(
+    model: Transformer,
+    tokens: Tensor,
+    machine: Machine,
+    z_loss: float,
+    scored: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(B, T + 1) -> objective and mean nats over the targets that `scored` (B, T) picks, or all."""
+    targets = tokens[:, 1:]
+    with machine.autocast():
+        hidden = model.hidden(tokens[:, :-1])  # (B, T, D)
+        picked = hidden.flatten(0, 1) if scored is None else hidden[scored]  # (N, D)
+        rows = model.head.head_input(picked)  # (N, D or E)
+    return chunked_cross_entropy(
+        rows,
+        model.head.table,
+        targets.flatten() if scored is None else targets[scored],
+        z_loss,
+        chunk=LOSS_CHUNK[machine.device.type],
+        dtype=machine.dtype,
+        compiled=machine.compile,
+    )
+
+
 def learning_rate(training: TrainingConfig, step: int) -> float:
     """Linear warm-up, then linear to zero (arXiv 2502.15938) over the run's own budget."""
     warmup, steps = training.warmup_steps, training.steps
@@ -213,20 +237,6 @@ class Trainer:
 
     # ------------------------------------------------------------------------------ one step
 
-    def loss(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T + 1) -> objective and mean nats of the micro-batch."""
-        with self.machine.autocast():
-            hidden = self.model.hidden(tokens[:, :-1])
-            rows = self.model.head.head_input(hidden).flatten(0, 1)  # (N, D or E)
-        return chunked_cross_entropy(
-            rows,
-            self.model.head.table,
-            tokens[:, 1:].flatten(),
-            self.training.z_loss,
-            chunk=LOSS_CHUNK[self.machine.device.type],
-            dtype=self.machine.dtype,
-        )
-
     def accumulate(self) -> Tensor:
         """Gradients of one step's whole batch; returns its mean nats."""
         device = self.machine.device
@@ -236,7 +246,9 @@ class Trainer:
         parts = batch.split(self.machine.micro_batch)
         nats = torch.zeros((), device=device)
         for part in parts:
-            objective, part_nats = self.loss(part)
+            objective, part_nats = next_token_loss(
+                self.model, part, self.machine, self.training.z_loss
+            )
             self.scaler.scale(objective / len(parts)).backward()
             nats += part_nats / len(parts)
         return nats

@@ -13,7 +13,13 @@ import torch
 from src.allocation import allocate
 from src.config import ModelConfig, load_sweep
 from src.models.loss import chunked_cross_entropy
-from src.models.transformer import Transformer, rope_tables, rotate
+from src.models.transformer import (
+    CPU_FLOAT32_ATTENTION,
+    Transformer,
+    causal_attention,
+    rope_tables,
+    rotate,
+)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG = ModelConfig(vocab_size=61, d_model=32, n_layers=3, n_heads=3, head_dim=16, d_ff=72)
@@ -212,3 +218,38 @@ def test_autocast_stays_near_float32(dtype):
             rough = model(tokens)
     # bf16 keeps 8 bits: 0.4 % a product, some of them in a row.
     assert float((rough - exact).abs().max()) < 0.03 * float(exact.abs().max()) + 0.01
+
+
+@pytest.mark.parametrize("length", [1, 17, CPU_FLOAT32_ATTENTION + 1])
+@pytest.mark.parametrize("low", [False, True])
+def test_attention_equals_softmax_written_out(length, low):
+    """Also under autocast, where short sequences of a CPU stay in float32."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 2, length, 8)
+    dtype = torch.bfloat16 if low else torch.float32
+    parts = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+    upstream = torch.randn(shape, generator=generator)
+
+    def value_and_gradients(attention):
+        q, k, v = (part.float().requires_grad_() for part in parts)
+        y = attention(q, k, v).float()
+        return y.detach(), *torch.autograd.grad((y * upstream).sum(), (q, k, v))
+
+    def fast(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return causal_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+
+    def written_out(q, k, v):
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        scores = (q @ k.mT / 8**0.5).masked_fill(future, float("-inf"))
+        return scores.softmax(-1) @ v
+
+    exact = not low or length <= CPU_FLOAT32_ATTENTION
+    for ours, theirs in zip(
+        value_and_gradients(fast), value_and_gradients(written_out), strict=True
+    ):
+        if exact and not low:
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        else:  # gradients are rounded to bf16 on their way back through the casts
+            bound = 0.01 if exact else 0.03
+            assert float((ours - theirs).norm()) <= bound * float(theirs.norm())

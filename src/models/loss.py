@@ -5,6 +5,9 @@ Shapes: N rows (tokens), E width of the head's input, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +27,27 @@ def plain_cross_entropy(
     return nats + z_loss * log_z.square().mean(), nats.detach()
 
 
+def _row_gradient(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(chunk, V) of any type, (chunk, 1) -> gradient in that type, summed nats, summed log_z^2.
+
+    Float32 logits are overwritten. The gradient is N * d objective / d logits =
+    softmax * (1 + 2 z log_z) - onehot: the division by N waits for `backward`, because here it
+    would underflow in float16. Compiled, a row stays in the cache through all passes.
+    """
+    dtype, logits = logits.dtype, logits.float()
+    log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+    nats = (log_z - logits.gather(1, target)).sum()
+    squares = log_z.square().sum()
+    logits.sub_(log_z).exp_().mul_(1 + 2 * z_loss * log_z)
+    logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
+    return logits.to(dtype), nats, squares
+
+
+@cache
+def _compiled_row_gradient() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_row_gradient, dynamic=False)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradient during the forward pass, one chunk of rows at a time.
 
@@ -41,6 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         chunk: int,
         dtype: torch.dtype,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         n = hidden.shape[0]
         weight = table.to(dtype)
@@ -52,16 +77,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, n, chunk):
             part = rows[start : start + chunk]
             target = targets[start : start + chunk, None]
-            logits = F.linear(part, weight).float()  # (chunk, V)
-            log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-            lost = (log_z - logits.gather(1, target)).sum()
-            nats += lost
-            objective += lost + z_loss * log_z.square().sum()
-            # N * d objective / d logits = softmax * (1 + 2 z log_z) - onehot. The division by N
-            # waits for `backward`: here it would underflow in float16.
-            logits.sub_(log_z).exp_().mul_(1 + 2 * z_loss * log_z)
-            logits.scatter_add_(1, target, torch.full_like(log_z, -1.0))
-            grad = logits.to(dtype)
+            # A shorter last chunk runs eager: its shape would be compiled for itself alone.
+            whole = compiled and part.shape[0] == chunk
+            row_gradient = _compiled_row_gradient() if whole else _row_gradient
+            grad, part_nats, squares = row_gradient(F.linear(part, weight), target, z_loss)
+            nats += part_nats
+            objective += part_nats + z_loss * squares
             torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
             grad_table += grad.T @ part
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_table.to(table.dtype))
@@ -74,7 +95,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_objective, _grad_nats):
         grad_hidden, grad_table = ctx.saved_tensors
         scale = grad_objective / ctx.rows
-        return grad_hidden * scale, grad_table * scale, None, None, None, None
+        return grad_hidden * scale, grad_table * scale, None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -85,6 +106,10 @@ def chunked_cross_entropy(
     *,
     chunk: int = 256,
     dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `plain_cross_entropy`, `chunk` rows at a time, matrix products in `dtype`."""
-    return _ChunkedCrossEntropy.apply(hidden, table, targets, z_loss, chunk, dtype)
+    """As `plain_cross_entropy`, `chunk` rows at a time, matrix products in `dtype`.
+
+    compiled: the passes over the logits between the products are one kernel.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, table, targets, z_loss, chunk, dtype, compiled)

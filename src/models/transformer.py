@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from src.config import ModelConfig
 
+# Longest sequence whose attention a CPU computes in float32.
+CPU_FLOAT32_ATTENTION = 512
+
 
 class KVCache:
     """Keys and values of all layers for incremental decoding; `length` tokens are valid."""
@@ -68,6 +71,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, H, T, K) each -> (B, H, T, K), every position attending to itself and its past.
+
+    On a CPU short sequences are computed in float32 whatever the autocast: the backward pass of
+    PyTorch's bf16 kernel takes 2.4 times as long at T = 128, K = 32 and 3.8 times at K = 16; at
+    T = 512 they are equal, beyond it bf16 wins (benchmarks/NOTES.md).
+    """
+    if q.device.type == "cpu" and q.shape[2] <= CPU_FLOAT32_ATTENTION:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention of width A, which need not equal D."""
 
@@ -96,7 +112,7 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)
             q = q.to(k.dtype)
         if past == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = causal_attention(q, k, v)
         else:
             # `is_causal` aligns the mask to the top left; new tokens see the whole past.
             seen = torch.ones(length, past + length, dtype=torch.bool, device=x.device)
