@@ -5,7 +5,8 @@
     python scripts/aggregate_results.py --from_csv results_summary.csv --report REPORT.md --check
 
 A row a run: finished, killed, failed, unfinished, and the experiments of a sweep that were never
-begun (missing). Beside the CSV: ppl_vs_embedding_ratio.png, ppl_vs_glu_expansion.png,
+begun (missing). Beside the CSV: results_bundle.json (configs, tokenizer hashes, git SHA, seeds,
+versions: what it takes to repeat them), ppl_vs_embedding_ratio.png, ppl_vs_glu_expansion.png,
 learning_curves.png, pareto.png, rank_agreement.png where cells have ranking and full runs, and
 bits_per_byte_vs_embedding_ratio.png where a sweep compares vocabularies. The CSV's columns are
 listed in docs/METRICS.md.
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import bundle
 from files import BAD_INPUT, IO_FAILURE, Parser
 from report_tables import fill, tables
 from run_table import STATUSES, Row, read_csv, read_curve, read_rows, undocumented, write_csv
@@ -91,6 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     status = 0
     if options.from_csv is None and not options.check:
         write_csv(rows, options.output)
+        bundle.write(bundle.bundle(rows, options.log_dir), options.output.with_name(bundle.NAME))
         _summarise(rows, options.output)
         if not options.no_figures:
             status = _draw(rows, options.output.parent, options.metric)

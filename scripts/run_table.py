@@ -82,24 +82,36 @@ def read_rows(log_dir: Path) -> list[Row]:
     rows: list[Row] = []
     sweeps: dict[_Plan, dict[str, Any]] = {}
     for path in find_runs(log_dir):
-        config = _read_config(path)
+        config = read_config(path)
         sweep = config.get("sweep")
         if isinstance(sweep, dict) and isinstance(sweep.get("file"), str):
             plan = (sweep["file"], _phase(sweep, config))
             if _size(sweep) > _size(sweeps.setdefault(plan, sweep)):
                 sweeps[plan] = sweep
         rows.append(_read_run(path, path.relative_to(log_dir).as_posix(), config))
-    rows += _aliases(log_dir / "study.json", rows)
-    return rows + list(_missing(rows, sweeps))
+    file = log_dir / "study.json"
+    study = (read_json(file) or {}) if file.exists() else {}
+    rows += _aliases(study, rows)
+    return rows + [row for row in _missing(rows, sweeps) if _is_planned(row, study)]
+
+
+def _is_planned(row: Row, study: Mapping[str, Any]) -> bool:
+    """Whether a missing run is one that somebody means to begin: of its sweeps, a study trains at
+    the full budget what it promoted."""
+    if row["sweep"] not in study.get("sweeps", []):
+        return True
+    return any(
+        run["run"] == row["run"] and run["state"] != "assumed" for run in study.get("runs", [])
+    )
 
 
 # What a run cost stands in its own row alone.
 _COSTS = ("path", "train_seconds", "eval_seconds", "wall_seconds", "gpu_hours", "cost_usd")
 
 
-def _aliases(study: Path, rows: Iterable[Row]) -> Iterator[Row]:
+def _aliases(study: Mapping[str, Any], rows: Iterable[Row]) -> Iterator[Row]:
     """Cells that a study did not train because an equal one was: that one's numbers, free."""
-    listed = (_read_json(study) or {}).get("aliases", []) if study.exists() else []
+    listed = study.get("aliases", [])
     done = {row["run"]: row for row in rows if row["status"] in ("finished", "killed")}
     for alias in listed:
         original = done.get(alias["alias_of"])
@@ -114,7 +126,7 @@ def _read_run(path: Path, name: str, config: Mapping[str, Any]) -> Row:
     row |= {"run": path.name if name == "." else name, "path": str(path)}
     metrics_file, failure_file = path / "metrics.json", path / "failure.json"
     if metrics_file.exists():
-        metrics = _read_json(metrics_file)
+        metrics = read_json(metrics_file)
         if metrics is None:
             return row | {"status": "failed", "reason": "metrics.json is not a JSON object"}
         row |= {key: value for key, value in _flatten(metrics).items() if value is not None}
@@ -123,7 +135,7 @@ def _read_run(path: Path, name: str, config: Mapping[str, Any]) -> Row:
         return row | {"run": path.name if name == "." else name, "path": str(path)}
     row |= _progress(path / "metrics.jsonl")
     if failure_file.exists():
-        failure = _read_json(failure_file) or {}
+        failure = read_json(failure_file) or {}
         told = [failure[key] for key in ("kind", "reason", "message") if failure.get(key)]
         reason = ": ".join(str(part) for part in told) or "failure.json gives no reason"
         return row | {"status": "failed", "reason": reason}
@@ -268,7 +280,7 @@ def _flatten(metrics: Mapping[str, Any]) -> Row:
     return row
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser is ten times faster
     try:
         config = yaml.load((path / "config.yaml").read_bytes(), Loader=loader)  # noqa: S506
@@ -279,7 +291,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     return _parse(path.read_bytes())
 
 

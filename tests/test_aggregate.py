@@ -168,6 +168,40 @@ def test_runs_of_a_phase_that_was_begun_are_missing_by_experiment_and_seed(tmp_p
     assert missing["emb35-rank-seed1"]["baseline"] == "true"
 
 
+def test_what_a_study_did_not_promote_is_not_missing(tmp_path: Path) -> None:
+    logs, names = tmp_path / "logs", ["emb35", "emb25", "emb45"]
+    plan = {"names": names, "planned_seeds": (0,)}
+    write_sweep(logs, SHARE_FILE, SHARE_SWEEP, phase="rank", **plan)
+    write_sweep(logs, SHARE_FILE, SHARE_SWEEP[:1], **plan)
+    write_sweep(logs, GLU_FILE, GLU_SWEEP[:1], names=["glu2x", "glu4x"], planned_seeds=(0,))
+
+    def missing(states: dict[str, str]) -> set[str]:
+        runs = [{"run": run, "state": state} for run, state in states.items()]
+        (logs / "study.json").write_text(json.dumps({"sweeps": [SHARE_FILE], "runs": runs}))
+        assert tabulate(tmp_path).returncode == 0
+        rows = rows_of(tmp_path / "results_summary.csv")
+        return {run for run, row in rows.items() if row["status"] == "missing"}
+
+    assert missing({"emb35": "done", "emb25": "to do"}) == {"emb25", "glu4x"}
+    assert missing({"emb35": "done", "emb25": "assumed"}) == {"glu4x"}
+
+
+def test_the_bundle_has_what_repeats_every_run_and_is_the_same_each_time(
+    study: Path, tmp_path: Path
+) -> None:
+    path = study / "results" / "results_bundle.json"
+    found = json.loads(path.read_text())
+    metrics = json.loads((study / "logs/emb25-seed1/metrics.json").read_text())
+    assert metrics["tokenizer_sha256"] in {t["tokenizer_sha256"] for t in found["tokens"]}
+    assert metrics["git_sha"] in {code["git_sha"] for code in found["code"]}
+    assert 1 in found["seeds"]["emb25"]["full"]
+    config = yaml.safe_load((study / "logs/emb25-seed1/config.yaml").read_text())
+    assert found["runs"]["emb25-seed1"] == config and "emb15" not in found["runs"]
+    assert found["study"]["decisions"] and "costs" not in found["study"]
+    assert tabulate(study, "--log_dir", "logs", "--output", str(tmp_path / "a.csv")).returncode == 0
+    assert (tmp_path / "results_bundle.json").read_bytes() == path.read_bytes()
+
+
 def test_text_of_a_csv_comes_back_as_text(tmp_path: Path) -> None:
     write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:1], smallbench_missing_tasks="12")
     assert tabulate(tmp_path).returncode == 0
