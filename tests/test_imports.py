@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From top to bottom; modules of one row may know each other.
 ROWS = (
-    {"rates"},
+    {"rates", "published_laws"},
     {"config", "command_line"},
     {"allocation", "costs"},
+    {"predictions"},
     {"run_dir", "data", "smallbench", "leakage"},
     {"models.transformer", "models.loss", "models.export"},
     {"checkpoint", "runtime", "remote", "record"},
@@ -26,7 +27,8 @@ ROWS = (
     {"eval_smallbench", "eval_latency", "instruction_tuning", "sanity"},
     {"evaluation"},
     {"execution"},
-    {"decisions"},
+    {"decisions", "fits"},
+    {"science"},
     {"planning.cells"},
     {"planning.ledger", "planning.costs"},
     {"planning.ranking", "planning.vocabulary"},
@@ -38,7 +40,7 @@ ROWS = (
 )
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Decided without a file, a clock or a GPU, so without anything of ours that has one.
-PURE = {"decisions", "kill_rule"}
+PURE = {"decisions", "kill_rule", "published_laws", "rates"}
 # Everything before the lock: these may not cost torch's import.
 WITHOUT_TORCH = (
     "config", "allocation", "costs", "run_dir", "data", "smallbench", "leakage", "record",

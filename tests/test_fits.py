@@ -1,0 +1,253 @@
+"""Fits against known truths, and against numbers worked out by other means."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from src import decisions, fits, kill_rule
+from src.decisions import Noise
+from tests import simulated_studies
+
+X = np.array([0.25, 0.30, 0.35, 0.40, 0.45, 0.50])
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    return simulated_studies.simulate(studies=150)
+
+
+def test_intervals_hold_the_truth_at_their_nominal_rate(simulated):
+    """Within the binomial error that 21 rates together show once in a thousand suites."""
+    for name, (rate, n) in simulated.items():
+        if name not in simulated_studies.NOT_COVERAGE:
+            low, high = stats.binom.ppf([0.0005 / 21, 1 - 0.0005 / 21], n, 0.95) / n
+            assert low <= rate <= high, (name, rate, n)
+
+
+def test_a_curve_without_an_optimum_in_its_range_is_called_so(simulated):
+    assert simulated["false interior optimum"][0] <= 0.05
+    assert simulated["edge found"][0] >= 0.85
+
+
+def test_an_exact_bowl_is_found_exactly():
+    fit = fits.quadratic(X, 0.1 + 2 * (X - 0.37) ** 2)
+    assert fit.optimum.value == pytest.approx(0.37) and fit.minimum.value == pytest.approx(0.1)
+    assert fit.curvature.value == pytest.approx(2) and fit.verdict == "interior"
+    assert fit.optimum.high - fit.optimum.low < 1e-6
+    assert fit.lack_of_fit_p is None  # nothing was repeated
+    assert fit.band[0][0] == 0.25 and fit.band[-1][0] == pytest.approx(0.5)
+    assert all(low <= y <= high for _, y, low, high in fit.band)
+
+
+def test_the_curvature_s_interval_is_least_squares_own():
+    rng = np.random.default_rng(3)
+    y = 0.2 + (X - 0.4) ** 2 + 0.004 * rng.standard_normal(6)
+    fit = fits.quadratic(X, y)
+    beta, covariance = np.polyfit(X, y, 2, cov=True)  # scaled by residuals over n - 3
+    half = stats.t.ppf(0.975, 3) * math.sqrt(covariance[0, 0])
+    assert fit.curvature.value == pytest.approx(beta[0])
+    assert fit.curvature.low == pytest.approx(beta[0] - half)
+    assert fit.optimum.value == pytest.approx(-beta[1] / 2 / beta[0])
+    assert (fit.df, fit.points, fit.cells) == (3, 6, 6)
+
+
+def test_edges_downward_curves_and_points_without_freedom():
+    falling = fits.quadratic(X, 0.2 - X)
+    assert falling.verdict == "edge" and falling.optimum.value == 0.5
+    assert "no optimum inside the range: lowest at the upper end" in falling.statement
+    hill = fits.quadratic(X, -((X - 0.36) ** 2))
+    assert hill.verdict == "edge" and hill.optimum.value == 0.5  # its lower end
+    three = fits.quadratic(X[:3], [1.0, 0.0, 1.0])
+    assert three.verdict == "undecided" and three.optimum.low is None and three.df == 0
+    assert three.optimum.value == pytest.approx(0.30)
+    assert "no degree of freedom" in three.statement
+    known = fits.quadratic(X[:3], [1.0, 0.0, 1.0], noise=Noise(sd=0.01, df=4))
+    assert known.verdict == "interior" and known.df == 4
+
+
+def test_a_shift_of_a_whole_seed_is_not_noise():
+    bowl = (X - 0.37) ** 2
+    x, y = np.tile(X, 2), np.concatenate([bowl, bowl + 0.1])
+    blind = fits.quadratic(x, y)
+    told = fits.quadratic(x, y, blocks=[0] * 6 + [1] * 6)
+    assert blind.sd > 0.05 and told.sd < 1e-10
+    assert told.minimum.value == pytest.approx(0.05)  # at the seeds' mean
+    assert told.optimum.value == pytest.approx(0.37)
+
+
+def test_lack_of_fit_tells_a_curve_that_is_no_quadratic():
+    rng = np.random.default_rng(0)
+    x = np.tile(X, 3)
+    good = fits.quadratic(x, (x - 0.4) ** 2 + 1e-3 * rng.standard_normal(18))
+    bad = fits.quadratic(x, np.abs(x - 0.3) + 1e-3 * rng.standard_normal(18))
+    assert good.lack_of_fit_p > 0.05 and bad.lack_of_fit_p < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "blocks", "told"),
+    [
+        ([1, 2], [1, 2], None, "three different x, found 2"),
+        ([1, 2, 3], [1, 2], None, "equally long"),
+        ([1, 2, 3], [1, 2, math.nan], None, "finite"),
+        ([1, 2, 3], [1, 2, 3], [0, 0], "one block a point"),
+        ([1, 2, 3, 4], [1, 2, 3, 3], [0, 1, 2, 3], "the blocks leave nothing"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(x, y, blocks, told):
+    with pytest.raises(ValueError, match=told):
+        fits.quadratic(x, y, blocks=blocks)
+
+
+# ----------------------------------------------------------------------------------- learning rates
+
+
+def bowl(best: float, rates=(1e-3, 2e-3, 4e-3, 8e-3)) -> dict[float, list[float]]:
+    return {rate: [1 + 0.05 * math.log(rate / best) ** 2] for rate in rates}
+
+
+def test_each_cell_has_its_own_best_rate():
+    found = fits.best_rates({"narrow": bowl(4e-3), "wide": bowl(2e-3), "steep": bowl(0.1)})
+    assert found["narrow"].best_rate.value == pytest.approx(4e-3)
+    assert found["wide"].best_rate.value == pytest.approx(2e-3)
+    assert found["narrow"].verdict == "interior"
+    assert found["narrow"].loss_at_best.value == pytest.approx(1)
+    steep = found["steep"]
+    assert steep.verdict == "edge" and steep.best_rate.value == pytest.approx(8e-3)
+    assert "try further" in steep.statement
+    assert steep.loss_at_best.value == pytest.approx(steep.lowest_loss)  # no extrapolation
+
+
+def test_residuals_are_pooled_over_cells():
+    rng = np.random.default_rng(2)
+    cells = {
+        name: {rate: [y[0] + 0.01 * rng.standard_normal()] for rate, y in bowl(best).items()}
+        for name, best in (("a", 2e-3), ("b", 3e-3), ("c", 4e-3))
+    }
+    assert {fit.curve.df for fit in fits.best_rates(cells).values()} == {3}
+    assert fits.best_rates({"a": cells["a"]})["a"].curve.df == 1
+
+
+def test_two_rates_make_no_curve():
+    fit = fits.best_rates({"a": {1e-3: [2.0, 2.2], 2e-3: [1.5]}})["a"]
+    assert fit.curve is None and fit.lowest_rate == 2e-3 and fit.verdict == "undecided"
+    with pytest.raises(ValueError, match="without a finished run"):
+        fits.best_rates({"a": {1e-3: []}})
+
+
+def test_the_shared_rate_is_one_that_every_cell_tried():
+    cells = {"a": {1e-3: [1.0], 2e-3: [2.0], 4e-3: [0.5]}, "b": {1e-3: [2.0], 2e-3: [1.5]}}
+    assert fits.shared_rate(cells) == 1e-3  # 4e-3 is lowest, but b was not tried there
+    assert fits.shared_rate({**cells, "c": {8e-3: [1.0]}}) is None
+
+
+# ------------------------------------------------------------------------------- response surface
+
+
+def design() -> np.ndarray:
+    return simulated_studies.cells_of("frontier", "factorised", "depth_control", "glu_expansion")
+
+
+def test_the_surface_finds_known_coefficients():
+    share, glu, layers = design().T
+    s, g = share - share.mean(), glu - glu.mean()
+    y = 0.2 + 0.3 * s + 1.2 * s**2 - 0.02 * g + 0.015 * g**2 + 0.1 * s * g - 0.03 * np.log(layers)
+    found = fits.response_surface(share, glu, layers, y)
+    truth = {"share": 0.3, "share^2": 1.2, "glu": -0.02, "glu^2": 0.015, "share*glu": 0.1}
+    for term, value in {**truth, "ln L": -0.03}.items():
+        assert found.coefficients[term].value == pytest.approx(value), term
+    assert found.coefficients["mean"].value == pytest.approx(y.mean())
+    assert found.r_squared == pytest.approx(1) and found.points == len(y)
+
+
+def test_inflation_is_one_over_one_less_r_squared():
+    share, glu, layers = design().T
+    terms = ("share", "share^2", "ln L")
+    found = fits.response_surface(share, glu, layers, share, terms=terms)
+    s = share - share.mean()
+    others = np.column_stack([np.ones_like(s), s, s**2])
+    depth = np.log(layers)
+    residual = depth - others @ np.linalg.lstsq(others, depth, rcond=None)[0]
+    r_squared = 1 - residual @ residual / ((depth - depth.mean()) ** 2).sum()
+    assert found.inflation["ln L"] == pytest.approx(1 / (1 - r_squared))
+
+
+def test_the_frontier_alone_cannot_tell_share_from_depth_and_is_told_so():
+    terms = ("share", "share^2", "ln L")
+    alone, both = (
+        fits.response_surface(*cells.T, cells[:, 0], terms=terms)
+        for cells in (
+            simulated_studies.cells_of("frontier"),
+            simulated_studies.cells_of("frontier", "factorised"),
+        )
+    )
+    assert alone.inflation["ln L"] > 100 > 10 > both.inflation["ln L"]
+    assert any("ln L" in warning for warning in alone.warnings)
+    assert not any("ln L" in warning for warning in both.warnings)
+
+
+def test_a_surface_that_the_cells_do_not_span_is_refused():
+    share, layers = X, np.array([26, 17, 11, 8, 6, 4])
+    with pytest.raises(ValueError, match="6 cells tell only . of 6 terms apart"):
+        fits.response_surface(share, np.full(6, 2.67), layers, share)
+    with pytest.raises(ValueError, match="leave no degree of freedom"):
+        fits.response_surface(
+            X[:3], np.full(3, 2.67), layers[:3], X[:3], terms=("share", "share^2")
+        )
+    with pytest.raises(ValueError, match="terms: found depth"):
+        fits.response_surface(share, share, layers, share, terms=("depth",))
+
+
+# ---------------------------------------------------------------------------- prediction and rules
+
+
+def test_a_slope_of_one_where_the_prediction_holds_and_its_interval_covers():
+    predicted = np.array([-0.02, 0.0, 0.01, 0.05, 0.1])
+    exact = fits.calibration(predicted, 3 + predicted)
+    assert exact.value == pytest.approx(1) and exact.low == pytest.approx(1)
+    assert fits.calibration(predicted, 1 - 2 * predicted).value == pytest.approx(-2)
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        slope = fits.calibration(predicted, predicted + 0.01 * rng.standard_normal(5))
+        held += slope.low <= 1 <= slope.high
+    assert 0.91 < held / 400 < 0.985
+    with pytest.raises(ValueError, match="three predictions"):
+        fits.calibration([1, 2], [1, 2])
+    with pytest.raises(ValueError, match="differ"):
+        fits.calibration([1, 1, 1], [1, 2, 3])
+
+
+def curve(*perplexities: float) -> list[tuple[int, float]]:
+    return [(100 * (i + 1), p) for i, p in enumerate(perplexities)]
+
+
+def test_the_kill_grid_counts_false_kills_and_saved_tokens():
+    base = curve(20, 15, 12, 11, 10)
+    runs = {
+        "slow starter": curve(30, 20, 12, 10, 9),  # ends best; 10 and 5 worse at first
+        "bad": curve(30, 25, 22, 21, 20),
+        "even": curve(20.4, 15.2, 12, 11, 10),
+    }
+
+    def rule(grace: float, margin: float):
+        stated = kill_rule.KillRule(
+            margin_ppl=margin, window_tokens=100, grace_tokens=int(grace * 500)
+        )
+        return lambda b, r: kill_rule.verdict(stated, b, r).tokens
+
+    cells = fits.kill_grid([(base, runs), (base, runs)], rule, [0.0, 0.5], [0.5, 20.0])
+    early, harmless, late, never = cells
+    assert (early.grace, early.margin) == (0.0, 0.5)
+    assert (early.runs, early.kills, early.innocent, early.false_kills) == (6, 4, 4, 2)
+    assert early.best_killed == 2 and early.saved == pytest.approx(2 * 2 * 300 / (6 * 500))
+    assert harmless.kills == 0 == never.kills
+    assert (late.kills, late.false_kills, late.best_killed) == (2, 0, 0)
+    # 2 of 4: Clopper and Pearson's interval by its definition, binomial tails of 2.5 %.
+    assert stats.binom.sf(1, 4, early.false_rate_low) == pytest.approx(0.025)
+    assert stats.binom.cdf(2, 4, early.false_rate_high) == pytest.approx(0.025)
+    assert fits.exact_rate(0, 0) == (0.0, 1.0)
+    assert decisions.replay_kills(base, runs, rule(0.0, 0.5)).best_killed
