@@ -15,8 +15,11 @@ SPLITS = ("train", "validation", "test")
 READ_BYTES = 1 << 20
 
 
-def is_finished(output: Path, path: str, config: str | None) -> bool:
-    """Whether `output` holds this corpus, whole; Refusal for another or a damaged one."""
+def is_finished(
+    output: Path, path: str, config: str | None, splits: Iterable[str] = SPLITS
+) -> bool:
+    """Whether `output` holds these splits of this corpus, whole; Refusal for another corpus or a
+    damaged one."""
     try:
         source = read_json(output / "source.json")
     except FileNotFoundError:
@@ -31,7 +34,7 @@ def is_finished(output: Path, path: str, config: str | None) -> bool:
         file = output / f"{split}.jsonl"
         if not file.is_file() or sha256_of(file) != facts["sha256"]:
             raise Refusal(f"{file}: is not what source.json says; --force downloads it again")
-    return True
+    return set(splits) <= set(source["splits"])
 
 
 def write_split(file: Path, documents: Iterable[str]) -> dict[str, Any]:

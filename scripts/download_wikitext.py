@@ -46,6 +46,13 @@ def main() -> None:
         "wikitext-2-raw-v1, wikitext-103-v1, wikitext-103-raw-v1, or any hub dataset "
         "<owner>/<name>[:<config>] with train, validation, test and a text column",
     )
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        choices=SPLITS,
+        default=SPLITS,
+        help="fewer than all make a corpus to evaluate on (evaluation.outside_dir), not to train on",
+    )
     parser.add_argument("--mirror", help=MIRROR_HELP)
     parser.add_argument("--force", action="store_true", help="replace another corpus in --output")
     arguments = parser.parse_args()
@@ -54,10 +61,10 @@ def main() -> None:
     output: Path = arguments.output
     make_directory(output)
     with locked(output / ".lock"):
-        if not arguments.force and is_finished(output, path, config):
+        if not arguments.force and is_finished(output, path, config, arguments.splits):
             print(f"{output}: holds {arguments.dataset}, whole and verified; nothing to do")
             return
-        download(path, config, mirror, output)
+        download(path, config, arguments.splits, mirror, output)
 
 
 def parse_dataset(name: str) -> tuple[str, str | None]:
@@ -73,14 +80,16 @@ def parse_dataset(name: str) -> tuple[str, str | None]:
     return path, config or None
 
 
-def download(path: str, config: str | None, mirror: Path | None, output: Path) -> None:
+def download(
+    path: str, config: str | None, splits: Sequence[str], mirror: Path | None, output: Path
+) -> None:
     """Load the dataset and publish it as a corpus directory; nothing half-done is ever visible."""
     where = f"the mirror {mirror}" if mirror else "the hub"
     print(f"{path}, configuration {config or 'default'}, from {where}", flush=True)
     with workshop(output / ".partial") as partial:
-        loaded = load(path, config, SPLITS, mirror, partial / "cache")
+        loaded = load(path, config, splits, mirror, partial / "cache")
         facts = {}
-        for split in SPLITS:
+        for split in splits:
             rows = loaded.splits[split]
             if "text" not in rows.column_names:
                 raise Refusal(

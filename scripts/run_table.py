@@ -33,6 +33,8 @@ COLUMNS: tuple[str, ...] = tuple(
     dev_perplexity_nonoverlapping dev_tokens_scored
     test_loss test_perplexity test_bits_per_byte test_word_perplexity
     test_perplexity_nonoverlapping test_tokens_scored
+    outside_corpus outside_dev_bits_per_byte outside_dev_word_perplexity outside_dev_tokens_scored
+    outside_test_bits_per_byte outside_test_word_perplexity outside_test_tokens_scored
     smallbench_accuracy smallbench_accuracy_se smallbench_tasks smallbench_missing_tasks
     smallbench_limit smallbench_contaminated_items
     latency_ms_p50_l128 latency_ms_p95_l128 latency_ms_p50_low_l128 latency_ms_p50_high_l128
@@ -56,7 +58,8 @@ STATUSES = ("finished", "killed", "failed", "unfinished", "missing")
 
 _TEXT = frozenset(
     """
-    run path status reason experiment sweep baseline_name phase corpus tokenizer_sha256
+    run path status reason experiment sweep baseline_name phase corpus outside_corpus
+    tokenizer_sha256
     data_sha256 config_digest model_digest git_sha device device_name precision
     kill_verdict kill_verdict_literal smallbench_missing_tasks
     """.split()

@@ -150,6 +150,10 @@ class EvaluationConfig:
     test: bool = _key(True, "true or false")
     # None: the whole of dev and test; else the first documents with so many tokens.
     perplexity_tokens: int | None = _key(None, "tokens above 0, or null", lambda v: v > 0)
+    # A corpus directory whose validation and test are scored too, with the run's own tokenizer.
+    outside_dir: str | None = _key(
+        None, "a directory made by scripts/download_wikitext.py, or null"
+    )
     latency: bool = _key(True, "true or false")
     latency_repeats: int = _key(200, "repeats above 1", lambda v: v > 1)
     latency_warmup: int = _key(50, "repeats of at least 0", lambda v: v >= 0)

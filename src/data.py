@@ -113,6 +113,52 @@ def _load_split(path: Path, name: str, meta: dict[str, Any], vocab_size: int) ->
     return Split(tokens=tokens, documents=documents, sha256=meta["sha256"])
 
 
+def read_source(corpus: Path) -> dict[str, Any]:
+    """source.json of a corpus directory; raises ValueError where there is none."""
+    try:
+        source = json.loads((corpus / "source.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        source = None
+    if not isinstance(source, dict):
+        raise ValueError(
+            f"evaluation.outside_dir: found no corpus in {corpus} (its source.json), expected a "
+            "directory of scripts/download_wikitext.py; download it, or leave the key out"
+        )
+    return source
+
+
+def outside_split(corpus: Path, name: str, tokenizer_path: Path, eot_id: int) -> Split:
+    """A split of another corpus directory, encoded with the run's own tokenizer.
+
+    Raises ValueError for a corpus that is not there or not what its source.json says.
+    """
+    from tokenizers import Tokenizer
+
+    file = corpus / f"{name}.jsonl"
+    source = read_source(corpus)
+    try:
+        expected = source["splits"][name]["sha256"]
+        _check_hash(file, expected)
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        texts = [json.loads(line)["text"] for line in lines]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(
+            f"evaluation.outside_dir: found no sound split {name!r} in {corpus} ({error}), "
+            "expected a corpus directory of scripts/download_wikitext.py; download it again, or "
+            "leave the key out"
+        ) from None
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer.encode_special_tokens = True
+    ids = [entry.ids for entry in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    starts = np.cumsum([0] + [len(row) + 1 for row in ids[:-1]])
+    sizes = [(len(text.encode()), len(text.split())) for text in texts]
+    return Split(
+        tokens=np.concatenate([np.array([eot_id, *row], dtype=np.uint16) for row in ids]),
+        documents=np.column_stack((starts, np.array(sizes, dtype=np.int64))),
+        sha256=expected,
+    )
+
+
 class Windows:
     """Training windows of T + 1 tokens, permuted afresh in each epoch from the seed.
 

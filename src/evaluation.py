@@ -12,10 +12,14 @@ from tokenizers import Tokenizer
 
 from src import eval_latency, eval_smallbench, leakage, perplexity, smallbench
 from src.config import RunConfig
-from src.data import Split, TokenData
+from src.data import Split, TokenData, outside_split, read_source
 from src.machine import Machine
 from src.models.transformer import Transformer
+from src.record import corpus_name
 from src.run_dir import write_atomic
+
+# Of another corpus: what can be compared across corpora and tokenizers.
+OUTSIDE_KEPT = ("bits_per_byte", "word_perplexity", "tokens_scored")
 
 
 def evaluate(
@@ -33,6 +37,8 @@ def evaluate(
         found |= _split(run, model, data.validation, "validation", machine, run_path)
         if asked.test:
             found |= _split(run, model, data.test, "test", machine, run_path)
+        if asked.outside_dir:
+            found |= _outside(run, model, data, machine, run_path)
     if "smallbench_accuracy" in asked.metrics:
         found |= _smallbench(run, model, data, machine, run_path)
     if asked.latency:
@@ -78,6 +84,23 @@ def _split(
     kept = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "perplexity_nonoverlapping")
     found = {f"{prefix}_{key}": result[key] for key in kept}
     return found | {f"{prefix}_tokens_scored": result["tokens_scored"]}
+
+
+def _outside(
+    run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
+) -> dict[str, Any]:
+    assert run.evaluation.outside_dir is not None
+    corpus = Path(run.evaluation.outside_dir)
+    found: dict[str, Any] = {"outside_corpus": corpus_name(read_source(corpus))}
+    for name in ("validation", "test") if run.evaluation.test else ("validation",):
+        split = outside_split(corpus, name, data.tokenizer_path, data.eot_id)
+        measured = _split(run, model, split, f"outside_{name}", machine, run_path)
+        found |= {
+            key.replace("validation", "dev"): value
+            for key, value in measured.items()
+            if key.endswith(OUTSIDE_KEPT)
+        }
+    return found
 
 
 def _smallbench(

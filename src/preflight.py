@@ -41,6 +41,8 @@ def check(
         directory = Path(run.evaluation.smallbench_dir)
         _check_smallbench(run.smallbench_tasks, directory, run.evaluation.smallbench_limit)
         leakage.contaminated_rows(run.evaluation.leakage, directory, tokens.corpus)
+    if run.evaluation.outside_dir is not None:
+        data.read_source(Path(run.evaluation.outside_dir))
     return tokens
 
 

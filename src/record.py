@@ -56,14 +56,14 @@ def resolved(
         },
         "params": cfg.to_dict(answer.params),
         "data_dir": run.data.dir,
-        "corpus": corpus_name(data),
+        "corpus": corpus_name(data.corpus),
     }
     return {**decisive, **around}, cfg.digest(decisive)
 
 
-def corpus_name(data: TokenData) -> str:
-    """`dataset` or `dataset:configuration`, as recorded by the download."""
-    parts = [data.corpus.get("dataset"), data.corpus.get("config")]
+def corpus_name(source: Mapping[str, Any]) -> str:
+    """`dataset` or `dataset:configuration`, as recorded by the download in source.json."""
+    parts = [source.get("dataset"), source.get("config")]
     return ":".join(str(part) for part in parts if part) or "unknown"
 
 
@@ -108,7 +108,7 @@ def facts(
         "model_digest": model_digest(answer),
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_sha256": data.sha256,
-        "corpus": corpus_name(data),
+        "corpus": corpus_name(data.corpus),
         "git_sha": environment.get("git_sha"),
         "git_dirty": environment.get("git_dirty"),
         "asked_total_params": asked.total_params,

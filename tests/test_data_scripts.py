@@ -188,6 +188,17 @@ def test_a_missing_split_is_named_and_never_replaced(tmp_path: Path, mirror: Pat
     assert "lacks the split train" in message
     assert "wikitext-2-v1 (test, train, validation)" in message
     assert not list(output.glob("*.json*"))
+    splits = ["--splits", "validation", "test"]  # a corpus to evaluate on
+    arguments = ["--output", output, "--mirror", mirror, "--dataset", "wikitext-2-raw-v1", *splits]
+    run("download_wikitext.py", *arguments)
+    assert sorted(path.name for path in output.glob("*.jsonl")) == [
+        "test.jsonl",
+        "validation.jsonl",
+    ]
+    assert "nothing to do" in run("download_wikitext.py", *arguments).stdout
+    assert "splits.train" in refused(
+        "preprocess_lm.py", "--input", output, "--vocab_size", "300", "--output", tmp_path / "t"
+    )
 
 
 def test_any_text_dataset_of_the_hub_layout(tmp_path: Path, mirror: Path) -> None:

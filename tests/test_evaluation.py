@@ -55,3 +55,36 @@ def test_tokens_tasks_and_limit_are_recorded(
         whole = len(split.tokens) - len(split.documents)
         scored = found[f"{prefix}_tokens_scored"]
         assert scored == whole if limit is None else 400 < scored < whole
+
+
+def test_an_outside_corpus_is_read_as_the_runs_own_is(tmp_path: Path, tiny_sweep: Path) -> None:
+    """Its own corpus given as the outside one: the same documents, so the same numbers."""
+    corpus = tiny_sweep.parent / "corpus"
+    overrides = ["evaluation.metrics=[perplexity]", f"evaluation.outside_dir={corpus}"]
+    run = config.load_sweep(tiny_sweep, overrides).run("base", 0)
+    tokens = data.load(run.token_dir, run.model.vocab_size)
+    for name in ("validation", "test"):
+        found = data.outside_split(corpus, name, tokens.tokenizer_path, tokens.eot_id)
+        own = getattr(tokens, name)
+        assert found.tokens.tolist() == own.tokens.tolist()
+        assert found.documents.tolist() == own.documents.tolist()
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8, "d_ff": 16}
+    model = Transformer(ModelConfig(vocab_size=run.model.vocab_size, **sizes))
+    machine = Machine(
+        device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1
+    )
+    found = evaluation.evaluate(run, model, tokens, machine, tmp_path)
+    assert found["outside_corpus"] == "tests/tiny:default"
+    for split in ("dev", "test"):
+        for key in ("bits_per_byte", "word_perplexity", "tokens_scored"):
+            assert found[f"outside_{split}_{key}"] == found[f"{split}_{key}"]
+    assert (tmp_path / "documents_outside_test.npz").is_file()
+
+
+def test_an_outside_corpus_that_is_none_is_refused(tmp_path: Path, tiny_sweep: Path) -> None:
+    with pytest.raises(ValueError, match="evaluation.outside_dir: found no corpus"):
+        data.read_source(tmp_path)
+    (tmp_path / "source.json").write_text('{"splits": {"test": {"sha256": "0"}}}')
+    (tmp_path / "test.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="found no sound split 'test'"):
+        data.outside_split(tmp_path, "test", tmp_path / "tokenizer.json", 0)
