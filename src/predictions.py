@@ -17,7 +17,7 @@ from typing import Any
 
 from src import allocation, config, published_laws
 from src.allocation import Allocation
-from src.command_line import BAD_INPUT, IO_FAILED, OK, Parser
+from src.command_line import BAD_INPUT, OK, Parser, refuse
 
 SCHEMA = 1
 
@@ -34,12 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = predict(asked.config, asked.date)
         asked.output.parent.mkdir(parents=True, exist_ok=True)
         asked.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        print(f"could not write {asked.output}: {error}", file=sys.stderr)
-        return IO_FAILED
+    except (ValueError, OSError) as error:
+        return refuse(error)
     print(table(content))
     return OK
 
@@ -72,18 +68,22 @@ def _sweep(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: {error}") from None
     first = sweep.runs[0].model
     base = answers[sweep.baseline]
+    levine = published_laws.levine_best_share(first.total_params, first.vocab_size)
+    width = levine * first.total_params / first.vocab_size
     return {
         "baseline": sweep.baseline,
         "total_params": first.total_params,
         "vocab_size": first.vocab_size,
         "tao_best_share": published_laws.tao_best_share(first.total_params),
-        "levine_best_share": published_laws.levine_best_share(first.total_params, first.vocab_size),
+        "levine_best_share": levine,
+        "levine_best_layers": published_laws.levine_depth(width),
         "cells": {name: _cell(answer, base) for name, answer in answers.items()},
     }
 
 
 def _cell(answer: Allocation, base: Allocation) -> dict[str, Any]:
     params, model = answer.params, answer.model
+    depth = published_laws.levine_depth(model.d_model)
     gap = published_laws.tao_log_ratio(
         params.share, base.params.share, params.total, base.params.total
     )
@@ -93,7 +93,7 @@ def _cell(answer: Allocation, base: Allocation) -> dict[str, Any]:
         "d_model": model.d_model,
         "embedding_dim": model.embedding_dim,
         "tao_ln_ppl_ratio": gap,
-        "levine_layers": published_laws.levine_depth(model.d_model),
+        "levine_layers": depth if depth > 0 else None,  # the law is silent below d = 154
     }
 
 
@@ -103,12 +103,15 @@ def table(content: dict[str, Any]) -> str:
     for name, sweep in content["sweeps"].items():
         lines.append(
             f"{name}: best share {sweep['tao_best_share']:.1%} (Tao et al.), "
-            f"{sweep['levine_best_share']:.1%} (Levine et al.)"
+            f"{sweep['levine_best_share']:.1%} at {sweep['levine_best_layers']:.1f} layers "
+            "(Levine et al.)"
         )
         for cell, found in sorted(sweep["cells"].items(), key=lambda item: item[1]["share"]):
+            depth = found["levine_layers"]
+            suited = "   - " if depth is None else f"{depth:5.1f}"
             lines.append(
                 f"  {cell:<16} share {found['share']:6.1%}  {found['n_layers']:2d} layers "
-                f"(Levine et al.: {found['levine_layers']:5.1f})  PPL against {sweep['baseline']} "
+                f"(Levine et al.: {suited})  PPL against {sweep['baseline']} "
                 f"{math.expm1(found['tao_ln_ppl_ratio']):+.1%} (Tao et al.)"
             )
     return "\n".join(lines)
