@@ -140,6 +140,8 @@ def _sanity(
     try:
         for run, tokens in zip(chosen, inputs, strict=True):
             found = sanity.check(run, answers[run.experiment], tokens, log_dir, arguments.device)
+            if found is None:
+                raise Preempted(f"a signal during the checks of {run.experiment}")
             print(sanity.report(found), flush=True)
             passed &= found["passed"]
     except run_dir.Held as held:

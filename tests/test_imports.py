@@ -24,7 +24,8 @@ ROWS = (
     {"preflight"},
     {"machine"},
     {"train"},
-    {"eval_smallbench", "eval_latency", "instruction_tuning", "sanity"},
+    {"eval_smallbench", "eval_latency", "instruction_tuning", "sanity_training"},
+    {"sanity"},
     {"evaluation"},
     {"execution"},
     {"decisions", "fits"},
@@ -44,7 +45,7 @@ PURE = {"decisions", "kill_rule", "published_laws", "rates"}
 # Everything before the lock: these may not cost torch's import.
 WITHOUT_TORCH = (
     "config", "allocation", "costs", "run_dir", "data", "smallbench", "leakage", "record",
-    "kill_rule", "command_line", "preflight", "execution",
+    "kill_rule", "command_line", "preflight", "execution", "sanity", "study",
 )  # fmt: skip
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from src import allocation, config, data, sanity
+from src import allocation, config, data, sanity, sanity_training
 from src.allocation import Allocation, count_params
 from src.config import ModelConfig, RunConfig
 from src.data import TokenData
@@ -26,7 +29,7 @@ def loaded(sweep_file: Path, name: str) -> tuple[RunConfig, Allocation, TokenDat
 
 
 def curve(loss: Callable[[float], float]) -> list[dict[str, Any]]:
-    return sanity.ramp(lambda number, rate: loss(rate))
+    return sanity_training.ramp(lambda number, rate: loss(rate))
 
 
 def logistic(rate: float, middle: float = 4e-3) -> float:
@@ -36,22 +39,22 @@ def logistic(rate: float, middle: float = 4e-3) -> float:
 
 def test_the_suggestion_is_where_the_loss_falls_fastest() -> None:
     for middle in (1e-3, 4e-3, 1e-2):
-        found = sanity.suggested_rate(curve(lambda rate, m=middle: logistic(rate, m)))
+        found = sanity_training.suggested_rate(curve(lambda rate, m=middle: logistic(rate, m)))
         assert found is not None and middle <= found <= 2 * middle  # smoothing lags a little
 
 
 def test_a_later_explosion_changes_nothing() -> None:
-    calm = sanity.suggested_rate(curve(logistic))
+    calm = sanity_training.suggested_rate(curve(logistic))
     wild = curve(lambda rate: logistic(rate) + (rate > 0.1) * 50)
-    assert sanity.suggested_rate(wild) == calm
-    assert len(wild) < sanity.RANGE_STEPS and wild[-1]["learning_rate"] < 0.13
+    assert sanity_training.suggested_rate(wild) == calm
+    assert len(wild) < sanity_training.RANGE_STEPS and wild[-1]["learning_rate"] < 0.13
     nan = curve(lambda rate: math.nan if rate > 0.05 else logistic(rate))
-    assert sanity.suggested_rate(nan) == calm and nan[-1]["learning_rate"] <= 0.05
+    assert sanity_training.suggested_rate(nan) == calm and nan[-1]["learning_rate"] <= 0.05
 
 
 @pytest.mark.parametrize("loss", [lambda rate: 6.0, lambda rate: 6.0 + rate, lambda rate: math.nan])
 def test_a_loss_that_never_falls_suggests_nothing(loss: Callable[[float], float]) -> None:
-    assert sanity.suggested_rate(curve(loss)) is None
+    assert sanity_training.suggested_rate(curve(loss)) is None
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -61,7 +64,7 @@ def test_blocks_are_counted_tensor_by_tensor(tied: bool, rank: int | None) -> No
         vocab_size=300, d_model=32, n_layers=2, n_heads=2, head_dim=16, d_ff=80,
         tie_embeddings=tied, embedding_dim=rank,
     )  # fmt: skip
-    assert sanity.blocks(Transformer(model)) == config.to_dict(count_params(model))
+    assert sanity_training.blocks(Transformer(model)) == config.to_dict(count_params(model))
 
 
 def test_the_phase_checks_then_measures_the_noise_and_does_neither_twice(
@@ -73,7 +76,7 @@ def test_the_phase_checks_then_measures_the_noise_and_does_neither_twice(
     folder = tmp_path / "base-sanity"
     found = json.loads((folder / "sanity.json").read_text())
     assert found["passed"] is True and all(found["checks"].values())
-    assert found["overfit_loss"] < sanity.OVERFIT_LOSS and found["overfit_tokens"] == 256
+    assert found["overfit_loss"] < sanity_training.OVERFIT_LOSS and found["overfit_tokens"] == 256
     assert abs(found["initial_loss"] - math.log(300)) < 0.1
     assert sum(found["params"].values()) == found["total_params"]
     assert "embedding" in told and f"{found['total_params']:,}" in told
@@ -93,18 +96,65 @@ def test_the_phase_checks_then_measures_the_noise_and_does_neither_twice(
 def test_a_model_that_cannot_learn_fails_the_phase(
     tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sanity, "OVERFIT_STEPS", 20)
+    monkeypatch.setattr(sanity_training, "OVERFIT_STEPS", 20)
     found = sanity.check(*loaded(tiny_sweep, "idle"), tmp_path, "cpu")
+    assert found is not None
     assert found["checks"]["overfits"] is False and found["passed"] is False
     assert found["checks"]["parameters as planned"] is True
     assert "FAIL overfits" in sanity.report(found)
+
+
+def test_interrupted_checks_go_on_and_find_the_same(
+    tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanity_training, "RANGE_STEPS", 20)
+    monkeypatch.setattr(sanity_training, "OVERFIT_LOSS", 4.5)
+    asked = loaded(tiny_sweep, "base")
+    assert sanity.check(*asked, tmp_path / "whole", "cpu") is not None
+    step, calls = sanity_training.Stepper.step, {"wiring": 0, "ramp": 0}
+
+    def signalled(self: sanity_training.Stepper, batch: Tensor, rate: float) -> float:
+        ramping = (tmp_path / "cut" / "base-sanity" / "wiring.json").exists()
+        part = "ramp" if ramping else "wiring"
+        calls[part] += 1
+        if calls[part] == 3 or (ramping and calls[part] % 8 == 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, rate)
+
+    monkeypatch.setattr(sanity_training.Stepper, "step", signalled)
+    found: list[Any] = []
+    while not found or found[-1] is None:
+        assert len(found) < 10
+        found.append(sanity.check(*asked, tmp_path / "cut", "cpu"))
+    assert len(found) == 5  # once while memorising, at the 3rd, 8th and 16th step of the ramp
+    assert calls["ramp"] == 20  # none of them twice
+
+    def timeless(folder: str) -> list[Any]:
+        names = ("wiring.json", "learning_rates.json", "sanity.json")
+        files = [tmp_path / folder / "base-sanity" / name for name in names]
+        clocks = ("seconds", "wall_seconds", "tokens_per_s", "cost_usd")
+        found = [json.loads(path.read_text()) for path in files]
+        return [{k: v for k, v in content.items() if k not in clocks} for content in found]
+
+    assert timeless("cut") == timeless("whole")
+    assert not (tmp_path / "cut" / "base-sanity" / "ramp").exists()
+
+
+def test_finished_checks_of_another_configuration_are_refused(
+    tiny_sweep: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base-sanity"
+    folder.mkdir()
+    (folder / "sanity.json").write_text('{"config_digest": "another", "passed": true}')
+    with pytest.raises(ValueError, match=r"sanity.json: found the checks of another"):
+        sanity.check(*loaded(tiny_sweep, "base"), tmp_path, "cpu")
 
 
 def test_the_probe_prints_a_speed(
     tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["--config", str(tiny_sweep), "--exp", "base", "--device", "cpu"]
-    assert sanity.main([*line, "--log_dir", str(tmp_path)]) == 0
+    assert sanity_training.main([*line, "--log_dir", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens_per_s"] > 0 and found["device"] == "cpu" and found["device_name"]
-    assert sanity.main(["--config", "nowhere.yaml", "--exp", "base"]) == 78
+    assert sanity_training.main(["--config", "nowhere.yaml", "--exp", "base"]) == 78
