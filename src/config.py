@@ -26,6 +26,9 @@ RUN_SUFFIX = re.compile(
     r"(-rank|-sanity|-seed[0-9]+)$"
 )  # what `run_name` puts behind an experiment
 PHASES = ("rank", "full")
+# What a ranking run measures, whatever the file says for full runs: dev perplexity decides, and
+# test is scored once, at the end. On a GPU the rest would take longer than 5M tokens of training.
+RANKING = {"metrics": ("perplexity",), "test": False, "outside_dir": None, "latency": False}
 SMALLBENCH_TASKS = Path(__file__).resolve().parent.parent / "configs" / "smallbench.yaml"
 METRICS = ("perplexity", "smallbench_accuracy")
 # Keys that may change between a run and its resumption: none of them changes the result.
@@ -605,6 +608,10 @@ def _run(
     if phase == "rank":
         training = dataclasses.replace(
             training, tokens=min(training.tokens, training.ranking_tokens)
+        )
+        built["evaluation"] = dataclasses.replace(
+            built["evaluation"],
+            **{k: v for k, v in RANKING.items() if k not in forced.get("evaluation", {})},
         )
     built["training"] = training
     _check_training(where, training)

@@ -449,3 +449,16 @@ def test_one_mutation_is_accepted_or_refused_by_name(tmp_path, place, value, how
         ), (place, value, message)
     else:
         assert sweep.runs and all(run.training.steps >= 1 for run in sweep.runs)
+
+
+def test_ranking_runs_measure_dev_perplexity_unless_told_otherwise(tmp_path: Path) -> None:
+    stated = "evaluation: {metrics: [perplexity, smallbench_accuracy], outside_dir: data/other}\n"
+    path = tmp_path / "sweep.yaml"
+    path.write_text("experiments: [{name: a}]\n" + stated)
+    full = load_sweep(path).run("a", 0).evaluation
+    assert full.test and full.latency and full.outside_dir and len(full.metrics) == 2
+    rank = load_sweep(path, phase="rank").run("a", 0).evaluation
+    assert (rank.test, rank.latency, rank.outside_dir) == (False, False, None)
+    assert rank.metrics == ("perplexity",)
+    told = load_sweep(path, ["evaluation.latency=true"], "rank").run("a", 0).evaluation
+    assert told.latency and not told.test
