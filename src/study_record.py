@@ -131,7 +131,8 @@ class Reader:
 
     def _probe(self) -> dict[str, Any]:
         """A few training steps in a process of its own, which leaves no torch in this one."""
-        line = [sys.executable, "-m", "src.sanity_training", "--config", str(self.study.embedding.path),
+        line = [sys.executable, "-m", "src.sanity_training",
+                "--config", str(self.study.embedding.path),
                 "--exp", self.baseline, "--device", self.study.config.device,
                 "--log_dir", str(self.log_dir)]  # fmt: skip
         for override in self.study.overrides:
