@@ -81,7 +81,7 @@ Verdict = Literal["interior", "edge", "undecided"]
 
 @dataclass(frozen=True, slots=True)
 class CurveFit:
-    """y = c0 + c1 x + c2 x^2 over the range of the points, and where it is lowest within it.
+    """y = c0 + c1 u + c2 u^2, u being x or ln x, over the points' range, and where it is lowest.
 
     verdict: "interior" where the optimum's whole interval lies inside the range, "edge" where it
     is all one end of it (no optimum in the range), else "undecided". An optimum at an end is the
@@ -107,6 +107,7 @@ def quadratic(
     x: ArrayLike,
     y: ArrayLike,
     *,
+    log: bool = False,
     blocks: Sequence[Hashable] | None = None,
     noise: Noise | None = None,
     level: float = 0.95,
@@ -115,7 +116,8 @@ def quadratic(
 ) -> CurveFit:
     """Fit a quadratic and its lowest place within the tried range.
 
-    x, y (n): a share, a logarithm of a share or of a rate, and the loss of a run there.
+    x, y (n): a share or a rate, and the loss of a run there. log: quadratic in ln x; the optimum
+        and the band are in x all the same, the curvature per unit of (ln x)^2.
     blocks (n): what shifts all runs of one kind alike, a data order used at every x say; each
         block gets an offset of its own, so that it does not count as noise.
     noise: known from repeats elsewhere; None: the residuals', which hold the curve's lack of
@@ -130,6 +132,10 @@ def quadratic(
     different x.
     """
     xs, ys = _points(x, y)
+    if log and (xs <= 0).any():
+        raise ValueError(f"x must be above 0 for a logarithm, found {xs.min():g}.")
+    back: Callable[[float], float] = math.exp if log else float
+    xs = np.log(xs) if log else xs
     low, high = float(xs.min()), float(xs.max())
     cells = len(np.unique(xs))
     if cells < 3:
@@ -152,20 +158,20 @@ def quadratic(
         ends = tuple(np.percentile(places, tail))
         depth = tuple(np.percentile(_quadratic_at(sampled, places), tail))
     verdict = _verdict(best, ends)
-    optimum = Estimate(best, *ends, level).map(lambda at: middle + half * float(at))
+    optimum = Estimate(best, *ends, level).map(lambda at: back(middle + half * float(at)))
     curvature = _interval(fit, _unit(2, design.shape[1]), level).map(lambda c: c / half**2)
     band = []
     for at in np.linspace(-1, 1, 41):
         direction = np.zeros(design.shape[1])
         direction[:3] = 1.0, at, at**2
         here = _interval(fit, direction, level)
-        band.append((middle + half * float(at), here.value, here.low, here.high))
+        band.append((back(middle + half * float(at)), here.value, here.low, here.high))
     return CurveFit(
         optimum=optimum,
         minimum=Estimate(float(value), *depth, level),
         curvature=curvature,
         verdict=verdict,
-        statement=_curve_statement(verdict, optimum, low, high, fit.df),
+        statement=_curve_statement(verdict, optimum, back(low), back(high), best, fit.df),
         sd=fit.sd if fit.df else None,
         df=fit.df,
         points=len(xs),
@@ -233,12 +239,14 @@ def _verdict(best: float, ends: tuple[float | None, float | None]) -> Verdict:
     return "edge" if low == high and abs(best) == 1 else "undecided"
 
 
-def _curve_statement(verdict: Verdict, at: Estimate, low: float, high: float, df: int) -> str:
+def _curve_statement(
+    verdict: Verdict, at: Estimate, low: float, high: float, best: float, df: int
+) -> str:
     where = f"of the range {low:.4g} to {high:.4g}"
     if verdict == "interior":
         return f"lowest inside the range, at {at.value:.4g} ({at.low:.4g} to {at.high:.4g})."
     if verdict == "edge":
-        end = "lower" if at.value == low else "upper"
+        end = "lower" if best < 0 else "upper"
         return f"no optimum inside the range: lowest at the {end} end {where}."
     if not df:
         return f"lowest at {at.value:.4g} {where}, without an interval: no degree of freedom."
@@ -308,7 +316,7 @@ def best_rates(
 
 
 def _rate_points(rates: Rates) -> tuple[list[float], list[float]]:
-    points = [(math.log(rate), loss) for rate, losses in rates.items() for loss in losses]
+    points = [(rate, loss) for rate, losses in rates.items() for loss in losses]
     if not points:
         raise ValueError("a cell without a finished run has no best learning rate.")
     return [x for x, _ in points], [y for _, y in points]
@@ -321,7 +329,7 @@ def _pooled(curves: Sequence[tuple[list[float], list[float]]]) -> Noise | None:
         return None
     rss = 0.0
     for x, y in curves:
-        z = np.asarray(x) - np.mean(x)
+        z = np.log(x) - np.log(x).mean()
         rss += _rss(np.column_stack([np.ones_like(z), z, z**2]), np.asarray(y))
     return Noise(sd=math.sqrt(rss / df), df=df)
 
@@ -337,8 +345,8 @@ def _rate_fit(
             lowest, means[lowest], "undecided",
             f"{len(means)} rates tried, too few for a curve: {lowest:g} is the lowest.", None,
         )  # fmt: skip
-    curve = quadratic(x, y, noise=noise, level=level)
-    best = curve.optimum.map(math.exp)
+    curve = quadratic(x, y, log=True, noise=noise, level=level)
+    best = curve.optimum
     inside = f"best rate {best.value:.2g}"
     ends = "" if best.low is None else f" ({best.low:.2g} to {best.high:.2g})"
     statement = {

@@ -55,6 +55,18 @@ def test_the_curvature_s_interval_is_least_squares_own():
     assert (fit.df, fit.points, fit.cells) == (3, 6, 6)
 
 
+def test_a_curve_in_the_logarithm_answers_in_x():
+    y = 0.1 + 0.5 * np.log(X / 0.36) ** 2
+    fit = fits.quadratic(X, y, log=True)
+    assert fit.optimum.value == pytest.approx(0.36) and fit.curvature.value == pytest.approx(0.5)
+    assert [fit.band[0][0], fit.band[-1][0]] == pytest.approx([0.25, 0.5])
+    assert "lowest inside the range, at 0.36" in fit.statement
+    falling = fits.quadratic(X, -np.log(X), log=True)
+    assert "at the upper end of the range 0.25 to 0.5" in falling.statement
+    with pytest.raises(ValueError, match="above 0 for a logarithm, found -1"):
+        fits.quadratic([-1, 1, 2], [1, 2, 3], log=True)
+
+
 def test_edges_downward_curves_and_points_without_freedom():
     falling = fits.quadratic(X, 0.2 - X)
     assert falling.verdict == "edge" and falling.optimum.value == 0.5
