@@ -60,7 +60,7 @@ def commands() -> str:
     text = RUNBOOK.read_text(encoding="utf-8")
     script = "".join(match["text"] for match in BLOCK.finditer(text) if not match["mark"])
     replaced = [(match["here"], match["there"]) for match in REPLACED.finditer(text)]
-    assert len(replaced) == 3 and len(script.splitlines()) >= 12
+    assert len(replaced) == 4 and len(script.splitlines()) >= 12
     for here, there in replaced:
         assert re.search(rf"(?<!\w){re.escape(here)}(?!\w)", script), here
         script = re.sub(rf"(?<!\w){re.escape(here)}(?!\w)", there, script)
