@@ -383,6 +383,8 @@ class Surface:
 
     coefficients: by term, of predictors centred at `centre`; "share" is thus the slope there, per
     unit of share. standardised: coefficient times the predictor's sd, to compare terms.
+    best_share: where the share's part is lowest within the shares tried, at the centre's expansion
+    and one depth for all; None without both of its terms.
     condition: of the centred, scaled predictors. inflation: variance inflation factor by term, how
     many times wider than alone a term's variance is for the company of the others.
     """
@@ -390,6 +392,7 @@ class Surface:
     coefficients: dict[str, Estimate]
     standardised: dict[str, float]
     centre: dict[str, float]
+    best_share: Estimate | None
     condition: float
     inflation: dict[str, float]
     warnings: tuple[str, ...]
@@ -446,6 +449,7 @@ def response_surface(
         },
         standardised={t: float(fit.coefficients[i + 1] * spread[i]) for i, t in enumerate(terms)},
         centre=centre,
+        best_share=_best_share(fit, terms, s, centre["share"], level),
         condition=condition,
         inflation=factors,
         warnings=_collinear(condition, factors),
@@ -454,6 +458,27 @@ def response_surface(
         points=len(y),
         r_squared=1 - float(fit.residuals @ fit.residuals) / total if total else 1.0,
     )
+
+
+def _best_share(
+    fit: _Fit, terms: Sequence[str], shares: Floats, centre: float, level: float
+) -> Estimate | None:
+    if not {"share", "share^2"} <= set(terms):
+        return None
+    low, high = float(shares.min()), float(shares.max())
+    middle, half = (low + high) / 2, (high - low) / 2
+    slope, bowl = terms.index("share") + 1, terms.index("share^2") + 1
+
+    def lowest(coefficients: Floats) -> Floats:
+        b, c = coefficients[:, slope] / half, coefficients[:, bowl]
+        # b a + c a^2 of a = share - centre, written over -1..1 of the range.
+        offset = (middle - centre) / half
+        return middle + half * _lowest(np.column_stack([0 * b, b + 2 * c * offset, c]))
+
+    value = float(lowest(fit.coefficients[None, :])[0])
+    places = lowest(_draws(fit, 4000, np.random.default_rng(0)))
+    ends = np.percentile(places, [50 * (1 - level), 50 * (1 + level)])
+    return Estimate(value, float(ends[0]), float(ends[1]), level)
 
 
 def _check_rank(design: Floats, spread: Floats, n: int, terms: Sequence[str]) -> None:

@@ -214,11 +214,10 @@ def _arm(rows: Sequence[Row], predictions: Mapping[str, Any]) -> list[dict[str, 
     cells = _rates(rows)
     shared = fits.shared_rate(cells)
     own = {name: fit.lowest_rate for name, fit in fits.best_rates(cells).items()}
-    found = [
-        _curve_of(
-            [r for r in rows if r["learning_rate"] == own[_label(r)]], "own best rate", predictions
-        )
-    ]
+    best = [r for r in rows if r["learning_rate"] == own[_label(r)]]
+    if set(own.values()) == {shared}:
+        return [_curve_of(best, f"own best and shared rate {shared:g}", predictions)]
+    found = [_curve_of(best, "own best rate", predictions)]
     if shared is not None:
         at = [r for r in rows if r["learning_rate"] == shared]
         found.append(_curve_of(at, f"shared rate {shared:g}", predictions))
@@ -476,6 +475,10 @@ def summary(content: Mapping[str, Any]) -> str:
         lines += [f"{arm['sweep']}: {n}: {c['statement']}" for n, c in arm["cells"].items()]
     for surface in content["surfaces"]:
         lines.append(f"surface, {surface['cells']}: {_said(surface)}")
+        best = surface.get("best_share")
+        if best:
+            ends = f"{best['low']:.1%} to {best['high']:.1%}"
+            lines.append(f"  best share, all else equal: {best['value']:.1%} ({ends})")
         lines += [f"  {warning}" for warning in surface.get("warnings", ())]
     for found in content["rank_agreement"]:
         rho = "unknown" if found["spearman"] is None else f"{found['spearman']:+.2f}"

@@ -4,7 +4,7 @@
     python -m src.science --log_dir planted --output planted/science
 
 ln BPB of a cell = 0.2 + 1.2 (share - 0.36)^2 + 0.01 (glu - 3)^2 - 0.03 ln(L / 10)
-    + 0.02 (ln rate / best)^2, the best rate 4e-3 (4e-3 * 0.35 / share in sweeps of rates) + noise.
+    + 0.02 (ln rate / best)^2, best = 4e-3, in sweeps of rates 4e-3 (0.35 / share)^2, + noise.
 A ranking run adds 0.1 and has three times the noise. Curves fall as tokens^-0.3 to the run's end.
 """
 
@@ -35,7 +35,7 @@ def truth(share: float, glu: float, layers: int, rate: float, best: float = BEST
 
 def best_rate(share: float) -> float:
     """In sweeps of rates the best one falls with the share, that is, with the width."""
-    return BEST_RATE * 0.35 / share
+    return BEST_RATE * (0.35 / share) ** 2
 
 
 def write(

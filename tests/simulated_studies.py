@@ -113,6 +113,9 @@ def surface(design: np.ndarray, rng: np.random.Generator, out: Outcome) -> None:
     fit = fits.response_surface(share, glu, layers, y + SD * rng.standard_normal(len(share)))
     for term, truth in SURFACE.items():
         out.setdefault(f"surface, {term}", []).append(covers(fit.coefficients[term], truth))
+    assert fit.best_share is not None
+    best = share.mean() - SURFACE["share"] / (2 * SURFACE["share^2"])
+    out.setdefault("surface, best share", []).append(covers(fit.best_share, best))
 
 
 ARMS = ("frontier", "factorised", "depth_control", "glu_expansion")

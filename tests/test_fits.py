@@ -171,8 +171,19 @@ def test_the_surface_finds_known_coefficients():
     truth = {"share": 0.3, "share^2": 1.2, "glu": -0.02, "glu^2": 0.015, "share*glu": 0.1}
     for term, value in {**truth, "ln L": -0.03}.items():
         assert found.coefficients[term].value == pytest.approx(value), term
+    assert found.best_share.value == pytest.approx(share.mean() - 0.3 / 2.4)
     assert found.coefficients["mean"].value == pytest.approx(y.mean())
     assert found.r_squared == pytest.approx(1) and found.points == len(y)
+
+
+def test_the_best_share_stays_within_the_shares_tried():
+    share, glu, layers = design().T
+    terms = ("share", "share^2", "ln L")
+    rising = fits.response_surface(share, glu, layers, share + share**2, terms=terms)
+    assert rising.best_share.value == pytest.approx(share.min())
+    bowl = fits.response_surface(share, glu, layers, (share - 0.4) ** 2, terms=terms)
+    assert bowl.best_share.value == pytest.approx(0.4)
+    assert fits.response_surface(share, glu, layers, share, terms=("share",)).best_share is None
 
 
 def test_inflation_is_one_over_one_less_r_squared():

@@ -65,6 +65,9 @@ def test_the_surface_over_both_arms_separates_share_from_depth(found):
     depth, bowl = both["coefficients"]["ln L"], both["coefficients"]["share^2"]
     assert depth["low"] <= planted_study.DEPTH <= depth["high"] < 0
     assert bowl["low"] <= planted_study.BOWL <= bowl["high"] and bowl["low"] > 0
+    best = both["best_share"]
+    assert best["low"] <= planted_study.BEST_SHARE <= best["high"]
+    assert best["high"] - best["low"] < 0.05
     assert max(both["inflation"].values()) < 10 and not both["warnings"]
     whole = next(s for s in found["surfaces"] if s["cells"] == "all cells")
     for term, truth in (("share^2", planted_study.BOWL), ("glu^2", 0.01), ("share*glu", 0.0)):
@@ -102,6 +105,7 @@ def test_each_cell_is_judged_at_its_own_best_rate_and_at_the_shared_one(found):
     own = arm(found, "miniature_lr.yaml", rate="own best rate")
     shared = arm(found, "miniature_lr.yaml", rate=f"shared rate {rates['shared_rate']:g}")
     assert {cell["learning_rate"] for cell in shared["cells"]} == {rates["shared_rate"]}
+    assert {cell["learning_rate"] for cell in own["cells"]} != {rates["shared_rate"]}
     for cell in own["cells"]:
         tried = dict(rates["cells"][cell["label"]]["tried"])
         assert tried[cell["learning_rate"]] == min(tried.values())  # chosen on dev
