@@ -146,7 +146,7 @@ def read_curve(row: Row) -> list[tuple[int, float]]:
 def analyse(rows: Sequence[Row], predictions: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that `rows` allow, as plain JSON-ready values."""
     studies = _groups(rows, SHARED)
-    arms = [arm for study in studies for arm in _groups(study, ("sweep",))]
+    arms = [_once(arm) for study in studies for arm in _groups(study, ("sweep",))]
     return {
         "schema": SCHEMA,
         "runs": len(rows),
@@ -189,6 +189,15 @@ def _facts(rows: Sequence[Row]) -> dict[str, Any]:
 def _many_rates(rows: Sequence[Row]) -> bool:
     """Whether some model was trained at several learning rates."""
     return any(len({row.get("learning_rate") for row in cell}) > 1 for cell in _cells(rows))
+
+
+def _once(rows: Sequence[Row]) -> list[Row]:
+    """`emb35` and the run of a list of rates that is the same, `emb35-lr4e-3`, count once."""
+    cells = _groups(rows, ("model_digest", "embedding_lr_ratio", "learning_rate", "seed"))
+    kept = [next((r for r in cell if _label(r) != r["experiment"]), cell[0]) for cell in cells]
+    listed = {id(row) for row in kept}
+    plain = len({_label(row) for row in rows}) == len({row["experiment"] for row in rows})
+    return list(rows) if plain else [row for row in rows if id(row) in listed]
 
 
 def _cells(rows: Sequence[Row]) -> list[list[Row]]:

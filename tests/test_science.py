@@ -111,6 +111,18 @@ def test_each_cell_is_judged_at_its_own_best_rate_and_at_the_shared_one(found):
         assert tried[cell["learning_rate"]] == min(tried.values())  # chosen on dev
 
 
+def test_a_run_and_its_twin_of_a_list_of_rates_count_once(tmp_path):
+    planted_study.write(tmp_path / "one", ["embed_ratio"])
+    rates = ["training.learning_rate=[4e-3, 2e-3, 8e-3]"]
+    planted_study.write(tmp_path / "list", ["embed_ratio"], overrides=rates)
+    content = science.analyse(science.read_runs([], [tmp_path]), {})
+    assert content["runs"] == 12
+    tried = content["learning_rates"][0]["cells"]["emb35"]["tried"]
+    assert [(rate, len(losses)) for rate, losses in tried] == [(2e-3, 1), (4e-3, 1), (8e-3, 1)]
+    for shape in content["arms"]:
+        assert [len(cell["seeds"]) for cell in shape["cells"]] == [1, 1, 1]
+
+
 def test_ranking_runs_are_judged_on_dev_and_held_against_the_full_ones(found):
     assert arm(found, "frontier.yaml", "rank")["split"] == "dev"
     assert arm(found, "frontier.yaml", "full")["split"] == "test"
