@@ -51,7 +51,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
         {"name": "v8k-tied-emb25", "embedding_ratio": 0.098, "vocab_size": 320},
     ],
 }
-STUDY = {"noise_seeds": 2, "final_seeds": 1, "finalists": 1, "corpus": "data/wikitext-2"}
+STUDY = {"noise_seeds": 2, "final_seeds": 1, "finalists": 1, "jobs": 2,
+         "corpus": "data/wikitext-2"}  # fmt: skip
 REPORT = "# Report\n\n<!-- table:decisions --><!-- /table:decisions -->\n"
 
 
