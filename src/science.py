@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +31,7 @@ Row = dict[str, Any]
 SHARED = (
     "corpus", "tokenizer_sha256", "asked_total_params", "tokens", "batch_size", "seq_len", "phase",
 )  # fmt: skip
+RATE_SUFFIX = re.compile(r"-lr[0-9.]+e-?[0-9]+$")  # as src/rates.py spells it
 TEXT = frozenset(
     "run path status experiment sweep phase corpus tokenizer_sha256 config_digest model_digest "
     "device_name baseline_name".split()
@@ -178,7 +180,7 @@ def _ln_bpb(row: Row, split: str) -> float:
 
 def _label(row: Row) -> str:
     """The experiment without the rate that a list of rates put behind it."""
-    return str(row["experiment"]).rpartition("-lr")[0] or str(row["experiment"])
+    return RATE_SUFFIX.sub("", str(row["experiment"]))
 
 
 def _facts(rows: Sequence[Row]) -> dict[str, Any]:
@@ -236,8 +238,10 @@ def _arm(rows: Sequence[Row], predictions: Mapping[str, Any]) -> list[dict[str, 
 def _curve_of(rows: Sequence[Row], rate: str, predictions: Mapping[str, Any]) -> dict[str, Any]:
     split, axis = _split(rows), _axis(rows)
     y = [_ln_bpb(row, split) for row in rows]
-    baseline = next((row for row in rows if row.get("baseline")), rows[0])
-    base = [r for r in rows if _label(r) == _label(baseline)]
+    baseline = RATE_SUFFIX.sub("", str(rows[0].get("baseline_name")))
+    if baseline not in {_label(row) for row in rows}:
+        baseline = _label(rows[0])
+    base = [row for row in rows if _label(row) == baseline]
     reference = sum(r[f"{split}_loss"] for r in base) / len(base)
     curves: dict[str, Any] = {}
     if axis is not None:
@@ -252,9 +256,11 @@ def _curve_of(rows: Sequence[Row], rate: str, predictions: Mapping[str, Any]) ->
         "rate": rate,
         "split": split,
         "axis": axis,
-        "baseline": _label(baseline),
+        "baseline": baseline,
         "reference_loss": reference,  # the baseline's, nats a token
-        "cells": [_cell(cell, split, reference) for cell in _groups(rows, ("experiment",))],
+        "cells": [
+            _cell(cell, split, reference, baseline) for cell in _groups(rows, ("experiment",))
+        ],
         "curves": curves,
         "seed_noise": None if noise is None else dataclasses.asdict(noise),
         "prediction": _prediction(rows, split, predictions),
@@ -287,12 +293,12 @@ def _by_cell(rows: Sequence[Row], values: Sequence[float]) -> dict[str, list[flo
     return found
 
 
-def _cell(rows: Sequence[Row], split: str, reference: float) -> dict[str, Any]:
+def _cell(rows: Sequence[Row], split: str, reference: float, baseline: str) -> dict[str, Any]:
     first = rows[0]
     return {
         "experiment": str(first["experiment"]),
         "label": _label(first),
-        "baseline": bool(first.get("baseline")),
+        "baseline": _label(first) == baseline,
         **{k: first.get(k) for k in ("n_layers", "d_model", "embedding_dim", "learning_rate")},
         "share": first["embedding_ratio"],
         "glu": first["glu_expansion"],

@@ -106,6 +106,9 @@ def test_each_cell_is_judged_at_its_own_best_rate_and_at_the_shared_one(found):
     shared = arm(found, "miniature_lr.yaml", rate=f"shared rate {rates['shared_rate']:g}")
     assert {cell["learning_rate"] for cell in shared["cells"]} == {rates["shared_rate"]}
     assert {cell["learning_rate"] for cell in own["cells"]} != {rates["shared_rate"]}
+    for shape in (own, shared):
+        assert shape["baseline"] == "mini-tune35"
+        assert [cell["label"] for cell in shape["cells"] if cell["baseline"]] == ["mini-tune35"]
     for cell in own["cells"]:
         tried = dict(rates["cells"][cell["label"]]["tried"])
         assert tried[cell["learning_rate"]] == min(tried.values())  # chosen on dev
