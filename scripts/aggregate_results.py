@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import bundle
-from files import BAD_INPUT, IO_FAILURE, Parser
+from files import BAD_INPUT, IO_FAILURE, Parser, write_atomic, write_json
 from report_tables import fill, tables
 from run_table import STATUSES, Row, read_csv, read_curve, read_rows, undocumented, write_csv
 
@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     status = 0
     if options.from_csv is None and not options.check:
         write_csv(rows, options.output)
-        bundle.write(bundle.bundle(rows, options.log_dir), options.output.with_name(bundle.NAME))
+        write_json(options.output.with_name(bundle.NAME), bundle.bundle(rows, options.log_dir))
         _summarise(rows, options.output)
         if not options.no_figures:
             status = _draw(rows, options.output.parent, options.metric)
@@ -203,9 +203,7 @@ def _report(path: Path, filled: str, check_only: bool) -> int:
     if path.read_text(encoding="utf-8") != filled:
         if check_only:
             return _refuse(f"{path}: its tables differ from the results; run without --check.")
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(filled, encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, filled.encode())
     print(f"{path}: tables are up to date")
     return 0
 

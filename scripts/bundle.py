@@ -7,8 +7,7 @@ directory gives the same bytes: no clocks, no costs, no paths of the log directo
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +37,6 @@ def bundle(rows: Sequence[Row], log_dir: Path) -> dict[str, Any]:
         },
         "study": _study(log_dir / "study.json"),
     }
-
-
-def write(content: Mapping[str, Any], output: Path) -> None:
-    """Write the bundle atomically."""
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(output)
 
 
 def _different(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]:
