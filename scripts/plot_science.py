@@ -199,9 +199,9 @@ def _draw_prediction(ax: Axes, arms: Sequence[Found]) -> None:
         if base is not None:
             level = sum(base["ln_bpb"]) / len(base["ln_bpb"])
             points = sorted(
-                (c["share"], level + math.log1p(told["cells"][c["experiment"]]
+                (c["share"], level + math.log1p(told["cells"][c["label"]]
                                                 / arm["reference_loss"]))
-                for c in arm["cells"] if c["experiment"] in told["cells"]
+                for c in arm["cells"] if c["label"] in told["cells"]
             )  # fmt: skip
             ax.plot([x for x, _ in points], [_bits(y) for _, y in points], color=PREDICTION,
                     lw=1.0, ls=DASH, zorder=2)  # fmt: skip
@@ -237,8 +237,8 @@ def predictions(found: Found, output: Path) -> list[Path]:
     for ax, arm in zip(axes, arms, strict=False):
         told = arm["prediction"]
         points = [
-            (math.expm1(told["cells"][c["experiment"]]), math.expm1(ratio), c)
-            for c in arm["cells"] if c["experiment"] in told["cells"]
+            (math.expm1(told["cells"][c["label"]]), math.expm1(ratio), c)
+            for c in arm["cells"] if c["label"] in told["cells"]
             for ratio in c["ln_ppl_ratio"]
         ]  # fmt: skip
         for x, y, cell in points:
@@ -246,7 +246,7 @@ def predictions(found: Found, output: Path) -> list[Path]:
             ax.plot([x], [y], "o", color=colour, ms=5)
         for cell in arm["cells"]:
             x, y = (
-                math.expm1(told["cells"][cell["experiment"]]),
+                math.expm1(told["cells"][cell["label"]]),
                 math.expm1(sum(cell["ln_ppl_ratio"]) / len(cell["ln_ppl_ratio"])),
             )
             ax.annotate(f"{100 * cell['share']:.0f} %", (x, y), (5, 3), size=6.5,

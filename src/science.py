@@ -316,14 +316,14 @@ def _prediction(
     sweep = predictions.get("sweeps", {}).get(rows[0].get("sweep"))
     if sweep is None:
         return None
-    known = [row for row in rows if row["experiment"] in sweep["cells"]]
-    expected = [sweep["cells"][row["experiment"]]["tao_ln_ppl_ratio"] for row in known]
+    known = [row for row in rows if _label(row) in sweep["cells"]]
+    expected = [sweep["cells"][_label(row)]["tao_ln_ppl_ratio"] for row in known]
     observed = [row[f"{split}_loss"] for row in known]
     return {
         "date": predictions.get("date"),
         "sources": predictions.get("sources"),
         **{key: value for key, value in sweep.items() if key != "cells"},
-        "cells": {row["experiment"]: value for row, value in zip(known, expected, strict=True)},
+        "cells": {_label(row): value for row, value in zip(known, expected, strict=True)},
         "tao_slope": _or_why(lambda: fits.calibration(expected, observed)),
     }
 

@@ -81,7 +81,7 @@ def test_a_prediction_is_scored_by_its_slope(found):
     assert told["date"] == "2026-11-23" and told["tao_best_share"] == pytest.approx(0.2, abs=0.01)
     predicted, observed = [], []
     for cell in arm(found, "frontier.yaml")["cells"]:
-        predicted += [told["cells"][cell["experiment"]]] * 3
+        predicted += [told["cells"][cell["label"]]] * 3
         observed += cell["ln_ppl_ratio"]
     mean = sum(predicted) / len(predicted)
     slope = sum((p - mean) * o for p, o in zip(predicted, observed, strict=True))
@@ -124,6 +124,15 @@ def test_a_run_and_its_twin_of_a_list_of_rates_count_once(tmp_path):
     assert [(rate, len(losses)) for rate, losses in tried] == [(2e-3, 1), (4e-3, 1), (8e-3, 1)]
     for shape in content["arms"]:
         assert [len(cell["seeds"]) for cell in shape["cells"]] == [1, 1, 1]
+
+
+def test_a_prediction_is_of_a_cell_at_any_rate(tmp_path):
+    planted_study.write(tmp_path, ["frontier"], overrides=["training.learning_rate=[4e-3, 2e-3]"])
+    told = json.loads((ROOT / "results" / "predictions.json").read_text())
+    content = science.analyse(science.read_runs([], [tmp_path]), told)
+    for shape in content["arms"]:
+        assert set(shape["prediction"]["cells"]) == {cell["label"] for cell in shape["cells"]}
+        assert shape["prediction"]["tao_slope"]["value"] > 0
 
 
 def test_ranking_runs_are_judged_on_dev_and_held_against_the_full_ones(found):
