@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.phase = "rank" if checking else arguments.phase
         sweep = config.load_sweep(arguments.config, arguments.set, arguments.phase)
         answers = _allocate(sweep)
-        runs = _chosen(sweep, arguments.exp or ["all"], arguments.seed)
+        runs = sweep.chosen(arguments.exp or ["all"], arguments.seed)
         if arguments.dry_run:
             _print_plan(answers, arguments.json)
             if not arguments.json:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if checking and (code := _sanity(sweep, answers, arguments)) != OK:
             return code
         if checking:
-            runs = _chosen(sweep, arguments.exp, arguments.seed)
+            runs = sweep.chosen(arguments.exp, arguments.seed)
         codes = [
             execution.execute(
                 run,
@@ -132,7 +132,7 @@ def _sanity(
     sweep: config.Sweep, answers: dict[str, allocation.Allocation], arguments: argparse.Namespace
 ) -> int:
     """Phase 0's checks of every named experiment; then `arguments` ask for the noise floor."""
-    chosen = _chosen(sweep, arguments.exp, [0])
+    chosen = sweep.chosen(arguments.exp, [0])
     inputs = _check_inputs(sweep, answers, chosen, arguments)
     from src import run_dir, sanity
 
@@ -169,19 +169,6 @@ def _print_plan(answers: dict[str, allocation.Allocation], as_json: bool) -> Non
         return
     for name, answer in answers.items():
         print(json.dumps(allocation.as_json(name, answer)))
-
-
-def _chosen(
-    sweep: config.Sweep, names: Sequence[str], seeds: Sequence[int] | None
-) -> list[config.RunConfig]:
-    """The asked runs: seeds within experiments, the baseline first (others are judged by it)."""
-    for seed in seeds or ():
-        if not 0 <= seed < 2**31:
-            raise ValueError(f"--seed: found {seed}, expected a seed from 0 to 2^31 - 1")
-    asked = sweep.names if list(names) == ["all"] else names
-    wanted = list(dict.fromkeys(run for name in asked for run in sweep.named(name)))
-    wanted.sort(key=lambda name: name != sweep.baseline)
-    return [sweep.run(name, seed) for name in wanted for seed in (seeds or sweep.seeds)]
 
 
 def _print_floor(

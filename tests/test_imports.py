@@ -38,6 +38,9 @@ ROWS = (
     {"with_parent", "study_jobs"},
     {"study_record"},
     {"study"},
+    {"launch.runs"},
+    {"launch.local", "launch.slurm", "launch.sky"},
+    {"launch.__main__"},
 )
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # Decided without a file, a clock or a GPU, so without anything of ours that has one.

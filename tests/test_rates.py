@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from run_experiment import _chosen, main
+from run_experiment import main
 from src.config import Sweep, load_sweep
 from src.rates import spelled
 
@@ -112,14 +112,14 @@ def test_exp_names_an_experiment_or_one_of_its_runs(tmp_path, capsys):
     path = tmp_path / "sweep.yaml"
     path.write_text(SWEEP, encoding="utf-8")
     sweep = load_sweep(path)
-    assert [r.run_name for r in _chosen(sweep, ["b"], [0])] == [
+    assert [r.run_name for r in sweep.chosen(["b"], [0])] == [
         "b-lr2e-3", "b-lr4e-3", "b-lr1.6e-2",
     ]  # fmt: skip
-    assert [r.run_name for r in _chosen(sweep, ["b-lr4e-3", "a-lr2e-3"], [1])] == [
+    assert [r.run_name for r in sweep.chosen(["b-lr4e-3", "a-lr2e-3"], [1])] == [
         "a-lr2e-3-seed1", "b-lr4e-3-seed1",
     ]  # fmt: skip
-    assert len(_chosen(sweep, ["all"], [0, 1])) == 12
-    assert len(_chosen(sweep, ["b", "b-lr4e-3"], None)) == 3
+    assert len(sweep.chosen(["all"], [0, 1])) == 12
+    assert len(sweep.chosen(["b", "b-lr4e-3"], None)) == 3
     assert main(["--config", str(path), "--exp", "c", "--dry_run"]) == 78
     assert "no experiment named 'c'" in capsys.readouterr().err
     assert main(["--config", str(path), "--exp", "b", "--dry_run"]) == 0
