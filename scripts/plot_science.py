@@ -244,7 +244,7 @@ def predictions(found: Found, output: Path) -> list[Path]:
         for x, y, cell in points:
             colour = BASELINE_COLOUR if cell["baseline"] else COLOURS[0]
             ax.plot([x], [y], "o", color=colour, ms=5)
-        for cell in arm["cells"]:
+        for cell in (c for c in arm["cells"] if c["label"] in told["cells"]):
             x, y = (
                 math.expm1(told["cells"][cell["label"]]),
                 math.expm1(sum(cell["ln_ppl_ratio"]) / len(cell["ln_ppl_ratio"])),
