@@ -50,7 +50,7 @@ COLUMNS: tuple[str, ...] = tuple(
     train_seconds eval_seconds wall_seconds tokens_per_s gpu_utilisation_percent
     train_peak_memory_mib gpu_hours cost_usd
     corpus tokenizer_sha256 data_sha256 config_digest model_digest git_sha git_dirty
-    device device_name precision micro_batch compile threads schema
+    device device_name precision micro_batch loss_chunk compile threads schema
     """.split()
 )
 

@@ -1,4 +1,4 @@
-"""What a run chooses by itself: device, precision, micro-batch, compilation, threads.
+"""What a run chooses by itself: device, precision, micro-batch, loss chunk, compilation, threads.
 
 Chosen once per log directory and device, stored in `choices.json`, reused by every run that is
 compared and by every resumption; whatever the config states wins.
@@ -12,13 +12,17 @@ from pathlib import Path
 
 import torch
 
-from src import runtime
+from src import probe, runtime
 from src.config import ModelConfig, TrainingConfig
 from src.preflight import compiler
 
-# Tokens of a CPU micro-batch: activations of one block stay in the cache.
+# Tokens of a CPU micro-batch where nothing is probed: activations of one block stay in the cache
+# (2.6M model, one core: 4,240 tokens/s at 1,024, 4,768 at 2,048, 3,725 at 4,096).
 CPU_MICRO_BATCH_TOKENS = 2_048
-# Under this budget compiling (11-17 s a block shape on two cores) costs more than it gives.
+# Logits rows at a time where nothing is probed: on a CPU (chunk, V) stays near the cache.
+LOSS_CHUNK = {"cpu": 256, "cuda": 8_192}
+# Under this budget compiling (11-17 s a block shape on two cores) and probing (3 to 10 s there)
+# cost more than they give.
 COMPILE_PAYS_TOKENS = 1_000_000
 # Values kept for the backward pass a token and layer, in units of d_model, the FFN's beside it:
 # an estimate from counting tensors, not yet checked on a GPU.
@@ -34,13 +38,17 @@ class Machine:
     micro_batch: int  # sequences
     compile: bool
     threads: int
+    loss_chunk: int = 256  # rows of logits at a time
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of matrix products."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            self.precision
-        ]
+        return self.types()[self.precision]
+
+    @staticmethod
+    def types() -> dict[str, torch.dtype]:
+        """By the names that `precision` has."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`, the rest in float32."""
@@ -69,12 +77,26 @@ def choose(
             "can_compile": _can_compile(device),
         }
 
-    stored = runtime.Choices.get(log_dir, runtime.device_name(device), decide)
+    name = runtime.device_name(device)
+    stored = runtime.Choices.get(log_dir, name, decide)
     threads = runtime.pin_threads(training.threads or int(stored["threads"]))
     precision = str(stored["precision"])
     if training.precision != "auto":
         precision = runtime.resolve_precision(training.precision, device)
     pays = training.tokens >= COMPILE_PAYS_TOKENS
+    most_tokens = int(stored["micro_batch_tokens"])
+    loss_chunk = LOSS_CHUNK[device.type]
+    if pays and not (training.micro_batch and training.loss_chunk):
+        # Of the first such run's model and precision; then the same for all that is compared.
+        dtype = Machine.types()[precision]
+        found = runtime.Choices.get(
+            log_dir,
+            f"{name}, {precision}, {training.seq_len} tokens a sequence",
+            lambda: probe.measure(
+                model, training.seq_len, device=device, dtype=dtype, most_tokens=most_tokens
+            ),
+        )
+        most_tokens, loss_chunk = int(found["micro_batch_tokens"]), int(found["loss_chunk"])
     if training.compile == "auto" and pays and not stored["can_compile"]:
         print("training.compile: no C++ compiler (on a GPU, or no Triton) found, so eager")
     compiled = bool(stored["can_compile"]) and pays
@@ -82,13 +104,14 @@ def choose(
         compiled = training.compile == "on"
     if training.deterministic:
         runtime.deterministic(True)
-    most = max(1, int(stored["micro_batch_tokens"]) // training.seq_len)
+    most = max(1, most_tokens // training.seq_len)
     return Machine(
         device=device,
         precision=precision,
         micro_batch=training.micro_batch or _largest_divisor(training.batch_size, most),
         compile=compiled,
         threads=threads,
+        loss_chunk=training.loss_chunk or loss_chunk,
     )
 
 

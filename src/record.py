@@ -170,6 +170,7 @@ def metrics(
         "device_name": outcome.device_name,
         "precision": machine.precision,
         "micro_batch": machine.micro_batch,
+        "loss_chunk": machine.loss_chunk,
         "compile": machine.compile,
         "threads": machine.threads,
         "tokens": tokens,

@@ -37,8 +37,6 @@ MOST_SKIPPED_STEPS = 40
 # Nats a token; its exponential, the perplexity, is still a number.
 LARGEST_LOSS = 700.0
 _UTILISATION = "gpu_utilisation_percent"
-# Logits rows at a time: on a CPU (chunk, V) in float32 stays near the cache.
-LOSS_CHUNK = {"cpu": 256, "cuda": 8_192}
 
 
 class NonFinite(RuntimeError):
@@ -117,7 +115,7 @@ def next_token_loss(
         model.head.table,
         targets.flatten() if scored is None else targets[scored],
         z_loss,
-        chunk=LOSS_CHUNK[machine.device.type],
+        chunk=machine.loss_chunk,
         dtype=machine.dtype,
         compiled=machine.compile,
     )
@@ -188,6 +186,7 @@ class Trainer:
                 "micro_batch": self.machine.micro_batch,
                 "compile": self.machine.compile,
                 "threads": self.machine.threads,
+                "loss_chunk": self.machine.loss_chunk,
             },
         }
         checkpoint.save(
@@ -291,7 +290,7 @@ class Trainer:
 
 
 def _sum_nats(rows: Tensor, table: Tensor, targets: Tensor, machine: Machine) -> Tensor:
-    chunk = LOSS_CHUNK[machine.device.type]
+    chunk = machine.loss_chunk
     weight = table.to(machine.dtype)
     total = torch.zeros((), device=rows.device, dtype=torch.float64)
     for part, target in zip(rows.split(chunk), targets.split(chunk), strict=True):

@@ -25,6 +25,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: True)
     monkeypatch.setattr(runtime, "probe", lambda **_: 2.0)
     monkeypatch.setattr(machine, "_can_compile", lambda _: True)
+    answer = {"micro_batch_tokens": 2_048, "loss_chunk": 128}
+    monkeypatch.setattr(machine.probe, "measure", lambda *_, **__: dict(answer))
 
 
 def test_one_run_does_not_choose_for_the_next(quiet: None, tmp_path: Path) -> None:
@@ -33,7 +35,7 @@ def test_one_run_does_not_choose_for_the_next(quiet: None, tmp_path: Path) -> No
     first = machine.choose(stated, MODEL, tmp_path, "cpu")
     assert (first.precision, first.micro_batch, first.compile) == ("fp32", 4, False)
     second = machine.choose(plain, MODEL, tmp_path, "cpu")
-    assert (second.precision, second.micro_batch, second.compile) == ("bf16", 32, True)
+    assert (second.precision, second.micro_batch, second.compile) == ("bf16", 16, True)
 
 
 def test_the_choice_is_kept_when_the_machine_would_choose_otherwise(
@@ -80,3 +82,38 @@ def test_more_shapes_than_dynamo_counts_are_all_compiled(monkeypatch: pytest.Mon
             trainer.model(torch.zeros(1, 4, dtype=torch.int64))
     torch.compiler.reset()
     assert len(compiled) == 10
+
+
+def test_a_long_run_probes_once_and_a_short_one_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def measure(*arguments: Any, **named: Any) -> dict[str, Any]:
+        calls.append(1)
+        return real(*arguments, **named)
+
+    real = machine.probe.measure
+    monkeypatch.setattr(machine.probe, "measure", measure)
+    monkeypatch.setitem(machine.probe.HEAD_ROWS, "cpu", 64)
+    short = TrainingConfig(threads=1, precision="fp32", tokens=100_000, seq_len=16)
+    long = replace(short, tokens=2_000_000)
+    assert machine.choose(short, MODEL, tmp_path, "cpu").loss_chunk == 256 and not calls
+    found = [machine.choose(long, MODEL, tmp_path, "cpu") for _ in range(2)]
+    assert found[0] == found[1] and len(calls) == 1
+    assert found[0].loss_chunk in machine.probe.CHUNKS["cpu"]
+    assert found[0].micro_batch * 16 <= machine.CPU_MICRO_BATCH_TOKENS
+    stated = replace(long, micro_batch=2, loss_chunk=77)
+    chosen = machine.choose(stated, MODEL, tmp_path / "other", "cpu")
+    assert (chosen.micro_batch, chosen.loss_chunk, len(calls)) == (2, 77, 1)
+
+
+def test_the_probe_draws_nothing_from_the_global_generator() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    machine.probe.measure(
+        MODEL, 16, device=torch.device("cpu"), dtype=torch.bfloat16, most_tokens=512
+    )
+    assert torch.equal(torch.rand(3), expected)
+    assert machine.probe.micro_batch_candidates(torch.device("cpu"), 100) == [100]
