@@ -106,6 +106,7 @@ class TrainingConfig:
     checkpoint_every_steps: int | None = _key(None, "steps above 0, or null", lambda v: v > 0)
     precision: str = _one_of("auto", "auto", "fp32", "bf16", "fp16")
     micro_batch: int | None = _key(None, "sequences above 0, or null", lambda v: v > 0)
+    loss_chunk: int | None = _key(None, "rows of logits above 0, or null", lambda v: v > 0)
     compile: str = _one_of("auto", "auto", "on", "off")
     threads: int | None = _key(None, "threads above 0, or null", lambda v: 0 < v <= 1024)
     deterministic: bool = _key(False, "true or false")

@@ -199,6 +199,7 @@ def _metrics(
         "config_digest": "0" * 64,
         "model_digest": f"{table + d_ff:064x}",
         "micro_batch": 256,
+        "loss_chunk": 8_192,
         "compile": True,
         "tokenizer_sha256": f"{cell.vocab_size:064x}",
         "data_sha256": "d" * 64,
@@ -243,6 +244,12 @@ def _metrics(
         "train_loss": loss - 0.1,
         **evaluated("dev", loss),
         **(missing if killed else evaluated("test", loss + 0.02)),
+        "outside_corpus": None if killed else "tests/elsewhere",
+        **{
+            f"outside_{split}_{key}": None if killed else evaluated(split, loss)[f"{split}_{key}"]
+            for split in ("dev", "test")
+            for key in ("bits_per_byte", "word_perplexity", "tokens_scored")
+        },
         "smallbench_accuracy": None if killed else 0.52 - 0.1 * cell.gain,
         "smallbench_accuracy_se": None if killed else 0.011,
         "smallbench_tasks": None if killed else 2,

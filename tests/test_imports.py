@@ -22,6 +22,7 @@ ROWS = (
     {"checkpoint", "runtime", "remote", "record"},
     {"perplexity", "kill_rule", "trained_run"},
     {"preflight"},
+    {"probe"},
     {"machine"},
     {"train"},
     {"eval_smallbench", "eval_latency", "instruction_tuning", "sanity_training"},
