@@ -108,6 +108,7 @@ def _write_run(
         "embedding_lr_ratio": training.embedding_lr_ratio,
         **{f"{split}_bits_per_byte": value for split, value in bits.items()},
         **{f"{split}_loss": value / BITS_PER_NAT for split, value in bits.items()},
+        **{f"{split}_perplexity": math.exp(v / BITS_PER_NAT) for split, v in bits.items()},
     }
     path = log_dir / run.run_name
     path.mkdir(parents=True)
