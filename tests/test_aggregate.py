@@ -458,8 +458,9 @@ def test_every_price_is_positive_dated_and_sourced() -> None:
     table = yaml.safe_load((ROOT / "configs/prices.yaml").read_text(encoding="utf-8"))
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", table["as_of"])
     for key, price in table["devices"].items():
-        assert set(price) == {"match", "usd_per_hour", "kind", "read_on", "source"}, key
-        assert price["usd_per_hour"] > 0
+        needed = {"match", "usd_per_hour", "kind", "read_on", "source"}
+        assert set(price) - {"tflops"} == needed, key
+        assert price["usd_per_hour"] > 0 and price.get("tflops", 1) > 0
         assert price["kind"] in ("spot", "on-demand", "marketplace")
         dated = price["read_on"] and re.fullmatch(r"\d{4}-\d\d-\d\d", price["read_on"])
         assert dated or "assumption" in price["source"] or "undated" in price["source"], key
