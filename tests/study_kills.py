@@ -73,7 +73,11 @@ WAYS = ("TERM study", "KILL study", "KILL all", "TERM run", "KILL run")
 
 
 def build(work: Path) -> None:
-    """The corpus, the sweeps and the report's frame; the study makes the tokens itself."""
+    """A copy of the code (somebody may be editing it), the corpus, the sweeps and the report's
+    frame; the study makes the tokens itself."""
+    for name in ("src", "scripts", "configs"):
+        shutil.copytree(ROOT / name, work / "code" / name)
+    shutil.copy(ROOT / "run_experiment.py", work / "code")
     size = ("--documents", "60", "--lexicon", "64")
     script = str(ROOT / "scripts" / "make_corpus.py")
     subprocess.run(
@@ -97,7 +101,7 @@ def build(work: Path) -> None:
 
 def commands(work: Path, name: str, jobs: int) -> list[list[str]]:
     """What `make study` runs, for the log directory `name` with tokens of its own."""
-    folder = work / name
+    folder, code = work / name, work / "code"
     folder.mkdir()
     shutil.copy(work / "frame.md", folder / "REPORT.md")
     tokens = f"data.dir={folder / 'tokens'}"
@@ -105,8 +109,8 @@ def commands(work: Path, name: str, jobs: int) -> list[list[str]]:
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     logs, table = str(folder / "logs"), str(folder / "results_summary.csv")
     return [
-        [sys.executable, str(ROOT / "run_experiment.py"), "--study", str(folder / "study.yaml")],
-        [sys.executable, str(ROOT / "scripts" / "aggregate_results.py"), "--log_dir", logs,
+        [sys.executable, str(code / "run_experiment.py"), "--study", str(folder / "study.yaml")],
+        [sys.executable, str(code / "scripts" / "aggregate_results.py"), "--log_dir", logs,
          "--output", table, "--report", str(folder / "REPORT.md")],
     ]  # fmt: skip
 
@@ -128,6 +132,13 @@ class Command:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
+
+    def wait_for_jobs(self, count: int) -> int | None:
+        """Let `count` jobs begin, so that kills reach the later stages; the exit code or None."""
+        wanted = len(_begun(self.log)) + count
+        while (code := self.wait(0.1)) is None and len(_begun(self.log)) < wanted:
+            pass
+        return code
 
     def runs(self) -> list[int]:
         """Processes of its jobs now."""
@@ -167,10 +178,12 @@ def chain(
         command = Command(lines[position], work, log)
         struck = None
         if len(hits) < kills:
-            # Starting takes 2 s; later kills leave room to get on, so that stages change.
-            delay = draw.uniform(0.2, 14.0) if position == 0 else draw.uniform(0.1, 2.0)
-            code = command.wait(delay)
+            code = command.wait_for_jobs(draw.randrange(3) if position == 0 else 0)
+            delay = draw.uniform(0.0, 6.0 if position == 0 else 3.0)
+            code = command.wait(delay) if code is None else code
             way = draw.choice(WAYS) if position == 0 else draw.choice(WAYS[:3])
+            if code is None and way.endswith("run") and not command.runs():  # between two jobs
+                way = way.replace("run", "study")
             if code is None and command.strike(way, draw):
                 struck = way
                 hits.append({"way": way, "stage": _stage(log, position), "after_s": delay})
@@ -196,8 +209,13 @@ def chain(
 def _stage(log: Path, position: int) -> str:
     if position:
         return "aggregation"
-    told = re.findall(r"^--- (.+?): ", log.read_text(encoding="utf-8", errors="replace"), re.M)
-    return told[-1] if told else "start"
+    begun = _begun(log)
+    return begun[-1] if begun else "start"
+
+
+def _begun(log: Path) -> list[str]:
+    """The stage of every job that the commands of a log have begun."""
+    return re.findall(r"^--- (.+?): ", log.read_text(encoding="utf-8", errors="replace"), re.M)
 
 
 # ------------------------------------------------------------------------------------- the judge

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from src import config, eval_latency, sanity_training, study, study_jobs, study_
 from src.planning import cells, costs
 from src.planning.cells import STAGES, Documents, Job, Plan, Record, Study
 from src.planning.costs import Rate
+from src.run_dir import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = Rate(flops_per_s=1e12, overhead_s=10.0, usd_per_hour=3.6, source="the test")
@@ -558,6 +561,47 @@ def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) 
     before = len(done)
     assert study.run(study.load(Path("study.yaml"), log_dir="cut"), start=here(cut)) == 0
     assert len(done) == before  # nothing left to do
+
+
+def until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for `ready()`, which must come before the process ends."""
+    deadline = time.monotonic() + 300
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+
+
+def test_a_killed_study_can_be_started_again_at_once(tiny: Path) -> None:
+    """What it left behind saves and ends, is waited for, and is gone on with; the whole story is
+    `python -m tests.study_kills`."""
+    (tiny / "logs" / "e10-sanity").mkdir(parents=True)
+    (tiny / "logs" / "e10-sanity" / "sanity.json").write_text(json.dumps(SANE))
+    raw = yaml.safe_load(Path("study.yaml").read_text())
+    longer = ["training.ranking_tokens=40000", "training.checkpoint_every_steps=2"]
+    Path("study.yaml").write_text(yaml.safe_dump({**raw, "overrides": longer}))
+    line = [sys.executable, "-W", "error", str(ROOT / "run_experiment.py"), "--study", "study.yaml"]
+    run = tiny / "logs" / "e10-rank"
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            line, cwd=tiny, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    first = start()
+    until(lambda: any((run / "checkpoints").glob("step-*.json")), first)
+    first.kill()
+    with first:  # wait for it, close its pipe
+        pass
+    second = start()
+    try:
+        until(lambda: (run / "metrics.json").is_file(), second)
+    finally:
+        second.terminate()
+        told, _ = second.communicate(timeout=120)
+    assert second.returncode == 75, told
+    steps = [row["step"] for row in read_rows(run / "metrics.jsonl", "train")]
+    assert steps == sorted(set(steps))
 
 
 def test_the_study_stops_before_the_money_is_spent(
