@@ -178,7 +178,7 @@ def chain(
         command = Command(lines[position], work, log)
         struck = None
         if len(hits) < kills:
-            code = command.wait_for_jobs(draw.randrange(3) if position == 0 else 0)
+            code = command.wait_for_jobs(draw.randrange(5) if position == 0 else 0)
             delay = draw.uniform(0.0, 6.0 if position == 0 else 3.0)
             code = command.wait(delay) if code is None else code
             way = draw.choice(WAYS) if position == 0 else draw.choice(WAYS[:3])
@@ -299,17 +299,21 @@ def report(folder: Path) -> list[list[str]]:
 # ----------------------------------------------------------------------------------- the command
 
 
-def trial(work: Path, seed: int, kills: int, chains: int) -> dict[str, Any]:
-    """Everything, as study_kills.json has it."""
-    build(work)
-    begun = time.monotonic()
+def uninterrupted(work: Path, seed: int) -> list[str]:
+    """The study that the others are compared with, in `whole`; returns its problems."""
     say("the uninterrupted study")
     lines = commands(work, "whole", 1)
-    _, problems = chain(lines, work, work / "whole" / "out.log", 0, random.Random(seed))
-    whole_s = time.monotonic() - begun
+    return chain(lines, work, work / "whole" / "out.log", 0, random.Random(seed))[1]
+
+
+def trial(work: Path, seed: int, kills: int, chains: int) -> dict[str, Any]:
+    """The chains, and what they are compared with, as study_kills.json has it."""
+    problems: list[str] = []
+    if not (work / "whole" / "results_summary.csv").is_file():
+        build(work)
+        problems = uninterrupted(work, seed)
     found: dict[str, Any] = {
-        "seed": seed, "uninterrupted_s": round(whole_s),
-        "uninterrupted_problems": problems, "chains": [],
+        "seed": seed, "uninterrupted_problems": problems, "chains": []
     }  # fmt: skip
     content = json.loads((work / "whole" / "logs" / "study.json").read_text())
     found["runs"] = len(content["runs"])
@@ -318,6 +322,7 @@ def trial(work: Path, seed: int, kills: int, chains: int) -> dict[str, Any]:
         jobs = 1 + number % 2
         name, draw = f"cut{number}", random.Random(f"{seed}:{number}")
         begun = time.monotonic()
+        shutil.rmtree(work / name, ignore_errors=True)
         lines = commands(work, name, jobs)
         hits, wrong = chain(lines, work, work / name / "out.log", kills, draw)
         wrong += compare(work / name, work / "whole") if not wrong else []
@@ -342,7 +347,7 @@ def markdown(found: dict[str, Any]) -> str:
         "# A study under kills",
         "",
         f"`python -m tests.study_kills --seed {found['seed']}`: {found['runs']} jobs from an "
-        f"empty directory to the report's tables; uninterrupted {found['uninterrupted_s']} s. "
+        f"empty directory to the report's tables. "
         f"{'All chains ended' if found['passed'] else 'NOT all chains ended'} with equal report "
         f"tables, CSV, rows of every run and {found['decisions']} decisions, clocks aside.",
         "",
@@ -367,14 +372,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trial; 0 where everything ended the same."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("study_kills"), help="made, and emptied")
+    parser.add_argument(
+        "--again", action="store_true", help="keep the code and the uninterrupted study of --work"
+    )
     parser.add_argument("--output", type=Path, help="default: --work")
     parser.add_argument("--kills", type=int, default=30, help="a chain")
     parser.add_argument("--chains", type=int, default=2, help="every other with two runs at a time")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
     work = asked.work.resolve()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    if not asked.again:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
     found = trial(work, asked.seed, asked.kills, asked.chains)
     output = asked.output or work
     output.mkdir(parents=True, exist_ok=True)
