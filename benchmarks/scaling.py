@@ -1,0 +1,117 @@
+"""Tokens a second and memory of a training step by model size and sequence length.
+
+    python -m benchmarks.scaling [--device cuda]
+
+Sizes 3M to 100M at T = 128, lengths 128 to 2,048 at 10M (35 % share, GLU 8/3, V = 16,000; 3M with
+V = 8,192). Each point is a process of its own. Beside the measured time a token stands the
+arithmetic (FLOPs a token): where time a token grows faster than FLOPs a token, cost grows faster
+than work. Writes results/benchmarks/scaling-<device>.{json,md}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import Work
+from benchmarks.throughput import Child
+from src.allocation import allocate, flops_per_token
+from src.command_line import Parser, at_least
+from src.config import ModelRequest
+
+SIZES = ((3_000_000, 8_192), (10_000_000, 16_000), (30_000_000, 16_000), (100_000_000, 16_000))
+# 35 % of 100M in a table of 16,000 would be d = 2,188 and one layer: the larger ones spend less.
+SHARES = {3_000_000: 0.35, 10_000_000: 0.35, 30_000_000: 0.2, 100_000_000: 0.1}
+LENGTHS = (128, 256, 512, 1_024, 2_048)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--threads", type=at_least(1), default=os.cpu_count())
+    parser.add_argument("--tokens", type=at_least(128), default=2_048, help="tokens of a step")
+    parser.add_argument("--turns", type=at_least(1), default=3)
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    asked = parser.parse_args(arguments)
+    points = [(size, vocab, 128) for size, vocab in SIZES]
+    points += [(*SIZES[1], length) for length in LENGTHS if length != 128]
+    rows = []
+    for size, vocab, length in points:
+        rows.append(_point(asked, size, vocab, length))
+        print(json.dumps(rows[-1]), flush=True)
+    _write(asked, rows)
+    return 0
+
+
+def _point(asked: Any, size: int, vocab: int, length: int) -> dict[str, Any]:
+    request = ModelRequest(total_params=size, vocab_size=vocab, embedding_ratio=SHARES[size])
+    answer = allocate({"point": request})["point"]
+    sequences = max(1, asked.tokens // length)
+    work = Work(
+        model=answer.model, device=asked.device, precision=asked.precision,
+        compile=not asked.eager, threads=asked.threads, batch_size=sequences, seq_len=length,
+        micro_batch=sequences,
+    )  # fmt: skip
+    child = Child("ours", work)
+    first = child.receive()["ready"]["first_step_seconds"]
+    best = min(child.seconds(1) for _ in range(asked.turns))
+    flops = flops_per_token(answer.model, length)
+    return {
+        "total_params": answer.params.total,
+        "d_model": answer.model.d_model,
+        "n_layers": answer.model.n_layers,
+        "vocab_size": vocab,
+        "seq_len": length,
+        "tokens_per_s": sequences * length / best,
+        "us_per_token": 1e6 * best / (sequences * length),
+        "mflop_per_token": flops / 1e6,
+        "gflops_per_s": flops * sequences * length / best / 1e9,
+        "first_step_seconds": first,
+        "peak_mib": child.close(),
+    }
+
+
+def _write(asked: Any, rows: list[dict[str, Any]]) -> None:
+    import torch
+
+    from src.runtime import device_name
+
+    facts = {
+        "date": date.today().isoformat(),
+        "device": device_name(torch.device(asked.device)),
+        "threads": asked.threads,
+        "torch": torch.__version__,
+        "precision": asked.precision,
+        "compile": not asked.eager,
+        "tokens_a_step": asked.tokens,
+        "load_average": os.getloadavg()[0],
+    }
+    lines = [
+        "| parameters | d_model | layers | T | tokens/s | µs/token | MFLOP/token | GFLOP/s "
+        "| peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r['total_params']:,} | {r['d_model']} | {r['n_layers']} | {r['seq_len']} "
+        f"| {r['tokens_per_s']:,.0f} | {r['us_per_token']:.0f} | {r['mflop_per_token']:.1f} "
+        f"| {r['gflops_per_s']:.0f} | {r['peak_mib']:,.0f} |"
+        for r in rows
+    ]
+    asked.output.mkdir(parents=True, exist_ok=True)
+    path = asked.output / f"scaling-{asked.device}.json"
+    path.write_text(json.dumps({**facts, "points": rows}, indent=1) + "\n", encoding="utf-8")
+    head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    path.with_suffix(".md").write_text(
+        f"# Scaling of the training step\n\n{head}\n\n" + "\n".join(lines) + "\n", encoding="utf-8"
+    )
+    print(f"{path} and .md")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
