@@ -306,19 +306,22 @@ def uninterrupted(work: Path, seed: int) -> list[str]:
     return chain(lines, work, work / "whole" / "out.log", 0, random.Random(seed))[1]
 
 
-def trial(work: Path, seed: int, kills: int, chains: int) -> dict[str, Any]:
-    """The chains, and what they are compared with, as study_kills.json has it."""
+def trial(
+    work: Path, seed: int, kills: int, chains: int, known: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """The chains after those `known`, and what all are compared with, as study_kills.json has
+    it."""
     problems: list[str] = []
     if not (work / "whole" / "results_summary.csv").is_file():
         build(work)
         problems = uninterrupted(work, seed)
     found: dict[str, Any] = {
-        "seed": seed, "uninterrupted_problems": problems, "chains": []
+        "seed": seed, "uninterrupted_problems": problems, "chains": list(known)
     }  # fmt: skip
     content = json.loads((work / "whole" / "logs" / "study.json").read_text())
     found["runs"] = len(content["runs"])
     found["decisions"] = len(decisions(work / "whole"))
-    for number in range(chains):
+    for number in range(len(known), len(known) + chains):
         jobs = 1 + number % 2
         name, draw = f"cut{number}", random.Random(f"{seed}:{number}")
         begun = time.monotonic()
@@ -373,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("study_kills"), help="made, and emptied")
     parser.add_argument(
-        "--again", action="store_true", help="keep the code and the uninterrupted study of --work"
+        "--again", action="store_true", help="more chains for the uninterrupted study of --work"
     )
     parser.add_argument("--output", type=Path, help="default: --work")
     parser.add_argument("--kills", type=int, default=30, help="a chain")
@@ -384,10 +387,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.again:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    found = trial(work, asked.seed, asked.kills, asked.chains)
     output = asked.output or work
     output.mkdir(parents=True, exist_ok=True)
-    (output / "study_kills.json").write_text(json.dumps(found, indent=1) + "\n")
+    record = output / "study_kills.json"
+    known = json.loads(record.read_text())["chains"] if asked.again and record.is_file() else []
+    found = trial(work, asked.seed, asked.kills, asked.chains, known)
+    record.write_text(json.dumps(found, indent=1) + "\n")
     (output / "study_kills.md").write_text(markdown(found))
     print(markdown(found))
     return 0 if found["passed"] else 1
