@@ -384,7 +384,7 @@ class Surface:
     coefficients: by term, of predictors centred at `centre`; "share" is thus the slope there, per
     unit of share. standardised: coefficient times the predictor's sd, to compare terms.
     best_share: where the share's part is lowest within the shares tried, at the centre's expansion
-    and one depth for all; None without both of its terms.
+    and one depth for all; None without both of its terms, or with a warning.
     condition: of the centred, scaled predictors. inflation: variance inflation factor by term, how
     many times wider than alone a term's variance is for the company of the others.
     """
@@ -438,6 +438,7 @@ def response_surface(
     condition = float(singular[0] / singular[-1])
     inflation = np.diag(np.linalg.inv(np.corrcoef(scaled, rowvar=False).reshape(len(terms), -1)))
     factors = {term: float(v) for term, v in zip(terms, inflation, strict=True)}
+    warnings = _collinear(condition, factors)
     total = float(((y - y.mean()) ** 2).sum())
     return Surface(
         coefficients={
@@ -449,10 +450,10 @@ def response_surface(
         },
         standardised={t: float(fit.coefficients[i + 1] * spread[i]) for i, t in enumerate(terms)},
         centre=centre,
-        best_share=_best_share(fit, terms, s, centre["share"], level),
+        best_share=(None if warnings else _best_share(fit, terms, s, centre["share"], level)),
         condition=condition,
         inflation=factors,
-        warnings=_collinear(condition, factors),
+        warnings=warnings,
         sd=fit.sd,
         df=fit.df,
         points=len(y),

@@ -5,7 +5,7 @@
 
 Reads finished runs, from their directories or from the table of scripts/aggregate_results.py, and
 writes <output>/science.json, which scripts/plot_science.py draws. Only runs of one corpus,
-tokenizer, budget, batch and phase stand beside each other. docs/SCIENCE.md explains each part.
+tokenizer, head, budget, batch and phase stand beside each other; docs/SCIENCE.md explains it all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from src.command_line import OK, Parser, refuse
 SCHEMA = 1
 Row = dict[str, Any]
 SHARED = (
-    "corpus", "tokenizer_sha256", "asked_total_params", "tokens", "batch_size", "seq_len", "phase",
+    "corpus", "tokenizer_sha256", "tie_embeddings", "asked_total_params", "tokens", "batch_size",
+    "seq_len", "phase",
 )  # fmt: skip
 RATE_SUFFIX = re.compile(r"-lr[0-9.]+e-?[0-9]+$")  # as src/rates.py spells it
 TEXT = frozenset(

@@ -1,6 +1,6 @@
 """Do the fits' intervals cover at their nominal rate? Simulated studies with known coefficients.
 
-    python -m tests.simulated_studies --studies 4000 --output results/science/coverage.json
+    python -m tests.simulated_studies --studies 1000 --output results/science/coverage.json
 
 The suite runs the same with fewer studies (test_fits.py). Sizes are those of the shipped sweeps;
 noise is 0.005 nats, what reseeding is expected to move ln BPB by at 10M parameters.
@@ -139,7 +139,7 @@ NOT_COVERAGE = ("false interior optimum", "edge found")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How often the fits' 95 % intervals cover.")
-    parser.add_argument("--studies", type=int, default=4000)
+    parser.add_argument("--studies", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
