@@ -23,12 +23,15 @@ def built(name: str) -> list[Allocation]:
     return list(allocate({run.experiment: run.model for run in sweep.runs}).values())
 
 
-@pytest.mark.parametrize("name", ARMS + MINIATURES)
+POCKETS = ("pocket_frontier", "pocket_factorised")
+
+
+@pytest.mark.parametrize("name", ARMS + MINIATURES + POCKETS)
 def test_every_cell_meets_its_request_and_the_built_model_its_count(name):
     answers = built(name)
     for answer in answers:
         assert answer.total_error <= 0.005 and answer.share_error <= 0.0125
-        assert answer.glu_error <= 0.07
+        assert answer.glu_error <= (0.12 if name in POCKETS else 0.07)
         with torch.device("meta"):
             model = Transformer(answer.model)
         assert sum(p.numel() for p in model.parameters()) == answer.params.total
