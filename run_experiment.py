@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from src import allocation, config, costs, execution
+from src import allocation, config, costs, distributed, execution
 from src.command_line import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Parser
 from src.execution import Preempted
 
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _preempt)
     try:
         if arguments.study is not None:
+            distributed.check(None)
             return _study(arguments)
         checking = arguments.phase == "sanity"
         arguments.phase = "rank" if checking else arguments.phase
@@ -83,12 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not arguments.json:
                 _print_floor(answers, runs)
             return OK
+        distributed.check(None if checking else runs)
         if checking and (code := _sanity(sweep, answers, arguments)) != OK:
             return code
         if checking:
             runs = sweep.chosen(arguments.exp, arguments.seed)
         codes = [
-            execution.execute(
+            execution.execute_together(
                 run,
                 answers[run.experiment],
                 sweep,

@@ -20,6 +20,7 @@ from src.allocation import Allocation
 from src.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
 from src.config import RunConfig, Sweep
 from src.data import TokenData
+from src.distributed import PeerLost, Team, size
 from src.run_dir import Held, RunDir, write_json
 
 
@@ -36,10 +37,11 @@ def execute(
     log_dir: Path,
     device: str,
     remote_uri: str | None = None,
+    team: Team | None = None,
 ) -> int:
     """Bring `run` to its end, or find it there; returns the exit code.
 
-    Raises ValueError (bad input), OSError (could not read or write), Preempted.
+    Raises ValueError (bad input), OSError (could not read or write), Preempted, PeerLost.
     """
     resolved, digest = record.resolved(run, answer, sweep, data)
     digests = record.digests(digest, data)
@@ -61,12 +63,47 @@ def execute(
             directory.clear_failure()
             with _recorded_failure(directory, run.run_name):
                 _train_and_measure(
-                    run, answer, sweep, data, directory, log_dir, device, digest, remote
+                    run, answer, sweep, data, directory, log_dir, device, digest, remote, team
                 )
                 return OK
             return OUR_FAULT
     except Held as held:
         print(f"{run.run_name}: {held}", file=sys.stderr)
+        return TRY_AGAIN
+
+
+def execute_together(
+    run: RunConfig,
+    answer: Allocation,
+    sweep: Sweep,
+    data: TokenData,
+    *,
+    log_dir: Path,
+    device: str,
+    remote_uri: str | None = None,
+) -> int:
+    """`execute` by as many processes as torchrun has started: rank 0 is the run, the others help.
+
+    Raises as `execute` does.
+    """
+    if size() == 1:
+        return execute(
+            run, answer, sweep, data, log_dir=log_dir, device=device, remote_uri=remote_uri
+        )
+    try:
+        with Team.join(device) as team:
+            if team.rank:
+                from src.assistant import assist
+
+                return assist(run, answer.model, data, team)
+            code = execute(
+                run, answer, sweep, data, log_dir=log_dir, device=str(team.device),
+                remote_uri=remote_uri, team=team,
+            )  # fmt: skip
+            team.dismiss(code)
+            return code
+    except PeerLost as lost:
+        print(f"{run.run_name}: {lost}", file=sys.stderr)
         return TRY_AGAIN
 
 
@@ -80,7 +117,7 @@ def _recorded_failure(directory: Any, name: str) -> Iterator[None]:
     """Leaves failure.json for what is our fault, so that the aggregator lists the run."""
     try:
         yield
-    except (ValueError, OSError):
+    except (ValueError, OSError, PeerLost):
         raise  # the user's or the machine's; main says it in one sentence
     except Exception as error:
         directory.record_failure(type(error).__name__, str(error))
@@ -165,6 +202,7 @@ def _train_and_measure(
     device: str,
     digest: str,
     remote: _Remote,
+    team: Team | None,
 ) -> None:
     begun = time.perf_counter()
     from src import evaluation, machine, runtime, train
@@ -184,11 +222,13 @@ def _train_and_measure(
     digests = record.digests(digest, data)
     outcome = train.train(
         run, answer.model, data, directory, chosen,
-        digests=digests, on_saved=remote.saved(directory), fenced=remote.fenced,
+        digests=digests, on_saved=remote.saved(directory), fenced=remote.fenced, team=team,
     )  # fmt: skip
     if outcome.status == "preempted":
         # Not a return: the other runs of this command must not begin.
         raise Preempted(f"{outcome.reason} at step {outcome.step} of {run.run_name}")
+    if team is not None:
+        team.dismiss(OK)  # this process evaluates alone
     evaluated = time.perf_counter()
     measured: dict[str, Any] = {}
     if outcome.status == "trained":

@@ -157,8 +157,8 @@ def metrics(
     tokens = outcome.step * facts["batch_size"] * facts["seq_len"]
     # Earlier attempts of a resumed run trained too; their start-up is not counted.
     wall = max(wall_seconds, outcome.train_seconds + eval_seconds)
-    hours = wall / 3600
     on_gpu = machine.device.type == "cuda"
+    hours = wall / 3600 * (outcome.processes if on_gpu else 1)  # a GPU each; one CPU for all
     price = costs.price_per_hour(machine.device.type, outcome.device_name)
     return {
         **facts,

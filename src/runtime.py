@@ -34,6 +34,7 @@ _CODE = ("src", "scripts", "configs", "run_experiment.py", "requirements.txt")
 _RECORDED_VARIABLES = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
+    "WORLD_SIZE",
     "SLURM_JOB_ID",
     "SLURM_ARRAY_TASK_ID",
     "SKYPILOT_TASK_ID",

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from src import checkpoint, kill_rule, perplexity, runtime
 from src.config import ModelConfig, RunConfig, TrainingConfig
 from src.data import TokenData, Windows, consecutive_windows
+from src.distributed import Team
 from src.machine import Machine
 from src.models.loss import chunked_cross_entropy
 from src.models.transformer import Transformer
@@ -58,6 +59,7 @@ class Outcome:
     peak_memory_mib: float
     device_name: str
     machine: Machine  # as computed with: a resumed run goes on as it began
+    processes: int  # that shared each batch
     kill_verdict: str | None  # "kill", "keep", "none"; None where the rule is not on
     kill_verdict_literal: str | None  # the PRD's rule without grace
     model: Transformer
@@ -121,6 +123,38 @@ def next_token_loss(
     )
 
 
+def batch_gradients(
+    model: Transformer, windows: Windows, step: int, machine: Machine, z_loss: float,
+    scale: Callable[[Tensor], Tensor], team: Team | None = None,
+) -> Tensor:  # fmt: skip
+    """Add the gradients of a step's batch, or of this process's share of it; returns its nats.
+
+    Both are shares of the whole batch's mean: summed over the team they are the mean. `scale` is
+    the gradient scaler's.
+    """
+    batch = torch.from_numpy(windows.batch(step))
+    if team is not None:
+        batch = team.share(batch)
+    if machine.device.type == "cuda":
+        batch = batch.pin_memory().to(machine.device, non_blocking=True)
+    parts = batch.split(math.gcd(len(batch), machine.micro_batch))
+    count = len(parts) * (1 if team is None else team.size)
+    nats = torch.zeros((), device=machine.device)
+    for part in parts:
+        objective, part_nats = next_token_loss(model, part, machine, z_loss)
+        scale(objective / count).backward()
+        nats += part_nats / count
+    return nats
+
+
+def compile_blocks(model: Transformer, machine: Machine) -> None:
+    """Compile each block, where that was chosen; one code serves all blocks of a shape."""
+    if machine.compile:
+        torch.compiler.reset()  # or the ninth shape in one process would silently run eager
+        for block in model.blocks:
+            block.compile(dynamic=False)
+
+
 def learning_rate(training: TrainingConfig, step: int) -> float:
     """Linear warm-up, then linear to zero (arXiv 2502.15938) over the run's own budget."""
     warmup, steps = training.warmup_steps, training.steps
@@ -138,10 +172,12 @@ class Trainer:
     def __init__(
         self, run: RunConfig, config: ModelConfig, data: TokenData, directory: RunDir,
         machine: Machine, digests: dict[str, str], on_saved: Callable[[Path, Path], None] | None,
+        team: Team | None = None,
     ) -> None:  # fmt: skip
         assert run.training.init_seed is not None and run.training.data_seed is not None
         self.run, self.training, self.machine = run, run.training, machine
         self.directory, self.digests, self.on_saved = directory, digests, on_saved
+        self.team = team
         self.model = build_model(config, run.training.init_seed).to(machine.device)
         self.optimizer = build_optimizer(self.model, run.training)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
@@ -168,11 +204,16 @@ class Trainer:
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.begun
 
+    @property
+    def processes(self) -> int:
+        return 1 if self.team is None else self.team.size
+
     def save(self) -> None:
         """One checkpoint of this instant; metrics.jsonl is made durable first."""
         self.directory.sync()
         state = {
             "step": self.step,
+            "processes": self.processes,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -205,6 +246,7 @@ class Trainer:
             self.directory.truncate(0)
             return False
         state, _ = found
+        self._check_processes(state.get("processes", 1))
         self._compute_as(state["machine"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -214,6 +256,15 @@ class Trainer:
         checkpoint.restore_rng(state["rng"])
         self.directory.truncate(state["metrics_offset"])
         return True
+
+    def _check_processes(self, stored: int) -> None:
+        if stored != self.processes:
+            raise ValueError(
+                f"{self.directory.path}: found checkpoints of a run of {stored} process(es), "
+                f"expected {self.processes} as this one has: sums would be taken in another order. "
+                f"Start it with torchrun --nproc-per-node {stored}, or give the experiment another "
+                "name"
+            )
 
     def _compute_as(self, stored: dict[str, Any]) -> None:
         """Go on as the checkpoint was made (another host may choose otherwise), so that the bits
@@ -228,29 +279,21 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.machine.device.type, enabled=enabled)
 
     def compile(self) -> None:
-        """Compile each block, where that was chosen; one code serves all blocks of a shape."""
-        if self.machine.compile:
-            torch.compiler.reset()  # or the ninth shape in one process would silently run eager
-            for block in self.model.blocks:
-                block.compile(dynamic=False)
+        compile_blocks(self.model, self.machine)
 
     # ------------------------------------------------------------------------------ one step
 
     def accumulate(self) -> Tensor:
-        """Gradients of one step's whole batch; returns its mean nats."""
-        device = self.machine.device
-        batch = torch.from_numpy(self.windows.batch(self.step))
-        if device.type == "cuda":
-            batch = batch.pin_memory().to(device, non_blocking=True)
-        parts = batch.split(self.machine.micro_batch)
-        nats = torch.zeros((), device=device)
-        for part in parts:
-            objective, part_nats = next_token_loss(
-                self.model, part, self.machine, self.training.z_loss
-            )
-            self.scaler.scale(objective / len(parts)).backward()
-            nats += part_nats / len(parts)
-        return nats
+        """Gradients of one step's whole batch; returns its mean nats. Raises PeerLost."""
+        parameters = list(self.model.parameters())
+        if self.team is not None:
+            self.team.tell("step", self.step, self.scaler.get_scale())
+            self.team.spread(parameters)
+        nats = batch_gradients(
+            self.model, self.windows, self.step, self.machine, self.training.z_loss,
+            self.scaler.scale, self.team,
+        )  # fmt: skip
+        return nats if self.team is None else self.team.add_up(parameters, nats, False)
 
     def update(self, nats: Tensor) -> tuple[float, float]:
         """Clip and step; returns (nats, gradient norm). Raises NonFinite before the step."""
@@ -312,17 +355,23 @@ def train(
     digests: dict[str, str],
     on_saved: Callable[[Path, Path], None] | None = None,
     fenced: Callable[[], bool] = lambda: False,
+    team: Team | None = None,
 ) -> Outcome:
     """Train `run` from its last checkpoint to its end, a kill verdict or a signal.
 
     `fenced()` says that another machine has taken this run over: then stop as at a signal.
 
-    Raises NonFinite, OSError (disk), ValueError (a checkpoint that does not fit).
+    `team`: the processes that share each batch, where there are more than this one.
+
+    Raises NonFinite, OSError (disk), PeerLost, ValueError (a checkpoint that does not fit).
     """
-    trainer = Trainer(run, config, data, directory, machine, digests, on_saved)
+    trainer = Trainer(run, config, data, directory, machine, digests, on_saved, team)
     training = run.training
     resumed = trainer.restore()
     trainer.compile()
+    if team is not None:
+        choices = {f.name: getattr(trainer.machine, f.name) for f in fields(Machine)}
+        team.tell("begin", {name: choices[name] for name in choices if name != "device"})
     steps, every = training.steps, training.eval_every_steps
     log_every = math.ceil(steps / MOST_TRAIN_ROWS)
     board = SummaryWriter(
@@ -349,7 +398,7 @@ def train(
             minutes = (time.perf_counter() - saved_at) / 60
             chosen = training.checkpoint_every_steps
             due = minutes >= training.checkpoint_minutes or (chosen and step % chosen == 0)
-            leaving = stop.requested or fenced()
+            leaving = stop.requested or fenced() or (team is not None and team.stop)
             ending = last or leaving or status == "killed"
             if (due or ending) and step != saved_step:
                 trainer.save()
@@ -357,7 +406,7 @@ def train(
             if status == "killed" or last:
                 break
             if leaving:
-                status, reason = "preempted", stop.signal_name or "another machine has this run"
+                status, reason = "preempted", stop.signal_name or _other_reason(team)
                 break
             begun = time.perf_counter()
             loss, norm = trainer.update(trainer.accumulate())
@@ -371,6 +420,11 @@ def train(
         status, reason = "preempted", stop.signal_name
     gc.unfreeze()
     return _outcome(trainer, status, reason, _verdict(run, directory, trainer.step))
+
+
+def _other_reason(team: Team | None) -> str:
+    signalled = team is not None and team.stop
+    return "a signal to another process" if signalled else "another machine has this run"
 
 
 def _outcome(
@@ -394,6 +448,7 @@ def _outcome(
         peak_memory_mib=runtime.peak_memory_mib(device),
         device_name=runtime.device_name(device),
         machine=trainer.machine,
+        processes=trainer.processes,
         kill_verdict=verdict.kind if verdict else None,
         kill_verdict_literal=verdict.literal_kind if verdict else None,
         model=trainer.model,

@@ -19,7 +19,7 @@ ROWS = (
     {"predictions"},
     {"run_dir", "data", "smallbench", "leakage"},
     {"models.transformer", "models.loss", "models.export"},
-    {"checkpoint", "runtime", "remote", "record"},
+    {"checkpoint", "runtime", "remote", "record", "distributed"},
     {"perplexity", "kill_rule", "trained_run"},
     {"preflight"},
     {"probe"},
@@ -27,7 +27,7 @@ ROWS = (
     {"train"},
     {"eval_smallbench", "eval_latency", "instruction_tuning", "sanity_training"},
     {"sanity"},
-    {"evaluation"},
+    {"evaluation", "assistant"},
     {"execution"},
     {"decisions", "fits"},
     {"science"},
@@ -50,6 +50,7 @@ PURE = {"decisions", "kill_rule", "published_laws", "rates"}
 WITHOUT_TORCH = (
     "config", "allocation", "costs", "run_dir", "data", "smallbench", "leakage", "record",
     "kill_rule", "command_line", "preflight", "execution", "sanity", "study",
+    "distributed",
 )  # fmt: skip
 
 
