@@ -140,6 +140,8 @@ class TrainingConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     dir: str = _key("data/lm_tokenized", "a directory made by scripts/preprocess_lm.py")
+    # The first so many tokens of train, repeated: what do 20 epochs cost against fresh tokens?
+    train_tokens: int | None = _key(None, "tokens above 0, or null for all", lambda v: v > 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

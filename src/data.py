@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,10 @@ class TokenData:
         return self.path / "tokenizer.json"
 
 
-def load(path: Path, vocab_size: int) -> TokenData:
+def load(path: Path, vocab_size: int, train_tokens: int | None = None) -> TokenData:
     """Open and verify `path` (sizes, SHA-256, ids); ValueError with the way out if not sound.
 
+    `train_tokens` keeps only the first so many of the train split, under a digest of its own.
     A corpus is read once for its hash: 120 MB take about 0.1 s.
     """
     command = (
@@ -75,7 +76,7 @@ def load(path: Path, vocab_size: int) -> TokenData:
         splits = {
             name: _load_split(path, name, meta["splits"][name], vocab_size) for name in SPLITS
         }
-        return TokenData(
+        found = TokenData(
             path=path,
             vocab_size=vocab_size,
             eot_id=int(meta["eot_id"]),
@@ -86,6 +87,9 @@ def load(path: Path, vocab_size: int) -> TokenData:
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{meta_path}: {what}; delete {path} and run: {command}") from None
+    if train_tokens is None:
+        return found
+    return replace(found, train=_first(found.train, train_tokens))
 
 
 def _check_hash(path: Path, expected: str) -> None:
@@ -157,6 +161,14 @@ def outside_split(corpus: Path, name: str, tokenizer_path: Path, eot_id: int) ->
         documents=np.column_stack((starts, np.array(sizes, dtype=np.int64))),
         sha256=expected,
     )
+
+
+def _first(split: Split, count: int) -> Split:
+    if count > len(split.tokens):
+        raise ValueError(
+            f"data.train_tokens: found {count:,}, but train has {len(split.tokens):,} tokens"
+        )
+    return replace(split, tokens=split.tokens[:count], sha256=f"{split.sha256}:{count}")
 
 
 class Windows:

@@ -26,7 +26,7 @@ def check(
     _check_machine(run, device, remote)
     checkpoints = log_dir / run.run_name / "checkpoints"
     run_dir.check_disk(checkpoints, 12 * answer.params.total)  # weights, two moments; float32
-    tokens = data.load(run.token_dir, run.model.vocab_size)
+    tokens = data.load(run.token_dir, run.model.vocab_size, run.data.train_tokens)
     training = run.training
     data.Windows(
         tokens.train.tokens, batch_size=training.batch_size, seq_len=training.seq_len, seed=0

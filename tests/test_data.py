@@ -199,3 +199,14 @@ def test_a_damaged_manifest_is_refused(token_dir, damage, word):
 def test_a_manifest_that_is_no_object_is_refused(token_dir, content):
     (token_dir / "meta.json").write_bytes(content)
     assert "meta.json" in refusal(token_dir)
+
+
+def test_a_part_of_train_has_a_digest_of_its_own(token_root: Path) -> None:
+    whole = data.load(token_root / "v300", 300)
+    part = data.load(token_root / "v300", 300, train_tokens=500)
+    assert part.train.tokens.tolist() == whole.train.tokens[:500].tolist()
+    assert part.sha256 != whole.sha256 and part.validation.sha256 == whole.validation.sha256
+    windows = data.Windows(part.train.tokens, batch_size=3, seq_len=16, seed=0)
+    assert windows.epochs(100) == pytest.approx(100 * 3 / 31)
+    with pytest.raises(ValueError, match="data.train_tokens: found 9,999,999, but train has"):
+        data.load(token_root / "v300", 300, train_tokens=9_999_999)

@@ -1,0 +1,55 @@
+"""scripts/publish_results.py: what is small, whole, and nothing of this machine."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+
+def publish(log_dir: Path, output: Path, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/publish_results.py"), "--log_dir", str(log_dir),
+         "--output", str(output)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_log_directory_becomes_small_files(
+    tiny_sweep: Path, run_cli: Any, tmp_path: Path
+) -> None:
+    logs, output = tmp_path / "logs", tmp_path / "published"
+    run_cli("--config", tiny_sweep, "--exp", "base", "deep", "--device", "cpu", "--log_dir", logs)
+    (logs / "study.json").write_text("{}")
+    publish(logs, output)
+    metrics = json.loads((output / "runs/base/metrics.json").read_text())
+    record = [json.loads(line) for line in (logs / "base/metrics.jsonl").read_text().splitlines()]
+    with (output / "runs/base/curve.csv").open(newline="") as file:
+        points = list(csv.DictReader(file))
+    dev = {row["tokens"]: row["dev_loss"] for row in record if row["kind"] == "dev"}
+    assert {int(p["tokens"]): float(p["dev_loss"]) for p in points if p["dev_loss"]} == dev
+    assert int(points[-1]["tokens"]) == metrics["tokens"]
+    names = {path.name for path in output.rglob("*") if path.is_file()}
+    assert {"results_summary.csv", "results_bundle.json", "study.json", "documents_test.npz",
+            "ppl_vs_embedding_ratio.png"} <= names  # fmt: skip
+    assert not [name for name in names if name.endswith((".pt", ".safetensors"))]
+    text = "".join(
+        path.read_text() for path in output.rglob("*") if path.suffix in (".json", ".csv")
+    )
+    assert str(tmp_path) not in text
+    publish(logs, output)  # brought up to date
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("")
+    assert "found a folder without" in publish(tmp_path, other, code=78)
+    assert "found no such directory" in publish(tmp_path / "none", tmp_path / "new", code=78)
