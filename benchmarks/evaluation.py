@@ -1,0 +1,117 @@
+"""How long evaluation takes: perplexity of a whole split, and the aggregation of 500 runs.
+
+    python -m benchmarks.evaluation --tokens data/english_tokenized [--device cuda]
+
+An untrained model of --exp scores the validation split (overlapping windows, eager and with compiled
+blocks); synthetic run directories (tests/synthetic_runs.py) are aggregated with and without figures.
+Wall and CPU seconds, because machines are shared. Writes results/benchmarks/evaluation-<device>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from src.allocation import allocate
+from src.command_line import Parser, at_least
+from src.config import load_sweep
+
+RUNS = 500
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m benchmarks.evaluation", description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("configs/embed_ratio.yaml"))
+    parser.add_argument("--exp", default="emb35")
+    parser.add_argument("--tokens", type=Path, default=Path("data/english_tokenized"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=at_least(1), default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    asked = parser.parse_args(arguments)
+
+    import torch
+
+    from src.runtime import device_name
+
+    torch.set_num_threads(asked.threads)
+    facts: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "device": device_name(torch.device(asked.device)),
+        "threads": asked.threads,
+        "torch": torch.__version__,
+        "load_average": os.getloadavg()[0],
+        "perplexity": [_perplexity(asked, compiled) for compiled in (False, True)],
+        "aggregation": [_aggregation(figures) for figures in (False, True)],
+    }
+    asked.output.mkdir(parents=True, exist_ok=True)
+    path = asked.output / f"evaluation-{asked.device}.json"
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(facts, indent=1))
+    return 0
+
+
+def _perplexity(asked: Any, compiled: bool) -> dict[str, Any]:
+    import torch
+
+    from src import data, perplexity
+    from src.models.transformer import Transformer
+
+    sweep = load_sweep(asked.config)
+    answers = allocate({run.experiment: run.model for run in sweep.runs})
+    run, model = sweep.run(asked.exp, 0), answers[asked.exp].model
+    tokens = data.load(asked.tokens / f"v{model.vocab_size}", model.vocab_size)
+    torch.manual_seed(0)
+    network = Transformer(model).to(asked.device).eval()
+    if compiled:
+        for block in network.blocks:
+            block.compile(dynamic=False)
+    begun, cpu = time.perf_counter(), time.process_time()
+    found = perplexity.evaluate_split(
+        network, tokens.validation.tokens, tokens.validation.documents,
+        context=run.training.seq_len, autocast_dtype=torch.bfloat16, device=asked.device,
+    )  # fmt: skip
+    return {
+        "compiled": compiled,
+        "seconds": time.perf_counter() - begun,
+        "cpu_seconds": time.process_time() - cpu,
+        "bytes": int(found["document_bytes"].sum()),
+        "tokens": found["tokens_scored"],
+        "loss": found["loss"],
+    }
+
+
+def _aggregation(figures: bool) -> dict[str, Any]:
+    from tests.synthetic_runs import SHARE_FILE, SHARE_SWEEP, write_sweep
+
+    with tempfile.TemporaryDirectory() as folder:
+        logs = Path(folder) / "logs"
+        for number in range(-(-RUNS // len(SHARE_SWEEP))):
+            write_sweep(logs / f"{number:03}", SHARE_FILE, SHARE_SWEEP, tokens=50_000_000)
+        count = sum(1 for _ in logs.rglob("config.yaml"))
+        begun = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "scripts/aggregate_results.py", "--log_dir", str(logs),
+             "--output", str(Path(folder) / "all.csv"), *([] if figures else ["--no_figures"])],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return {
+            "runs": count,
+            "figures": figures,
+            "seconds": time.perf_counter() - begun,
+            "cpu_seconds": after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
+        }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
