@@ -2,9 +2,10 @@
 
     python -m benchmarks.evaluation --tokens data/english_tokenized [--device cuda]
 
-An untrained model of --exp scores the validation split (overlapping windows, eager and with compiled
-blocks); synthetic run directories (tests/synthetic_runs.py) are aggregated with and without figures.
-Wall and CPU seconds, because machines are shared. Writes results/benchmarks/evaluation-<device>.json.
+An untrained model of --exp scores the validation split (overlapping windows, eager and with
+compiled blocks); synthetic run directories (tests/synthetic_runs.py) are aggregated with and
+without figures. Wall and CPU seconds, because machines are shared. Writes
+results/benchmarks/evaluation-<device>.json.
 """
 
 from __future__ import annotations
