@@ -30,6 +30,7 @@ ROWS = (
     {"evaluation", "assistant"},
     {"execution"},
     {"decisions", "fits"},
+    {"compare"},
     {"science"},
     {"planning.cells"},
     {"planning.ledger", "planning.costs"},

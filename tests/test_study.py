@@ -306,6 +306,18 @@ def test_a_comparison_takes_the_first_seed_that_finished(prd: Study) -> None:
     assert order[-1] == "latency/glu2x-emb25-seed1-against-emb35.json"
 
 
+def test_a_finalist_with_a_stopped_seed_is_not_judged_on_the_others(prd: Study) -> None:
+    """The rule stops bad seeds: what is left of a finalist would be its good ones."""
+
+    def extra(job: Job) -> dict[str, Any]:
+        return {"status": "killed"} if job.name == "glu2x-emb25-seed1" else {}
+
+    plan, _ = simulate(prd, losses_with(0.1), extra=extra, documents=paper_documents(0.1))
+    out = row(plan, "every seed finished")
+    assert out["verdict"] == "out" and "2 of 3 seeds finished" in out["reason"]
+    assert row(plan, "winner")["verdict"] == "no winner"
+
+
 def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
     plan, order = simulate(prd, by_share)
     assert "emb45" not in order and "over 2 cells" in row(plan, "short against full")["reason"]

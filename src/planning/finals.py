@@ -133,15 +133,22 @@ def _final_decisions(ledger: Ledger, baseline: list[Cell], chosen: Chosen) -> No
     split = "test" if all(ledger.losses(cells, "test_loss") for cells in groups) else "validation"
     key = "test_loss" if split == "test" else "dev_loss"
     reference = _measured(ledger, baseline, key)
-    candidates = {name: _measured(ledger, cells, key) for name, cells in chosen.items()}
-    for name, lost in candidates.items():
-        if lost is None:
-            ledger.decide("2", "finished", [name], "out", "no seed of it finished.")
-    found = {name: measured for name, measured in candidates.items() if measured is not None}
+    found: dict[str, decisions.Measured] = {}
+    for name, cells in chosen.items():
+        measured, ended = _measured(ledger, cells, key), len(ledger.losses(cells, key))
+        if measured is not None and ended == len(cells):
+            found[name] = measured
+            continue
+        # A rule that stops bad seeds would leave a finalist with its good ones.
+        ledger.decide(
+            "2", "every seed finished", [name], "out",
+            f"{ended} of {len(cells)} seeds finished (the others were stopped or diverged); judged "
+            "on those it would be compared by its best seeds.",
+        )  # fmt: skip
     if reference is None or not found:
         ledger.decide(
             "2", "winner", [], "no winner",
-            "the baseline or every finalist is without a finished seed.",
+            "the baseline has no finished seed, or no finalist finished all of its seeds.",
         )  # fmt: skip
         return
     left = {name: chosen[name] for name in found}
