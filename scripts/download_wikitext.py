@@ -51,7 +51,7 @@ def main() -> None:
         nargs="+",
         choices=SPLITS,
         default=SPLITS,
-        help="fewer than all make a corpus to evaluate on (evaluation.outside_dir), not to train on",
+        help="fewer than all: a corpus to evaluate on (evaluation.outside_dir), not to train on",
     )
     parser.add_argument("--mirror", help=MIRROR_HELP)
     parser.add_argument("--force", action="store_true", help="replace another corpus in --output")
