@@ -87,7 +87,7 @@ def download(
     where = f"the mirror {mirror}" if mirror else "the hub"
     print(f"{path}, configuration {config or 'default'}, from {where}", flush=True)
     with workshop(output / ".partial") as partial:
-        loaded = load(path, config, splits, mirror, partial / "cache")
+        loaded = load(path, config, tuple(splits), mirror, partial / "cache")
         facts = {}
         for split in splits:
             rows = loaded.splits[split]
