@@ -185,7 +185,7 @@ def share_arms(found: Found, output: Path) -> list[Path]:
         bottom.set_xlabel("Embedding share of all parameters (%), realised")
         _percent(bottom, "x")
     _head(figure, "Embedding share, arm by arm", [a for g in groups for a in g],
-          "bar: 95 % interval of the optimum, hollow where it is not inside the range")  # fmt: skip
+          "bar: 95 % interval of the optimum")  # fmt: skip
     return [_saved(figure, output / "share_arms.png")]
 
 
