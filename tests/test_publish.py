@@ -12,11 +12,11 @@ from typing import Any
 from tests.conftest import ROOT
 
 
-def publish(log_dir: Path, output: Path, code: int = 0) -> str:
+def publish(log_dir: Path, output: Path, code: int = 0, cwd: Path = ROOT) -> str:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/publish_results.py"), "--log_dir", str(log_dir),
          "--output", str(output)],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120, cwd=cwd,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -28,7 +28,7 @@ def test_a_log_directory_becomes_small_files(
     logs, output = tmp_path / "logs", tmp_path / "published"
     run_cli("--config", tiny_sweep, "--exp", "base", "deep", "--device", "cpu", "--log_dir", logs)
     (logs / "study.json").write_text("{}")
-    publish(logs, output)
+    publish(Path("logs"), Path("published"), cwd=tmp_path)
     metrics = json.loads((output / "runs/base/metrics.json").read_text())
     record = [json.loads(line) for line in (logs / "base/metrics.jsonl").read_text().splitlines()]
     with (output / "runs/base/curve.csv").open(newline="") as file:
@@ -44,7 +44,7 @@ def test_a_log_directory_becomes_small_files(
         path.read_text() for path in output.rglob("*") if path.suffix in (".json", ".csv")
     )
     assert str(tmp_path) not in text
-    publish(logs, output)  # brought up to date
+    publish(Path("logs"), Path("published"), cwd=tmp_path)  # brought up to date
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:

@@ -161,15 +161,15 @@ def noise() -> None:
     """Make the loss draw from both generators, as dropout would."""
     from src import train
 
-    real = train.Trainer.loss
+    real = train.next_token_loss
 
-    def loss(self: Any, tokens: Any) -> Any:
+    def loss(*arguments: Any, **named: Any) -> Any:
         import torch
 
-        objective, nats = real(self, tokens)
+        objective, nats = real(*arguments, **named)
         return objective * (0.5 + torch.rand(()) + 0.1 * random.random()), nats
 
-    train.Trainer.loss = loss  # type: ignore[method-assign]
+    train.next_token_loss = loss
 
 
 def not_a_number(step: int) -> Arm:
@@ -178,14 +178,20 @@ def not_a_number(step: int) -> Arm:
     def arm() -> None:
         from src import train
 
-        real = train.Trainer.loss
+        real_loss, real_accumulate = train.next_token_loss, train.Trainer.accumulate
+        now = {"step": 0}
 
-        def loss(self: Any, tokens: Any) -> Any:
-            objective, nats = real(self, tokens)
-            bad = float("nan") if self.step == step - 1 else 1.0
+        def accumulate(self: Any) -> Any:
+            now["step"] = self.step
+            return real_accumulate(self)
+
+        def loss(*arguments: Any, **named: Any) -> Any:
+            objective, nats = real_loss(*arguments, **named)
+            bad = float("nan") if now["step"] == step - 1 else 1.0
             return objective * bad, nats * bad
 
-        train.Trainer.loss = loss  # type: ignore[method-assign]
+        train.Trainer.accumulate = accumulate  # type: ignore[method-assign]
+        train.next_token_loss = loss
 
     return arm
 
