@@ -1,12 +1,12 @@
-"""What compilation costs a study of 12 short runs, before and after.
+"""What compilation costs a study of 12 (or --runs) short runs, before and after.
 
     python -m benchmarks.compile_cost --config configs/miniature_embed.yaml
 
 Before: every run in a process of its own, the whole model compiled, no cache kept. After: one
 compiled block serves all layers, the cache on disk is kept between runs (PyTorch's default), so
 that only the first run of a shape compiles. The first optimizer step is timed, less the median of
-the next two; six cells' worth of shapes is the sweep's experiments, each at as many seeds as make
-12 runs. Writes results/benchmarks/compile_cost.json.
+the next two. The runs are the sweep's experiments in turn, so that later ones are seeds of the
+first. Writes results/benchmarks/compile_cost.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from src.allocation import allocate
 from src.command_line import Parser, at_least
 from src.config import ModelConfig, load_sweep
 
-RUNS = 12
 SEQUENCES, SEQ_LEN = 16, 128
 
 
@@ -85,6 +84,7 @@ def run(model: ModelConfig, whole: bool, cache: Path, device: str, threads: int)
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.compile_cost", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/embed_ratio.yaml"))
+    parser.add_argument("--runs", type=at_least(1), default=12)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=at_least(1), default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep = load_sweep(asked.config)
     answers = allocate({run.experiment: run.model for run in sweep.runs})
     cells = [answers[name].model for name in sweep.names]
-    shapes = [cells[i % len(cells)] for i in range(RUNS)]
+    shapes = [cells[i % len(cells)] for i in range(asked.runs)]
     found: dict[str, list[float]] = {"before": [], "after": []}
     kept = Path(tempfile.mkdtemp(prefix="inductor-kept-"))
     for shape in shapes:
@@ -126,7 +126,9 @@ def _write(asked: Any, found: dict[str, list[float]]) -> None:
     asked.output.mkdir(parents=True, exist_ok=True)
     path = asked.output / "compile_cost.json"
     path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(f"{RUNS} runs: before {total['before']:.0f} s, after {total['after']:.0f} s; {path}")
+    print(
+        f"{asked.runs} runs: before {total['before']:.0f} s, after {total['after']:.0f} s; {path}"
+    )
 
 
 if __name__ == "__main__":
