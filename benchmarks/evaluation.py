@@ -91,12 +91,12 @@ def _perplexity(asked: Any, compiled: bool) -> dict[str, Any]:
 
 
 def _aggregation(figures: bool) -> dict[str, Any]:
-    from tests.synthetic_runs import SHARE_FILE, SHARE_SWEEP, write_sweep
+    from tests.synthetic_runs import SHARE_SWEEP, write_sweep
 
     with tempfile.TemporaryDirectory() as folder:
         logs = Path(folder) / "logs"
         for number in range(-(-RUNS // len(SHARE_SWEEP))):
-            write_sweep(logs / f"{number:03}", SHARE_FILE, SHARE_SWEEP, tokens=50_000_000)
+            write_sweep(logs / f"{number:03}", "embed_ratio.yaml", SHARE_SWEEP)
         count = sum(1 for _ in logs.rglob("config.yaml"))
         begun = time.perf_counter()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
