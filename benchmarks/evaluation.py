@@ -2,10 +2,9 @@
 
     python -m benchmarks.evaluation --tokens data/english_tokenized [--device cuda]
 
-An untrained model of --exp scores the validation split (overlapping windows, eager and with
-compiled blocks); synthetic run directories (tests/synthetic_runs.py) are aggregated with and
-without figures. Wall and CPU seconds, because machines are shared. Writes
-results/benchmarks/evaluation-<device>.json.
+An untrained model of --exp scores the validation split (overlapping windows); synthetic run
+directories (tests/synthetic_runs.py) are aggregated with and without figures. Wall and CPU seconds,
+because machines are shared. Writes results/benchmarks/evaluation-<device>.json.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "threads": asked.threads,
         "torch": torch.__version__,
         "load_average": os.getloadavg()[0],
-        "perplexity": [_perplexity(asked, compiled) for compiled in (False, True)],
+        "perplexity": _perplexity(asked),
         "aggregation": [_aggregation(figures) for figures in (False, True)],
     }
     asked.output.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _perplexity(asked: Any, compiled: bool) -> dict[str, Any]:
+def _perplexity(asked: Any) -> dict[str, Any]:
     import torch
 
     from src import data, perplexity
@@ -72,16 +71,12 @@ def _perplexity(asked: Any, compiled: bool) -> dict[str, Any]:
     tokens = data.load(asked.tokens / f"v{model.vocab_size}", model.vocab_size)
     torch.manual_seed(0)
     network = Transformer(model).to(asked.device).eval()
-    if compiled:
-        for block in network.blocks:
-            block.compile(dynamic=False)
     begun, cpu = time.perf_counter(), time.process_time()
     found = perplexity.evaluate_split(
         network, tokens.validation.tokens, tokens.validation.documents,
         context=run.training.seq_len, autocast_dtype=torch.bfloat16, device=asked.device,
     )  # fmt: skip
     return {
-        "compiled": compiled,
         "seconds": time.perf_counter() - begun,
         "cpu_seconds": time.process_time() - cpu,
         "bytes": int(found["document_bytes"].sum()),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,10 +19,6 @@ from torch import Tensor
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
-
-# Batches of one shape from which compiled blocks are compiled for it too: that takes some 6 s on a
-# core and halves the time of a batch (0.4 s of a 10M model there, 4,096 tokens).
-COMPILED_BATCHES = 48
 
 
 class LanguageModel(Protocol):
@@ -112,19 +107,15 @@ def score_positions(
     # no_grad and not inference_mode: tensors that the model caches here (RoPE tables) must stay
     # usable in training. One autocast context, so that weights are cast once for all batches.
     autocast = torch.autocast(device.type, autocast_dtype, enabled=low)
-    batches = list(_batches([len(row) for row in rows], batch_tokens))
-    shapes = [(len(batch), len(rows[batch[0]])) for batch in batches]
-    worth_compiling = {shape for shape, n in Counter(shapes).items() if n >= COMPILED_BATCHES}
-    with torch.no_grad(), autocast:
-        for batch, shape in zip(batches, shapes, strict=True):
+    with torch.no_grad(), autocast, uncompiled(model):
+        for batch in _batches([len(row) for row in rows], batch_tokens):
             tokens, index = _collate(rows, batch, first_query)
             wanted = queries[index]
             width = tokens.shape[1]
             row_in_batch = np.repeat(np.arange(len(batch)), np.diff(first_query)[batch])
             flat = torch.from_numpy(row_in_batch * width + wanted[:, 1]).to(device)
             targets = torch.from_numpy(wanted[:, 2]).to(device)
-            with contextlib.nullcontext() if shape in worth_compiling else uncompiled(model):
-                hidden = model.hidden(torch.from_numpy(tokens).to(device)).flatten(0, 1)[flat]
+            hidden = model.hidden(torch.from_numpy(tokens).to(device)).flatten(0, 1)[flat]
             where = torch.from_numpy(index).to(device)
             chunk = 256 if on_cpu else 4_096
             nats[where], hits[where] = _head_nats(model, hidden, targets, chunk, greedy)
@@ -132,8 +123,7 @@ def score_positions(
 
 
 def uncompiled(model: object) -> contextlib.AbstractContextManager[Any]:
-    """Blocks compiled for training's one shape must not be compiled anew for each of ours that
-    comes a few times (`COMPILED_BATCHES`)."""
+    """Blocks compiled for training's one shape must not be compiled anew for each of ours."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     if any(module._compiled_call_impl is not None for module in modules):
         return torch.compiler.set_stance("force_eager")

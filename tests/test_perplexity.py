@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -246,32 +245,3 @@ def test_word_perplexity_is_missing_where_there_are_no_words() -> None:
     assert documents[0, 2] == 0
     result = run(TableModel(torch.zeros(VOCAB, VOCAB)), stream, documents)
     assert result["word_perplexity"] is None
-
-
-def test_a_shape_that_comes_often_uses_the_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine rows in batches of two: four batches of one shape, one of another."""
-    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8, "d_ff": 16}
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=31, **sizes))
-    shapes: list[tuple[int, ...]] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        shapes.append(next(tuple(x.shape) for x in inputs if x.ndim == 3))
-        return graph.forward
-
-    rows = [np.arange(8) + i for i in range(9)]
-    queries = np.array([(row, 7, 3) for row in range(9)], dtype=np.int64)
-
-    def score() -> np.ndarray:
-        return perplexity.score_positions(
-            model, rows, queries, device="cpu", autocast_dtype=None, batch_tokens=16
-        )[0]
-
-    plain = score()
-    for block in model.blocks:
-        block.compile(backend=backend, dynamic=False)
-    assert np.array_equal(score(), plain) and shapes == []
-    monkeypatch.setattr(perplexity, "COMPILED_BATCHES", 3)
-    np.testing.assert_allclose(score(), plain, rtol=1e-6)
-    assert shapes == [(2, 8, 16)]
-    torch.compiler.reset()
