@@ -38,23 +38,23 @@ def first_steps(
     import torch
 
     from src.config import TrainingConfig
-    from src.machine import Machine
+    from src.machine import LOSS_CHUNK, Machine
     from src.models.transformer import Transformer
-    from src.train import build_optimizer, next_token_loss
+    from src.train import build_optimizer, compile_blocks, next_token_loss
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     machine = Machine(
         device=torch.device(device), precision="bf16", micro_batch=SEQUENCES, compile=True,
         threads=threads,
+        loss_chunk=LOSS_CHUNK[device],
     )  # fmt: skip
     net = Transformer(model).to(device)
     optimizer = build_optimizer(net, TrainingConfig())
     if whole:
         setattr(net, "hidden", torch.compile(net.hidden, dynamic=False))  # noqa: B010
     else:
-        for block in net.blocks:
-            block.compile(dynamic=False)
+        compile_blocks(net, machine)
     tokens = torch.randint(model.vocab_size, (SEQUENCES, SEQ_LEN + 1)).to(device)
     seconds = []
     for _ in range(3):
@@ -63,7 +63,7 @@ def first_steps(
         objective.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        float(objective)
+        float(objective.detach())
         seconds.append(time.perf_counter() - begun)
     connection.send(seconds)
 

@@ -9,6 +9,7 @@ Shapes: B sequences of a micro-batch, T tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import sys
@@ -19,6 +20,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from src.config import ModelConfig
+
+STREAM_BATCHES = 16  # of random tokens that our own loop goes round
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +78,7 @@ def peak_mib(device: str) -> float:
 
 
 def _batches(work: Work) -> Callable[[], Any]:
-    """(batch_size, T + 1) uniform random tokens, the same sequence for every peer."""
+    """(batch_size, T + 1) uniform random tokens, the same sequence for both other peers."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -87,13 +90,16 @@ def _batches(work: Work) -> Callable[[], Any]:
 
 
 def ours(connection: Connection, work: Work, facts: dict) -> None:
-    """src.train's own step: `next_token_loss`, clipping, fused AdamW, one wait for the device."""
+    """src.train's own batch, gradients, compilation and optimizer; clipping and stepping as its
+    `Trainer.update` does, with one wait for the device."""
+    import numpy as np
     import torch
 
     from src.config import TrainingConfig
-    from src.machine import Machine
+    from src.data import Windows
+    from src.machine import LOSS_CHUNK, Machine
     from src.models.transformer import Transformer
-    from src.train import build_optimizer, next_token_loss
+    from src.train import batch_gradients, build_optimizer, compile_blocks
 
     training = TrainingConfig(
         batch_size=work.batch_size, seq_len=work.seq_len, learning_rate=work.learning_rate
@@ -101,26 +107,19 @@ def ours(connection: Connection, work: Work, facts: dict) -> None:
     device = torch.device(work.device)
     machine = Machine(
         device=device, precision=work.precision, micro_batch=work.micro_batch,
-        compile=work.compile, threads=work.threads,
+        compile=work.compile, threads=work.threads, loss_chunk=LOSS_CHUNK[work.device],
     )  # fmt: skip
     model = Transformer(work.model).to(device)
     optimizer = build_optimizer(model, training)
     scaler = torch.amp.GradScaler(work.device, enabled=work.precision == "fp16")
-    if work.compile:
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    batches = _batches(work)
+    compile_blocks(model, machine)
+    count = STREAM_BATCHES * work.batch_size * work.seq_len + 1
+    stream = np.random.default_rng(1).integers(work.model.vocab_size, size=count, dtype=np.uint16)
+    windows = Windows(stream, batch_size=work.batch_size, seq_len=work.seq_len, seed=0)
+    steps = itertools.count()
 
     def step() -> float:
-        batch = batches()
-        if device.type == "cuda":
-            batch = batch.pin_memory().to(device, non_blocking=True)
-        parts = batch.split(work.micro_batch)
-        nats = torch.zeros((), device=device)
-        for part in parts:
-            objective, part_nats = next_token_loss(model, part, machine, training.z_loss)
-            scaler.scale(objective / len(parts)).backward()
-            nats += part_nats / len(parts)
+        nats = batch_gradients(model, windows, next(steps), machine, training.z_loss, scaler.scale)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         loss, _ = torch.stack((nats, norm)).tolist()
