@@ -27,6 +27,7 @@ COMPILE_PAYS_TOKENS = 1_000_000
 # Values kept for the backward pass a token and layer, in units of d_model, the FFN's beside it:
 # an estimate from counting tensors, not yet checked on a GPU.
 _ACTIVATION_UNITS = 40
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +44,7 @@ class Machine:
     @property
     def dtype(self) -> torch.dtype:
         """The type of matrix products."""
-        return self.types()[self.precision]
-
-    @staticmethod
-    def types() -> dict[str, torch.dtype]:
-        """By the names that `precision` has."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return DTYPES[self.precision]
 
     def autocast(self) -> torch.autocast:
         """Matrix products in `dtype`, the rest in float32."""
@@ -61,6 +57,8 @@ def choose(
 ) -> Machine:
     """Pin threads and choose; raises ValueError for what this machine cannot do."""
     device = runtime.choose_device(device_asked)
+    if training.deterministic:
+        runtime.deterministic(True)  # first: cuBLAS reads its setting when the probe starts it
 
     def decide() -> dict[str, object]:
         # Nothing here may depend on one run's settings: the next run of the directory reads it.
@@ -88,12 +86,15 @@ def choose(
     loss_chunk = LOSS_CHUNK[device.type]
     if pays and not (training.micro_batch and training.loss_chunk):
         # Of the first such run's model and precision; then the same for all that is compared.
-        dtype = Machine.types()[precision]
         found = runtime.Choices.get(
             log_dir,
             f"{name}, {precision}, {training.seq_len} tokens a sequence",
             lambda: probe.measure(
-                model, training.seq_len, device=device, dtype=dtype, most_tokens=most_tokens
+                model,
+                training.seq_len,
+                device=device,
+                dtype=DTYPES[precision],
+                most_tokens=most_tokens,
             ),
         )
         most_tokens, loss_chunk = int(found["micro_batch_tokens"]), int(found["loss_chunk"])
@@ -102,8 +103,6 @@ def choose(
     compiled = bool(stored["can_compile"]) and pays
     if training.compile != "auto":
         compiled = training.compile == "on"
-    if training.deterministic:
-        runtime.deterministic(True)
     most = max(1, most_tokens // training.seq_len)
     return Machine(
         device=device,
