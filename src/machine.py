@@ -20,7 +20,7 @@ from src.preflight import compiler
 # (2.6M model, one core: 4,240 tokens/s at 1,024, 4,768 at 2,048, 3,725 at 4,096).
 CPU_MICRO_BATCH_TOKENS = 2_048
 # Logits rows at a time where nothing is probed: on a CPU (chunk, V) stays near the cache.
-LOSS_CHUNK = {"cpu": 256, "cuda": 8_192}
+LOSS_CHUNK = {"cpu": 512, "cuda": 8_192}
 # Under this budget compiling (11-17 s a block shape on two cores) and probing (3 to 10 s there)
 # cost more than they give.
 COMPILE_PAYS_TOKENS = 1_000_000
@@ -39,7 +39,7 @@ class Machine:
     micro_batch: int  # sequences
     compile: bool
     threads: int
-    loss_chunk: int = 256  # rows of logits at a time
+    loss_chunk: int = 512  # rows of logits at a time
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,6 +59,8 @@ def choose(
     device = runtime.choose_device(device_asked)
     if training.deterministic:
         runtime.deterministic(True)  # first: cuBLAS reads its setting when the probe starts it
+    if device.type == "cpu":
+        runtime.keep_freed_memory()
 
     def decide() -> dict[str, object]:
         # Nothing here may depend on one run's settings: the next run of the directory reads it.
@@ -95,6 +97,7 @@ def choose(
                 device=device,
                 dtype=DTYPES[precision],
                 most_tokens=most_tokens,
+                compiled=bool(stored["can_compile"]),
             ),
         )
         most_tokens, loss_chunk = int(found["micro_batch_tokens"]), int(found["loss_chunk"])

@@ -98,7 +98,8 @@ def test_a_long_run_probes_once_and_a_short_one_never(
     monkeypatch.setitem(machine.probe.HEAD_ROWS, "cpu", 64)
     short = TrainingConfig(threads=1, precision="fp32", tokens=100_000, seq_len=16)
     long = replace(short, tokens=2_000_000)
-    assert machine.choose(short, MODEL, tmp_path, "cpu").loss_chunk == 256 and not calls
+    assert machine.choose(short, MODEL, tmp_path, "cpu").loss_chunk == machine.LOSS_CHUNK["cpu"]
+    assert not calls
     found = [machine.choose(long, MODEL, tmp_path, "cpu") for _ in range(2)]
     assert found[0] == found[1] and len(calls) == 1
     assert found[0].loss_chunk in machine.probe.CHUNKS["cpu"]

@@ -14,8 +14,10 @@ from src.allocation import allocate
 from src.config import ModelConfig, load_sweep
 from src.models.loss import chunked_cross_entropy
 from src.models.transformer import (
-    CPU_FLOAT32_ATTENTION,
+    CPU_SHORT_SEQUENCE,
+    QUERY_BLOCK,
     Transformer,
+    blockwise_attention,
     causal_attention,
     rope_tables,
     rotate,
@@ -220,36 +222,92 @@ def test_autocast_stays_near_float32(dtype):
     assert float((rough - exact).abs().max()) < 0.03 * float(exact.abs().max()) + 0.01
 
 
-@pytest.mark.parametrize("length", [1, 17, CPU_FLOAT32_ATTENTION + 1])
+def value_and_gradients(attention, parts, upstream):
+    q, k, v = (part.float().requires_grad_() for part in parts)
+    y = attention(q, k, v).float()
+    return y.detach(), *torch.autograd.grad((y * upstream).sum(), (q, k, v))
+
+
+def softmax_written_out(q, k, v):
+    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+    scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(future, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def attention_problem(length, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 2, length, 8)
+    parts = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
+    return parts, torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("length", [1, 17, CPU_SHORT_SEQUENCE + 1])
 @pytest.mark.parametrize("low", [False, True])
 def test_attention_equals_softmax_written_out(length, low):
     """Also under autocast, where short sequences of a CPU stay in float32."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, 2, length, 8)
     dtype = torch.bfloat16 if low else torch.float32
-    parts = [torch.randn(shape, generator=generator).to(dtype) for _ in range(3)]
-    upstream = torch.randn(shape, generator=generator)
-
-    def value_and_gradients(attention):
-        q, k, v = (part.float().requires_grad_() for part in parts)
-        y = attention(q, k, v).float()
-        return y.detach(), *torch.autograd.grad((y * upstream).sum(), (q, k, v))
+    parts, upstream = attention_problem(length, dtype)
 
     def fast(q, k, v):
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             return causal_attention(q.to(dtype), k.to(dtype), v.to(dtype))
 
-    def written_out(q, k, v):
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        scores = (q @ k.mT / 8**0.5).masked_fill(future, float("-inf"))
-        return scores.softmax(-1) @ v
-
-    exact = not low or length <= CPU_FLOAT32_ATTENTION
-    for ours, theirs in zip(
-        value_and_gradients(fast), value_and_gradients(written_out), strict=True
-    ):
+    exact = not low or length <= CPU_SHORT_SEQUENCE
+    expected = value_and_gradients(softmax_written_out, parts, upstream)
+    for ours, theirs in zip(value_and_gradients(fast, parts, upstream), expected, strict=True):
         if exact and not low:
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
         else:  # gradients are rounded to bf16 on their way back through the casts
             bound = 0.01 if exact else 0.03
             assert float((ours - theirs).norm()) <= bound * float(theirs.norm())
+
+
+@pytest.mark.parametrize("length", [1, 17, QUERY_BLOCK, QUERY_BLOCK + 1, CPU_SHORT_SEQUENCE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blockwise_attention_equals_softmax_written_out(length, dtype):
+    parts, upstream = attention_problem(length, dtype)
+
+    def blocks(q, k, v):
+        return blockwise_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+
+    expected = value_and_gradients(softmax_written_out, parts, upstream)
+    for ours, theirs in zip(value_and_gradients(blocks, parts, upstream), expected, strict=True):
+        if dtype == torch.float32:
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        else:  # bf16 keeps 8 bits; scores and weights are rounded to it
+            assert float((ours - theirs).norm()) <= 0.01 * float(theirs.norm()) + 1e-6
+
+
+def test_blockwise_attention_sees_no_later_token():
+    (q, k, v), _ = attention_problem(QUERY_BLOCK + 40, torch.float32)
+    cut = QUERY_BLOCK + 7
+    changed = [part.clone() for part in (k, v)]
+    for part in changed:
+        part[:, :, cut:] += 1
+    before, after = blockwise_attention(q, k, v), blockwise_attention(q, *changed)
+    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+    assert not torch.equal(before[:, :, cut:], after[:, :, cut:])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile asks, not we
+def test_a_compiled_model_is_as_near_to_float32_as_the_eager_one():
+    """Compiled, a CPU's bf16 attention is written out; eager it is a kernel in float32."""
+    tokens = tokens_of(2, QUERY_BLOCK + 9)
+
+    def loss_and_gradients(low, compiled):
+        model = make(CONFIG)
+        if compiled:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = torch.nn.functional.cross_entropy(
+                model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten()
+            )
+        loss.backward()
+        return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    exact, eager, compiled = map(loss_and_gradients, (False, True, True), (False, False, True))
+    assert compiled[0] != eager[0]  # two paths, not one
+    assert abs(compiled[0] - exact[0]) < 1e-3 * exact[0]
+    errors = [float((found[1] - exact[1]).norm() / exact[1].norm()) for found in (eager, compiled)]
+    assert errors[1] < 1.2 * errors[0] < 0.05, errors

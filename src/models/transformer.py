@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 from src.config import ModelConfig
 
-# Longest sequence whose attention a CPU computes in float32.
-CPU_FLOAT32_ATTENTION = 512
+# Longest sequence whose attention a CPU computes without PyTorch's bf16 kernel.
+CPU_SHORT_SEQUENCE = 512
+# Queries of a block of attention written out: half of the scores at most are computed in vain.
+QUERY_BLOCK = 128
+# (query, key): what is added to a score. A table, because compiled code would compute a condition
+# on positions entry by entry.
+_CAUSAL = torch.full((CPU_SHORT_SEQUENCE, CPU_SHORT_SEQUENCE), -math.inf).triu(1)
 
 
 class KVCache:
@@ -74,14 +79,29 @@ class RMSNorm(nn.Module):
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, H, T, K) each -> (B, H, T, K), every position attending to itself and its past.
 
-    On a CPU short sequences are computed in float32 whatever the autocast: the backward pass of
-    PyTorch's bf16 kernel takes 2.4 times as long at T = 128, K = 32 and 3.8 times at K = 16; at
-    T = 512 they are equal, beyond it bf16 wins (benchmarks/NOTES.md).
+    The backward pass of PyTorch's bf16 kernel for CPUs is slow on short sequences. There compiled
+    code writes attention out, in half to two thirds of the time of any kernel; eager code, which
+    would lose by that, uses the kernel in float32 (benchmarks/NOTES.md).
     """
-    if q.device.type == "cpu" and q.shape[2] <= CPU_FLOAT32_ATTENTION:
+    if q.device.type == "cpu" and q.shape[2] <= CPU_SHORT_SEQUENCE:
+        if torch.compiler.is_compiling() and v.dtype == torch.bfloat16:
+            return blockwise_attention(q.to(v.dtype), k.to(v.dtype), v)
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, (B, H, T, K) each, `QUERY_BLOCK` queries at a time against their past;
+    products in the inputs' type, softmax in float32. At most `CPU_SHORT_SEQUENCE` tokens."""
+    length, blocks = q.shape[2], []
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)  # (B, H, block, end)
+        scores = scores.float() * q.shape[3] ** -0.5 + _CAUSAL[start:end, :end]
+        weights = scores.softmax(dim=-1)
+        blocks.append(weights.to(v.dtype) @ v[:, :, :end])
+    return torch.cat(blocks, dim=2)
 
 
 class Attention(nn.Module):
