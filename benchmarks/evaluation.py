@@ -40,9 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from src.runtime import device_name
+    from src.runtime import device_name, keep_freed_memory
 
     torch.set_num_threads(asked.threads)
+    if asked.device == "cpu":
+        keep_freed_memory()  # as every run does
     facts: dict[str, Any] = {
         "date": date.today().isoformat(),
         "device": device_name(torch.device(asked.device)),

