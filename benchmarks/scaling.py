@@ -92,25 +92,29 @@ def _write(asked: Any, rows: list[dict[str, Any]]) -> None:
         "tokens_a_step": asked.tokens,
         "load_average": os.getloadavg()[0],
     }
+    asked.output.mkdir(parents=True, exist_ok=True)
+    path = asked.output / f"scaling-{asked.device}.json"
+    path.write_text(json.dumps({**facts, "points": rows}, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(page(facts, rows), encoding="utf-8")
+    print(f"{path} and .md")
+
+
+def page(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """The points as Markdown; µs/MFLOP is cost over work: where it rises, cost grows faster."""
     lines = [
-        "| parameters | d_model | layers | T | tokens/s | µs/token | MFLOP/token | GFLOP/s "
-        "| peak MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| parameters | d_model | layers | T | tokens/s | µs/token | MFLOP/token | µs/MFLOP "
+        "| GFLOP/s | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
         f"| {r['total_params']:,} | {r['d_model']} | {r['n_layers']} | {r['seq_len']} "
         f"| {r['tokens_per_s']:,.0f} | {r['us_per_token']:.0f} | {r['mflop_per_token']:.1f} "
+        f"| {r['us_per_token'] / r['mflop_per_token']:.2f} "
         f"| {r['gflops_per_s']:.0f} | {r['peak_mib']:,.0f} |"
         for r in rows
     ]
-    asked.output.mkdir(parents=True, exist_ok=True)
-    path = asked.output / f"scaling-{asked.device}.json"
-    path.write_text(json.dumps({**facts, "points": rows}, indent=1) + "\n", encoding="utf-8")
     head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    path.with_suffix(".md").write_text(
-        f"# Scaling of the training step\n\n{head}\n\n" + "\n".join(lines) + "\n", encoding="utf-8"
-    )
-    print(f"{path} and .md")
+    return f"# Scaling of the training step\n\n{head}\n\n" + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -7,19 +7,17 @@ with one sentence that names file, key, value found, value expected and the near
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from src import rates
+from src.strict_yaml import build, checked, key, known_keys, nearest, one_of, parse_yaml, read_yaml
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RUN_SUFFIX = re.compile(
@@ -33,14 +31,6 @@ SMALLBENCH_TASKS = Path(__file__).resolve().parent.parent / "configs" / "smallbe
 METRICS = ("perplexity", "smallbench_accuracy")
 # Keys that may change between a run and its resumption: none of them changes the result.
 COSMETIC = ("training.checkpoint_minutes", "training.checkpoint_every_steps")
-
-
-def _key(default: Any, says: str, ok: Callable[[Any], bool] = lambda _: True) -> Any:
-    return field(default=default, metadata={"says": says, "ok": ok})
-
-
-def _one_of(default: str, *names: str) -> Any:
-    return _key(default, "one of " + ", ".join(names), lambda v: v in names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,21 +54,21 @@ class ModelConfig:
 class ModelRequest:
     """What the YAML asks for; the allocator answers with a `ModelConfig`."""
 
-    total_params: int = _key(
+    total_params: int = key(
         10_000_000, "a number of parameters from 1 to 10^10", lambda v: 0 < v <= 10**10
     )
-    vocab_size: int = _key(
+    vocab_size: int = key(
         16_000, "a number of tokens from 2 to 10 million", lambda v: 2 <= v <= 10**7
     )
     # None only where embedding_dim is set: then V x E decides the share by itself.
-    embedding_ratio: float | None = _key(None, "a share between 0 and 1", lambda v: 0 < v < 1)
-    glu_expansion: float = _key(8 / 3, "a factor above 0, at most 64", lambda v: 0 < v <= 64)
-    tie_embeddings: bool = _key(True, "true or false")
-    embedding_dim: int | None = _key(None, "a width above 0, or null", lambda v: v > 0)
-    allocate: str = _one_of("depth", "depth", "attention")
-    qk_norm: bool = _key(True, "true or false")
-    n_layers: int | None = _key(None, "a number of layers above 0, or null", lambda v: v > 0)
-    d_model: int | None = _key(
+    embedding_ratio: float | None = key(None, "a share between 0 and 1", lambda v: 0 < v < 1)
+    glu_expansion: float = key(8 / 3, "a factor above 0, at most 64", lambda v: 0 < v <= 64)
+    tie_embeddings: bool = key(True, "true or false")
+    embedding_dim: int | None = key(None, "a width above 0, or null", lambda v: v > 0)
+    allocate: str = one_of("depth", "depth", "attention")
+    qk_norm: bool = key(True, "true or false")
+    n_layers: int | None = key(None, "a number of layers above 0, or null", lambda v: v > 0)
+    d_model: int | None = key(
         None, "a multiple of 8 above 0, or null", lambda v: v > 0 and v % 8 == 0
     )
 
@@ -87,29 +77,29 @@ class ModelRequest:
 class TrainingConfig:
     """One run's optimisation. A batch counts sequences; tokens a step = batch_size * seq_len."""
 
-    tokens: int = _key(50_000_000, "a number of tokens above 0", lambda v: v > 0)
-    ranking_tokens: int = _key(5_000_000, "a number of tokens above 0", lambda v: v > 0)
-    batch_size: int = _key(256, "a number of sequences above 0", lambda v: v > 0)
-    seq_len: int = _key(128, "a number of tokens of at least 2", lambda v: v >= 2)
-    learning_rate: float = _key(4e-3, "a rate above 0, at most 1", lambda v: 0 < v <= 1)
-    embedding_lr_ratio: float = _key(1.0, "a ratio above 0, at most 100", lambda v: 0 < v <= 100)
-    warmup_fraction: float = _key(0.05, "a fraction from 0 to below 1", lambda v: 0 <= v < 1)
-    weight_decay: float = _key(0.1, "a number from 0 to 10", lambda v: 0 <= v <= 10)
-    z_loss: float = _key(1e-4, "a number from 0 to 1", lambda v: 0 <= v <= 1)
-    grad_clip: float = _key(1.0, "a norm above 0", lambda v: v > 0)
-    init_seed: int | None = _key(None, "a seed from 0 to 2^31, or null", lambda v: 0 <= v < 2**31)
-    data_seed: int | None = _key(None, "a seed from 0 to 2^31, or null", lambda v: 0 <= v < 2**31)
+    tokens: int = key(50_000_000, "a number of tokens above 0", lambda v: v > 0)
+    ranking_tokens: int = key(5_000_000, "a number of tokens above 0", lambda v: v > 0)
+    batch_size: int = key(256, "a number of sequences above 0", lambda v: v > 0)
+    seq_len: int = key(128, "a number of tokens of at least 2", lambda v: v >= 2)
+    learning_rate: float = key(4e-3, "a rate above 0, at most 1", lambda v: 0 < v <= 1)
+    embedding_lr_ratio: float = key(1.0, "a ratio above 0, at most 100", lambda v: 0 < v <= 100)
+    warmup_fraction: float = key(0.05, "a fraction from 0 to below 1", lambda v: 0 <= v < 1)
+    weight_decay: float = key(0.1, "a number from 0 to 10", lambda v: 0 <= v <= 10)
+    z_loss: float = key(1e-4, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+    grad_clip: float = key(1.0, "a norm above 0", lambda v: v > 0)
+    init_seed: int | None = key(None, "a seed from 0 to 2^31, or null", lambda v: 0 <= v < 2**31)
+    data_seed: int | None = key(None, "a seed from 0 to 2^31, or null", lambda v: 0 <= v < 2**31)
     # None: a twentieth of the budget, and a hundredth of it within 8,192..131,072 tokens.
-    eval_every_tokens: int | None = _key(None, "tokens above 0, or null", lambda v: v > 0)
-    dev_tokens: int | None = _key(None, "tokens above 0, or null", lambda v: v > 0)
-    checkpoint_minutes: float = _key(15.0, "minutes above 0", lambda v: v > 0)
-    checkpoint_every_steps: int | None = _key(None, "steps above 0, or null", lambda v: v > 0)
-    precision: str = _one_of("auto", "auto", "fp32", "bf16", "fp16")
-    micro_batch: int | None = _key(None, "sequences above 0, or null", lambda v: v > 0)
-    loss_chunk: int | None = _key(None, "rows of logits above 0, or null", lambda v: v > 0)
-    compile: str = _one_of("auto", "auto", "on", "off")
-    threads: int | None = _key(None, "threads above 0, or null", lambda v: 0 < v <= 1024)
-    deterministic: bool = _key(False, "true or false")
+    eval_every_tokens: int | None = key(None, "tokens above 0, or null", lambda v: v > 0)
+    dev_tokens: int | None = key(None, "tokens above 0, or null", lambda v: v > 0)
+    checkpoint_minutes: float = key(15.0, "minutes above 0", lambda v: v > 0)
+    checkpoint_every_steps: int | None = key(None, "steps above 0, or null", lambda v: v > 0)
+    precision: str = one_of("auto", "auto", "fp32", "bf16", "fp16")
+    micro_batch: int | None = key(None, "sequences above 0, or null", lambda v: v > 0)
+    loss_chunk: int | None = key(None, "rows of logits above 0, or null", lambda v: v > 0)
+    compile: str = one_of("auto", "auto", "on", "off")
+    threads: int | None = key(None, "threads above 0, or null", lambda v: 0 < v <= 1024)
+    deterministic: bool = key(False, "true or false")
 
     @property
     def step_tokens(self) -> int:
@@ -139,39 +129,37 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    dir: str = _key("data/lm_tokenized", "a directory made by scripts/preprocess_lm.py")
+    dir: str = key("data/lm_tokenized", "a directory made by scripts/preprocess_lm.py")
     # The first so many tokens of train, repeated: what do 20 epochs cost against fresh tokens?
-    train_tokens: int | None = _key(None, "tokens above 0, or null for all", lambda v: v > 0)
+    train_tokens: int | None = key(None, "tokens above 0, or null for all", lambda v: v > 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    metrics: tuple[str, ...] = _key(
+    metrics: tuple[str, ...] = key(
         METRICS, "a list of " + ", ".join(METRICS), lambda v: set(v) <= set(METRICS) and v
     )
-    smallbench_dir: str = _key("data/smallbench", "a directory")
-    smallbench_tasks: str | None = _key(None, "a task list, or null for configs/smallbench.yaml")
-    smallbench_limit: int | None = _key(None, "items a task above 0, or null", lambda v: v > 0)
-    leakage: str | None = _key(None, "a file of scripts/check_leakage.py, or null to look for it")
-    test: bool = _key(True, "true or false")
+    smallbench_dir: str = key("data/smallbench", "a directory")
+    smallbench_tasks: str | None = key(None, "a task list, or null for configs/smallbench.yaml")
+    smallbench_limit: int | None = key(None, "items a task above 0, or null", lambda v: v > 0)
+    leakage: str | None = key(None, "a file of scripts/check_leakage.py, or null to look for it")
+    test: bool = key(True, "true or false")
     # None: the whole of dev and test; else the first documents with so many tokens.
-    perplexity_tokens: int | None = _key(None, "tokens above 0, or null", lambda v: v > 0)
+    perplexity_tokens: int | None = key(None, "tokens above 0, or null", lambda v: v > 0)
     # A corpus directory whose validation and test are scored too, with the run's own tokenizer.
-    outside_dir: str | None = _key(
-        None, "a directory made by scripts/download_wikitext.py, or null"
-    )
-    latency: bool = _key(True, "true or false")
-    latency_repeats: int = _key(200, "repeats above 1", lambda v: v > 1)
-    latency_warmup: int = _key(50, "repeats of at least 0", lambda v: v >= 0)
+    outside_dir: str | None = key(None, "a directory made by scripts/download_wikitext.py, or null")
+    latency: bool = key(True, "true or false")
+    latency_repeats: int = key(200, "repeats above 1", lambda v: v > 1)
+    latency_warmup: int = key(50, "repeats of at least 0", lambda v: v >= 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KillRuleConfig:
     """PRD section 4; `grace_tokens` null means 30 % of the run's budget."""
 
-    margin_ppl: float = _key(0.5, "a perplexity difference above 0", lambda v: v > 0)
-    window_tokens: int = _key(1_000_000, "tokens above 0", lambda v: v > 0)
-    grace_tokens: int | None = _key(None, "tokens of at least 0, or null", lambda v: v >= 0)
+    margin_ppl: float = key(0.5, "a perplexity difference above 0", lambda v: v > 0)
+    window_tokens: int = key(1_000_000, "tokens above 0", lambda v: v > 0)
+    grace_tokens: int | None = key(None, "tokens of at least 0, or null", lambda v: v >= 0)
 
     def grace(self, budget: int) -> int:
         """Tokens of grace in a run of `budget` tokens."""
@@ -240,7 +228,7 @@ class Sweep:
                 return _at_seed(run, seed)
         raise ValueError(
             f"{self.file}: experiments: found no experiment named {name!r}, expected one of "
-            f"{', '.join(self.names)}{_nearest(name, self.names)}"
+            f"{', '.join(self.names)}{nearest(name, self.names)}"
         )
 
     def chosen(self, names: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
@@ -262,29 +250,29 @@ class StudyConfig:
     """Phases 0 to 2 for one corpus, budget and device; read by `src.study`. Paths are relative to
     the working directory, as in the sweeps."""
 
-    embedding: str = _key("configs/embed_ratio.yaml", "the sweep of embedding shares")
-    glu: str = _key("configs/glu_expansion.yaml", "the sweep of GLU expansions")
-    vocabulary: str | None = _key(None, "the vocabularies and heads of phase 1b, or null to skip")
-    corpus: str | None = _key(None, "the corpus that missing tokens are made from, or null")
-    log_dir: str = _key("logs", "a directory")
-    device: str = _key("auto", "auto, cpu, cuda or cuda:N")
-    overrides: tuple[str, ...] = _key((), "a list of section.key=value, as for --set")
-    noise_seeds: int = _key(5, "seeds of at least 2", lambda v: v >= 2)
-    final_seeds: int = _key(3, "seeds of at least 1", lambda v: v >= 1)
-    finalists: int = _key(2, "a number of configurations of at least 1", lambda v: v >= 1)
+    embedding: str = key("configs/embed_ratio.yaml", "the sweep of embedding shares")
+    glu: str = key("configs/glu_expansion.yaml", "the sweep of GLU expansions")
+    vocabulary: str | None = key(None, "the vocabularies and heads of phase 1b, or null to skip")
+    corpus: str | None = key(None, "the corpus that missing tokens are made from, or null")
+    log_dir: str = key("logs", "a directory")
+    device: str = key("auto", "auto, cpu, cuda or cuda:N")
+    overrides: tuple[str, ...] = key((), "a list of section.key=value, as for --set")
+    noise_seeds: int = key(5, "seeds of at least 2", lambda v: v >= 2)
+    final_seeds: int = key(3, "seeds of at least 1", lambda v: v >= 1)
+    finalists: int = key(2, "a number of configurations of at least 1", lambda v: v >= 1)
     # all: every ranking cell at the full budget too, one seed, for the rank agreement.
-    full: str = _one_of("finalists", "finalists", "all")
-    vocabulary_seeds: int = _key(1, "seeds of at least 1", lambda v: v >= 1)
-    jobs: int = _key(1, "runs at a time, from 1 to 64", lambda v: 1 <= v <= 64)
-    budget_usd: float = _key(50.0, "dollars above 0", lambda v: v > 0)
-    runbook_budget_usd: float = _key(150.0, "dollars above 0", lambda v: v > 0)
+    full: str = one_of("finalists", "finalists", "all")
+    vocabulary_seeds: int = key(1, "seeds of at least 1", lambda v: v >= 1)
+    jobs: int = key(1, "runs at a time, from 1 to 64", lambda v: 1 <= v <= 64)
+    budget_usd: float = key(50.0, "dollars above 0", lambda v: v > 0)
+    runbook_budget_usd: float = key(150.0, "dollars above 0", lambda v: v > 0)
     # None: from earlier runs of log_dir, else from a short probe on the device.
-    tokens_per_s: float | None = _key(None, "tokens a second above 0, or null", lambda v: v > 0)
+    tokens_per_s: float | None = key(None, "tokens a second above 0, or null", lambda v: v > 0)
 
 
 def load_study(path: Path) -> StudyConfig:
     """Read a study file; raises ValueError (one sentence) for what a user can get wrong."""
-    return _build(StudyConfig, f"{path}: ", read_yaml(path, "a study file"))
+    return build(StudyConfig, f"{path}: ", read_yaml(path, "a study file"))
 
 
 def run_name(experiment: str, phase: str, seed: int) -> str:
@@ -304,135 +292,6 @@ def digest(resolved: Mapping[str, Any]) -> str:
         section, name = dotted.split(".")
         kept.get(section, {}).pop(name, None)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------ strict YAML
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars (3e-4 is a number, 010 and `no` are not numbers or
-    booleans in disguise) and without silent duplicate keys."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise ValueError(f"line {line}: found the key {key!r}, expected a name")
-            if key in seen:
-                raise ValueError(
-                    f"line {line}: the key {key!r} is there twice (first on line {seen[key]}); "
-                    "expected each key once, so remove one of them"
-                )
-            seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
-def _strict_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    text = node.value.replace("_", "").lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-
-
-_NUMBER_START = list("-+0123456789.")
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?(0|[1-9][0-9_]*)", _NUMBER_START),
-    (
-        "float",
-        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9_]+([eE][-+]?[0-9]+)?"
-        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
-        _NUMBER_START,
-    ),
-):
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
-    )
-_StrictLoader.add_constructor("tag:yaml.org,2002:float", _strict_float)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Strict YAML text to plain values; ValueError names `source` and the line."""
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ValueError(f"{source}:{where} is not valid YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: {error}") from None
-    except (AttributeError, LookupError) as error:  # `!!timestamp x`, `!!bool x`, `!!int ""`
-        raise ValueError(f"{source}: found a tag that its value does not fit ({error})") from None
-
-
-# --------------------------------------------------------------------------------- keys and types
-
-
-def _nearest(found: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(found, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _known_keys(where: str, found: Mapping[str, Any], valid: Sequence[str]) -> None:
-    for name in found:
-        if name not in valid:
-            raise ValueError(
-                f"{where}{name}: found an unknown key, expected one of {', '.join(valid)}"
-                f"{_nearest(name, valid)}"
-            )
-
-
-def _coerce(value: Any, kind: str) -> Any:
-    """`value` as the annotated `kind`, or raises TypeError. A bool is never a number."""
-    if kind.endswith(" | None"):
-        return None if value is None else _coerce(value, kind.removesuffix(" | None"))
-    if kind == "tuple[str, ...]" and isinstance(value, list):
-        return tuple(_coerce(item, "str") for item in value)
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if kind == "str" and isinstance(value, str) and value:
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        if kind in ("int", "float") and abs(value) < 2**53:
-            return int(value) if kind == "int" else float(value)
-    if kind == "float" and isinstance(value, float) and math.isfinite(value):
-        return value
-    raise TypeError
-
-
-_KIND_NAMES = {
-    "int": "a whole number below 2^53: ",
-    "float": "a finite number: ",
-    "str": "text: ",
-    "bool": "",
-    "tuple[str, ...]": "",
-}
-
-
-def _checked(where: str, spec: dataclasses.Field[Any], value: Any) -> Any:
-    kind = str(spec.type)
-    expected = _KIND_NAMES[kind.removesuffix(" | None")] + spec.metadata["says"]
-    message = f"{where}{spec.name}: found {value!r}, expected {expected}"
-    try:
-        value = _coerce(value, kind)
-    except TypeError:
-        raise ValueError(message) from None
-    if value is not None and not spec.metadata["ok"](value):
-        raise ValueError(message)
-    return value
-
-
-def _build(kind: type, where: str, values: Any) -> Any:
-    """A dataclass `kind` from a mapping, every key known, typed and in range."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where.rstrip('.')}: found {values!r}, expected a mapping of keys")
-    specs = {spec.name: spec for spec in dataclasses.fields(kind)}
-    _known_keys(where, values, list(specs))
-    return kind(**{name: _checked(where, specs[name], value) for name, value in values.items()})
 
 
 # -------------------------------------------------------------------------------------- the sweep
@@ -456,25 +315,12 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), phase: str = "fu
     return sweep_from(read_yaml(path, "an experiment file"), path, overrides, phase)
 
 
-def read_yaml(path: Path, what: str) -> Any:
-    """A strict YAML file's plain values; ValueError where it cannot be read as `what`."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: found no such file, expected {what}") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: found a directory, expected {what}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start} is not UTF-8; expected YAML text") from None
-    return parse_yaml(text, str(path))
-
-
 def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str = "full") -> Sweep:
     """`load_sweep` of values that were read (or made) already; `path` names them in errors."""
     where = f"{path}: "
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}found {raw!r}, expected a mapping with the key experiments")
-    _known_keys(where, raw, _TOP_KEYS)
+    known_keys(where, raw, _TOP_KEYS)
     forced = _parse_overrides(overrides)
     entries = _experiment_entries(where, raw.get("experiments"))
     baseline = raw.get("baseline", entries[0]["name"])
@@ -483,7 +329,7 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
     if baseline not in names:
         raise ValueError(
             f"{where}baseline: found {baseline!r}, expected one of the experiments "
-            f"{', '.join(names)}{_nearest(str(baseline), names)}"
+            f"{', '.join(names)}{nearest(str(baseline), names)}"
         )
     seeds = _seeds(where, raw.get("seeds", [0]))
     states_kill_rule = raw.get("kill_rule") is not None or "kill_rule" in forced
@@ -507,7 +353,7 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
 
 def _rate(place: str, value: Any) -> float:
     (spec,) = (s for s in dataclasses.fields(TrainingConfig) if s.name == "learning_rate")
-    return float(_checked(place, spec, value))
+    return float(checked(place, spec, value))
 
 
 def _without_kill_rule(
@@ -536,14 +382,14 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
         if dotted not in valid:
             raise ValueError(
                 f"--set {dotted}: found an unknown key, expected section.key such as "
-                f"training.tokens{_nearest(dotted, valid)}"
+                f"training.tokens{nearest(dotted, valid)}"
             )
         section, name = dotted.split(".")
         parsed = parse_yaml(value, f"--set {dotted}")
         if dotted == "training.learning_rate" and isinstance(parsed, list):
             forced.setdefault(section, {})[name] = parsed  # checked with the file's own lists
             continue
-        _build(_SECTIONS[section], f"--set {section}.", {name: parsed})
+        build(_SECTIONS[section], f"--set {section}.", {name: parsed})
         forced.setdefault(section, {})[name] = parsed
     return forced
 
@@ -597,7 +443,7 @@ def _run(
     name = entry["name"]
     here = f"{where}experiments.{name}."
     model_keys = [spec.name for spec in dataclasses.fields(ModelRequest)]
-    _known_keys(here, entry, ["name", *model_keys, "training"])
+    known_keys(here, entry, ["name", *model_keys, "training"])
     own: dict[str, Any] = {"model": {k: v for k, v in entry.items() if k in model_keys}}
     own["training"] = entry.get("training")
     built: dict[str, Any] = {}
@@ -609,7 +455,7 @@ def _run(
         )
         stated = [(place, layer) for place, layer in layers if layer is not None]
         for place, layer in stated:  # each layer by itself, so that an error names its place
-            _build(kind, place, layer)
+            build(kind, place, layer)
         values = {name: value for _, layer in stated for name, value in layer.items()}
         if section == "kill_rule" and not stated and phase != "rank":
             built[section] = None
@@ -619,7 +465,7 @@ def _run(
             values.get(key) for key in ("embedding_ratio", "embedding_dim", "d_model")
         ):
             values["embedding_ratio"] = 0.35
-        built[section] = _build(kind, f"{where}{section}.", values)
+        built[section] = build(kind, f"{where}{section}.", values)
     training: TrainingConfig = built["training"]
     if phase == "rank":
         training = dataclasses.replace(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.config import read_yaml
+from src.strict_yaml import read_yaml
 
 TABLE = Path(__file__).resolve().parent.parent / "configs" / "prices.yaml"
 _TOP_KEYS = ("as_of", "currency", "devices")

@@ -17,7 +17,8 @@ from typing import Any
 
 import jinja2.sandbox
 
-from src.config import SMALLBENCH_TASKS, parse_yaml
+from src.config import SMALLBENCH_TASKS
+from src.strict_yaml import parse_yaml
 
 TASKS_FILE = SMALLBENCH_TASKS
 METRICS = ("accuracy", "matthews", "perplexity")

@@ -22,6 +22,7 @@ from src.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
 from src.planning import costs
 from src.planning.cells import Decision, Job, Plan, Source, Study
 from src.run_dir import locked, write_atomic, write_json
+from src.strict_yaml import read_yaml
 from src.study_jobs import REPOSITORY, Holder, Running, Start, is_held, starter
 from src.study_record import Reader, diverged
 
@@ -60,7 +61,7 @@ def _source(path: Path, overrides: Sequence[str]) -> Source:
             f"{path}: training.learning_rate: found a list of rates, expected one: a study ranks "
             "shapes; run the list by itself with --config, then state the rate it points to"
         )
-    return Source(path, config.read_yaml(path, "an experiment file"))
+    return Source(path, read_yaml(path, "an experiment file"))
 
 
 def run(

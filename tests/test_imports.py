@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From top to bottom; modules of one row may know each other.
 ROWS = (
-    {"rates", "published_laws"},
+    {"rates", "published_laws", "strict_yaml"},
     {"config", "command_line"},
     {"allocation", "costs"},
     {"predictions"},

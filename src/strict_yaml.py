@@ -1,0 +1,167 @@
+"""Strict YAML, and dataclasses as its schema: every key known, typed and in range. No torch.
+
+Every mistake a user can make raises `ValueError` with one sentence that names file or key, value
+found, value expected and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# ------------------------------------------------------------------------------------ strict YAML
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars (3e-4 is a number, 010 and `no` are not numbers or
+    booleans in disguise) and without silent duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise ValueError(f"line {line}: found the key {key!r}, expected a name")
+            if key in seen:
+                raise ValueError(
+                    f"line {line}: the key {key!r} is there twice (first on line {seen[key]}); "
+                    "expected each key once, so remove one of them"
+                )
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _strict_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    text = node.value.replace("_", "").lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_NUMBER_START = list("-+0123456789.")
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", _NUMBER_START),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9_]+([eE][-+]?[0-9]+)?"
+        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+        _NUMBER_START,
+    ),
+):
+    _StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+    )
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _strict_float)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Strict YAML text to plain values; ValueError names `source` and the line."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"{source}:{where} is not valid YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    except (AttributeError, LookupError) as error:  # `!!timestamp x`, `!!bool x`, `!!int ""`
+        raise ValueError(f"{source}: found a tag that its value does not fit ({error})") from None
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """A strict YAML file's plain values; ValueError where it cannot be read as `what`."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: found no such file, expected {what}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: found a directory, expected {what}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; expected YAML text") from None
+    return parse_yaml(text, str(path))
+
+
+# --------------------------------------------------------------------------------- keys and types
+
+
+def key(default: Any, says: str, ok: Callable[[Any], bool] = lambda _: True) -> Any:
+    return field(default=default, metadata={"says": says, "ok": ok})
+
+
+def one_of(default: str, *names: str) -> Any:
+    return key(default, "one of " + ", ".join(names), lambda v: v in names)
+
+
+def nearest(found: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(found, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def known_keys(where: str, found: Mapping[str, Any], valid: Sequence[str]) -> None:
+    for name in found:
+        if name not in valid:
+            raise ValueError(
+                f"{where}{name}: found an unknown key, expected one of {', '.join(valid)}"
+                f"{nearest(name, valid)}"
+            )
+
+
+def _coerce(value: Any, kind: str) -> Any:
+    """`value` as the annotated `kind`, or raises TypeError. A bool is never a number."""
+    if kind.endswith(" | None"):
+        return None if value is None else _coerce(value, kind.removesuffix(" | None"))
+    if kind == "tuple[str, ...]" and isinstance(value, list):
+        return tuple(_coerce(item, "str") for item in value)
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "str" and isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if kind in ("int", "float") and abs(value) < 2**53:
+            return int(value) if kind == "int" else float(value)
+    if kind == "float" and isinstance(value, float) and math.isfinite(value):
+        return value
+    raise TypeError
+
+
+_KIND_NAMES = {
+    "int": "a whole number below 2^53: ",
+    "float": "a finite number: ",
+    "str": "text: ",
+    "bool": "",
+    "tuple[str, ...]": "",
+}
+
+
+def checked(where: str, spec: dataclasses.Field[Any], value: Any) -> Any:
+    kind = str(spec.type)
+    expected = _KIND_NAMES[kind.removesuffix(" | None")] + spec.metadata["says"]
+    message = f"{where}{spec.name}: found {value!r}, expected {expected}"
+    try:
+        value = _coerce(value, kind)
+    except TypeError:
+        raise ValueError(message) from None
+    if value is not None and not spec.metadata["ok"](value):
+        raise ValueError(message)
+    return value
+
+
+def build(kind: type, where: str, values: Any) -> Any:
+    """A dataclass `kind` from a mapping, every key known, typed and in range."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where.rstrip('.')}: found {values!r}, expected a mapping of keys")
+    specs = {spec.name: spec for spec in dataclasses.fields(kind)}
+    known_keys(where, values, list(specs))
+    return kind(**{name: checked(where, specs[name], value) for name, value in values.items()})
