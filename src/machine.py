@@ -16,13 +16,13 @@ from src import probe, runtime
 from src.config import ModelConfig, TrainingConfig
 from src.preflight import compiler
 
-# Tokens of a CPU micro-batch where nothing is probed: activations of one block stay in the cache
-# (2.6M model, one core: 4,240 tokens/s at 1,024, 4,768 at 2,048, 3,725 at 4,096).
+# Most tokens of a CPU micro-batch: eager, activations of one block should stay in the cache;
+# compiled, 1,024 to 8,192 tokens are equally fast (10M model, two cores; benchmarks/NOTES.md).
 CPU_MICRO_BATCH_TOKENS = 2_048
 # Logits rows at a time where nothing is probed: on a CPU (chunk, V) stays near the cache.
 LOSS_CHUNK = {"cpu": 512, "cuda": 8_192}
-# Under this budget compiling (11-17 s a block shape on two cores) and probing (3 to 10 s there)
-# cost more than they give.
+# Under this budget compiling (11-17 s a block shape on two cores) and probing (3 to 10 s there, and
+# some seconds for each of three compiled chunks) cost more than they give.
 COMPILE_PAYS_TOKENS = 1_000_000
 # Values kept for the backward pass a token and layer, in units of d_model, the FFN's beside it:
 # an estimate from counting tensors, not yet checked on a GPU.
@@ -84,28 +84,29 @@ def choose(
     if training.precision != "auto":
         precision = runtime.resolve_precision(training.precision, device)
     pays = training.tokens >= COMPILE_PAYS_TOKENS
+    if training.compile == "auto" and pays and not stored["can_compile"]:
+        print("training.compile: no C++ compiler (on a GPU, or no Triton) found, so eager")
+    compiled = bool(stored["can_compile"]) and pays
+    if training.compile != "auto":
+        compiled = training.compile == "on"
     most_tokens = int(stored["micro_batch_tokens"])
     loss_chunk = LOSS_CHUNK[device.type]
     if pays and not (training.micro_batch and training.loss_chunk):
         # Of the first such run's model and precision; then the same for all that is compared.
         found = runtime.Choices.get(
             log_dir,
-            f"{name}, {precision}, {training.seq_len} tokens a sequence",
+            f"{name}, {precision}, {training.seq_len} tokens a sequence"
+            + (", compiled" if compiled else ""),
             lambda: probe.measure(
                 model,
                 training.seq_len,
                 device=device,
                 dtype=DTYPES[precision],
                 most_tokens=most_tokens,
-                compiled=bool(stored["can_compile"]),
+                compiled=compiled,
             ),
         )
         most_tokens, loss_chunk = int(found["micro_batch_tokens"]), int(found["loss_chunk"])
-    if training.compile == "auto" and pays and not stored["can_compile"]:
-        print("training.compile: no C++ compiler (on a GPU, or no Triton) found, so eager")
-    compiled = bool(stored["can_compile"]) and pays
-    if training.compile != "auto":
-        compiled = training.compile == "on"
     most = max(1, most_tokens // training.seq_len)
     return Machine(
         device=device,

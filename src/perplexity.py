@@ -157,10 +157,11 @@ def _head_nats(
     """(N, width), (N,) -> nats (N,) and greedy hits (N,), softmax in float32."""
     nats, hits = [], []
     for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        # One kernel from the logits' type: logsumexp takes 3 times as long on a CPU.
-        log_p = torch.log_softmax(model.logits(part), dim=-1, dtype=torch.float32)  # (chunk, V)
+        logits = model.logits(part)  # (chunk, V)
+        # logsumexp would take 3 times as long on a CPU.
+        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         nats.append(-log_p.gather(1, target[:, None])[:, 0])
-        hits.append(log_p.argmax(-1) == target if greedy else torch.zeros_like(target).bool())
+        hits.append(logits.argmax(-1) == target if greedy else torch.zeros_like(target).bool())
     return torch.cat(nats), torch.cat(hits)
 
 

@@ -1,4 +1,4 @@
-"""A few seconds of one block and the head: which micro-batch and loss chunk are fastest here.
+"""A short trial of one block and the head: which micro-batch and loss chunk are fastest here.
 
 The whole model need not be run: its time a token is L blocks plus one head, and both depend on
 how many rows are computed at a time (a CPU's caches, a GPU's launch costs).
@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from src.config import ModelConfig
+from src.config import ModelConfig, TrainingConfig
 from src.models.loss import chunked_cross_entropy
 from src.models.transformer import Block, rope_tables
 
 ROUNDS = 3
+# As in training, whose compiled kernel is then the probe's.
+Z_LOSS = TrainingConfig().z_loss
 # Rows that the head is timed on; at least one chunk of every candidate on a CPU.
 HEAD_ROWS = {"cpu": 1_024, "cuda": 16_384}
 CHUNKS = {"cpu": (256, 512, 1_024), "cuda": (2_048, 8_192, 16_384)}
@@ -68,7 +70,7 @@ def _head(
 
     def step() -> None:
         objective, _ = chunked_cross_entropy(
-            hidden, table, targets, 0.0, chunk=chunk, dtype=dtype, compiled=compiled
+            hidden, table, targets, Z_LOSS, chunk=chunk, dtype=dtype, compiled=compiled
         )
         torch.autograd.grad(objective, (hidden, table))
 

@@ -174,6 +174,8 @@ def peak_memory_mib(device: torch.device) -> float:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start `peak_memory_mib` afresh, for the next of several runs in one process."""
+    with contextlib.suppress(OSError, AttributeError):  # what `keep_freed_memory` kept
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):  # Linux only, and not in every container

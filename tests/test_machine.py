@@ -87,11 +87,12 @@ def test_more_shapes_than_dynamo_counts_are_all_compiled(monkeypatch: pytest.Mon
 def test_a_long_run_probes_once_and_a_short_one_never(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
+    calls: list[bool] = []
+    monkeypatch.setattr(machine, "_can_compile", lambda _: True)
 
     def measure(*arguments: Any, **named: Any) -> dict[str, Any]:
-        calls.append(1)
-        return real(*arguments, **named)
+        calls.append(named["compiled"])
+        return real(*arguments, **named | {"compiled": False})  # compiling is test_loss.py's
 
     real = machine.probe.measure
     monkeypatch.setattr(machine.probe, "measure", measure)
@@ -107,6 +108,8 @@ def test_a_long_run_probes_once_and_a_short_one_never(
     stated = replace(long, micro_batch=2, loss_chunk=77)
     chosen = machine.choose(stated, MODEL, tmp_path / "other", "cpu")
     assert (chosen.micro_batch, chosen.loss_chunk, len(calls)) == (2, 77, 1)
+    machine.choose(replace(long, compile="off"), MODEL, tmp_path, "cpu")
+    assert calls == [True, False]  # as each will run, side by side in one directory
 
 
 def test_the_probe_draws_nothing_from_the_global_generator() -> None:

@@ -336,6 +336,9 @@ def test_git_state_of_a_repository(tmp_path, monkeypatch):
 
 def test_freed_memory_is_kept():
     """In a process of its own: without it, freeing three tensors of 16 MB returns their pages."""
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if huge_pages.exists() and "[always]" in huge_pages.read_text():
+        pytest.skip("huge pages leave too few faults to count")
     code = """
 import resource, sys, torch
 from src import runtime

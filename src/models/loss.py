@@ -37,7 +37,7 @@ def _row_gradient(logits: Tensor, target: Tensor, z_loss: float) -> tuple[Tensor
     """
     dtype, logits = logits.dtype, logits.float()
     largest = logits.amax(dim=-1, keepdim=True)
-    log_z = largest + (logits - largest).exp().sum(dim=-1, keepdim=True).log()
+    log_z = largest + (logits - largest).exp_().sum(dim=-1, keepdim=True).log()
     picked = logits.gather(1, target)
     scale = 1 + 2 * z_loss * log_z
     of_target = (picked - log_z).exp() * scale - 1
@@ -55,7 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradient during the forward pass, one chunk of rows at a time.
 
     Only the gradients of `hidden` (N, E) and `table` (V, E) outlive a chunk; the (chunk, V)
-    logits stay in cache on a CPU and are reused buffers on a GPU. The idea of fusing the head
+    logits are reused buffers. The idea of fusing the head
     with its loss is Liger's and Cut Cross-Entropy's (arXiv 2411.09009).
     """
 
@@ -71,6 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         n = hidden.shape[0]
+        chunk = min(chunk, n)
         weight = table.to(dtype)
         rows = hidden.to(dtype)
         grad_hidden = torch.empty_like(rows)

@@ -80,8 +80,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, H, T, K) each -> (B, H, T, K), every position attending to itself and its past.
 
     The backward pass of PyTorch's bf16 kernel for CPUs is slow on short sequences. There compiled
-    code writes attention out, in half to two thirds of the time of any kernel; eager code, which
-    would lose by that, uses the kernel in float32 (benchmarks/NOTES.md).
+    code in bf16 writes attention out, in half to two thirds of the time of any kernel; eager code,
+    which would lose by that, uses the kernel in float32 (benchmarks/NOTES.md).
     """
     if q.device.type == "cpu" and q.shape[2] <= CPU_SHORT_SEQUENCE:
         if torch.compiler.is_compiling() and v.dtype == torch.bfloat16:
