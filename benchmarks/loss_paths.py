@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -36,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
+    from src.probe import seconds
     from src.runtime import device_name, keep_freed_memory
 
     torch.set_num_threads(asked.threads)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(asked.turns):
         for name, run in runs.items():
-            times[name].append(_seconds(run, asked.device))
+            times[name].append(seconds(run, device))
     for row in rows:
         row["ms"] = 1e3 * statistics.median(times[row["path"]])
         print(json.dumps(row), flush=True)
@@ -121,16 +121,6 @@ def _gradients(
     loss = path(hidden, table, targets)
     _, gradient = torch.autograd.grad(loss, (hidden, table))
     return float(loss.detach()), gradient
-
-
-def _seconds(run: Callable[[], Any], device: str) -> float:
-    import torch
-
-    begun = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
 
 
 def _write(asked: Any, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -115,7 +115,7 @@ def _race(
     for turn in range(ROUNDS + 1):
         for key, step in list(left.items()):
             try:
-                seconds = _seconds(step, device)
+                took = seconds(step, device)
             except torch.OutOfMemoryError:
                 left.pop(key)
                 best.pop(key, None)
@@ -123,11 +123,12 @@ def _race(
                     raise
                 continue
             if turn:
-                best[key] = min(best.get(key, float("inf")), 1e6 * seconds / tokens[key])
+                best[key] = min(best.get(key, float("inf")), 1e6 * took / tokens[key])
     return best
 
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
+def seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Wall clock of one call, the device's queue emptied before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begun = time.perf_counter()
