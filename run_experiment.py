@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from src import allocation, config, costs, distributed, execution
-from src.command_line import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Parser
-from src.execution import Preempted
+from src import run as execution
+from src.compute import process_group as distributed
+from src.run import Preempted
+from src.spec import allocation, config, costs
+from src.spec.command_line import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Parser
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NOISE_SEEDS = 5  # ranking runs of the baseline in phase 0
@@ -120,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from src import run_dir, study
+    from src.storage import run_dir
+    from src.study import runner as study
 
     asked = study.load(arguments.study, arguments.set, arguments.log_dir, arguments.device)
     try:
@@ -136,7 +139,8 @@ def _sanity(
     """Phase 0's checks of every named experiment; then `arguments` ask for the noise floor."""
     chosen = sweep.chosen(arguments.exp, [0])
     inputs = _check_inputs(sweep, answers, chosen, arguments)
-    from src import run_dir, sanity
+    from src.storage import run_dir
+    from src.study import sanity
 
     log_dir, passed = Path(arguments.log_dir), True
     try:

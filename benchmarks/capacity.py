@@ -29,12 +29,12 @@ import torch
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from src import checkpoint
-from src.allocation import allocate
-from src.command_line import OK, Parser, at_least, refuse
-from src.config import load_sweep
-from src.remote import Remote, Timing
-from src.run_dir import RunDir, write_json
+from src.spec.allocation import allocate
+from src.spec.command_line import OK, Parser, at_least, refuse
+from src.spec.config import load_sweep
+from src.storage import checkpoint
+from src.storage.remote import Remote, Timing
+from src.storage.run_dir import RunDir, write_json
 from src.train import build_model, build_optimizer
 from tests.synthetic_runs import SHARE_SWEEP, write_sweep
 

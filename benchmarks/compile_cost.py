@@ -22,9 +22,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from src.allocation import allocate
-from src.command_line import Parser, at_least
-from src.config import ModelConfig, load_sweep
+from src.spec.allocation import allocate
+from src.spec.command_line import Parser, at_least
+from src.spec.config import ModelConfig, load_sweep
 
 SEQUENCES, SEQ_LEN = 16, 128
 
@@ -37,9 +37,9 @@ def first_steps(
 
     import torch
 
-    from src.config import TrainingConfig
-    from src.machine import LOSS_CHUNK, Machine
+    from src.compute.compute_config import LOSS_CHUNK, Machine
     from src.models.transformer import Transformer
+    from src.spec.config import TrainingConfig
     from src.train import build_optimizer, compile_blocks, next_token_loss
 
     torch.set_num_threads(threads)
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _write(asked: Any, found: dict[str, list[float]]) -> None:
     import torch
 
-    from src.runtime import device_name
+    from src.compute.runtime import device_name
 
     total = {name: sum(values) for name, values in found.items()}
     facts = {

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from src.command_line import OK, OUR_FAULT, Parser
-from src.run_dir import read_rows
+from src.spec.command_line import OK, OUR_FAULT, Parser
+from src.storage.run_dir import read_rows
 from tests.faults.bench import EXPERIMENT, ROOT, Bench, clean_environment, differences, last_state
 
 TOLERANCE = 1e-5

@@ -21,9 +21,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from src.allocation import allocate
-from src.command_line import Parser, at_least
-from src.config import load_sweep
+from src.spec.allocation import allocate
+from src.spec.command_line import Parser, at_least
+from src.spec.config import load_sweep
 
 RUNS = 500
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from src.runtime import device_name, keep_freed_memory
+    from src.compute.runtime import device_name, keep_freed_memory
 
     torch.set_num_threads(asked.threads)
     if asked.device == "cpu":
@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _perplexity(asked: Any) -> dict[str, Any]:
     import torch
 
-    from src import data, perplexity
+    from src.data import tokens as data
+    from src.evaluation import perplexity
     from src.models.transformer import Transformer
 
     sweep = load_sweep(asked.config)

@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from src.command_line import Parser, at_least
+from src.spec.command_line import Parser, at_least
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from src.probe import seconds
-    from src.runtime import device_name, keep_freed_memory
+    from src.compute.autotune import seconds
+    from src.compute.runtime import device_name, keep_freed_memory
 
     torch.set_num_threads(asked.threads)
     if asked.device == "cpu":

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from src.config import ModelConfig
+from src.spec.config import ModelConfig
 
 STREAM_BATCHES = 16  # of random tokens that our own loop goes round
 
@@ -45,7 +45,7 @@ def peer(connection: Connection, name: str, work: Work) -> None:
         begun = time.perf_counter()
         import torch
 
-        from src.runtime import keep_freed_memory
+        from src.compute.runtime import keep_freed_memory
 
         torch.set_num_threads(work.threads)
         torch.manual_seed(0)
@@ -99,10 +99,10 @@ def ours(connection: Connection, work: Work, facts: dict) -> None:
     import numpy as np
     import torch
 
-    from src.config import TrainingConfig
-    from src.data import Windows
-    from src.machine import LOSS_CHUNK, Machine
+    from src.compute.compute_config import LOSS_CHUNK, Machine
+    from src.data.tokens import Windows
     from src.models.transformer import Transformer
+    from src.spec.config import TrainingConfig
     from src.train import batch_gradients, build_optimizer, compile_blocks
 
     training = TrainingConfig(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.config import ModelConfig
+from src.spec.config import ModelConfig
 
 
 class PlainBlock(nn.Module):

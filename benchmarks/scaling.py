@@ -19,9 +19,9 @@ from typing import Any
 
 from benchmarks.peers import Work
 from benchmarks.throughput import Child
-from src.allocation import allocate, flops_per_token
-from src.command_line import Parser, at_least
-from src.config import ModelRequest
+from src.spec.allocation import allocate, flops_per_token
+from src.spec.command_line import Parser, at_least
+from src.spec.config import ModelRequest
 
 SIZES = ((3_000_000, 8_192), (10_000_000, 16_000), (30_000_000, 16_000), (100_000_000, 16_000))
 # 35 % of 100M in a table of 16,000 would be d = 2,188 and one layer: the larger ones spend less.
@@ -80,7 +80,7 @@ def _point(asked: Any, size: int, vocab: int, length: int) -> dict[str, Any]:
 def _write(asked: Any, rows: list[dict[str, Any]]) -> None:
     import torch
 
-    from src.runtime import device_name
+    from src.compute.runtime import device_name
 
     facts = {
         "date": date.today().isoformat(),

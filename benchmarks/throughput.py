@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import PEERS, Work, peer
-from src.allocation import allocate, flops_per_token
-from src.command_line import Parser, at_least
-from src.config import ModelConfig, load_sweep
+from src.spec.allocation import allocate, flops_per_token
+from src.spec.command_line import Parser, at_least
+from src.spec.config import ModelConfig, load_sweep
 
 OUTPUT = Path("results/benchmarks")
 # Bytes a second of device memory, NVIDIA's data sheets; with TFLOP/s of bf16 (V100: fp16).
@@ -246,7 +246,7 @@ def _write(asked: argparse.Namespace, cells: Mapping[str, Any]) -> None:
     import torch
     import transformers
 
-    from src.runtime import device_name
+    from src.compute.runtime import device_name
 
     device = device_name(torch.device(asked.device))
     facts = {

@@ -27,14 +27,17 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from src import checkpoint, config, costs, machine, runtime
-from src.config import TrainingConfig
-from src.machine import Machine
+from src.compute import compute_config as machine
+from src.compute import runtime
+from src.compute.compute_config import Machine
+from src.evaluation.trained_run import TrainedRun, load_run
 from src.models.export import export
 from src.models.transformer import Transformer
-from src.run_dir import Held, Preemption, RunDir, write_json
+from src.spec import config, costs
+from src.spec.config import TrainingConfig
+from src.storage import checkpoint
+from src.storage.run_dir import Held, Preemption, RunDir, write_json
 from src.train import NonFinite, build_optimizer, learning_rate, next_token_loss
-from src.trained_run import TrainedRun, load_run
 
 OK, OUR_FAULT, IO_FAILED, TRY_AGAIN, BAD_INPUT = 0, 70, 74, 75, 78
 END = 0  # <|endoftext|>: begins each prompt and ends each answer

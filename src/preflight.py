@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 
-from src import costs, data, kill_rule, leakage, run_dir, smallbench
-from src.allocation import Allocation
-from src.config import RunConfig, Sweep
+from src.compute.compiler import compiler
+from src.data import leakage
+from src.data import tasks as smallbench
+from src.data import tokens as data
+from src.spec import costs, kill_rule
+from src.spec.allocation import Allocation
+from src.spec.config import RunConfig, Sweep
+from src.storage import run_dir
 
 STORES = ("s3", "gs", "gcs", "abfs", "abfss", "file")
 
@@ -59,16 +63,11 @@ def _check_machine(run: RunConfig, device: str, remote: str | None) -> None:
         )
     explicit = run.training.precision in ("bf16", "fp16")
     if device not in ("auto", "cpu") or explicit:
-        from src import runtime  # imports torch; only where there is something to refuse
+        from src.compute import runtime  # imports torch; only where there is something to refuse
 
         chosen = runtime.choose_device(device)
         if explicit:
             runtime.resolve_precision(run.training.precision, chosen)
-
-
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile would find on this machine."""
-    return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
 
 
 def _check_kill_rule(run: RunConfig, sweep: Sweep) -> None:

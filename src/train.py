@@ -22,14 +22,17 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from src import checkpoint, kill_rule, perplexity, runtime
-from src.config import ModelConfig, RunConfig, TrainingConfig
-from src.data import TokenData, Windows, consecutive_windows
-from src.distributed import Team
-from src.machine import Machine
+from src.compute import runtime
+from src.compute.compute_config import Machine
+from src.compute.process_group import Team
+from src.data.tokens import TokenData, Windows, consecutive_windows
+from src.evaluation import perplexity
 from src.models.loss import chunked_cross_entropy
 from src.models.transformer import Transformer
-from src.run_dir import Preemption, RunDir, read_rows
+from src.spec import kill_rule
+from src.spec.config import ModelConfig, RunConfig, TrainingConfig
+from src.storage import checkpoint
+from src.storage.run_dir import Preemption, RunDir, read_rows
 
 # Rows in metrics.jsonl for training; a longer run logs every k-th step.
 MOST_TRAIN_ROWS = 5_000

@@ -1,7 +1,7 @@
 """A study whose truth is known: run directories of real sweeps' cells with planted losses.
 
     python -m tests.planted_study --output planted --seeds 3
-    python -m src.science --log_dir planted --output planted/science
+    python -m src.analysis.science.report --log_dir planted --output planted/science
 
 ln BPB of a cell = 0.2 + 1.2 (share - 0.36)^2 + 0.01 (glu - 3)^2 - 0.03 ln(L / 10)
     + 0.02 (ln rate / best)^2, best = 4e-3, in sweeps of rates 4e-3 (0.35 / share)^2, + noise.
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from src import allocation, config, record
+from src.evaluation import metrics as record
+from src.spec import allocation, config
 
 ROOT = Path(__file__).resolve().parents[1]
 SD = 0.004

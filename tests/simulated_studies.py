@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from src import allocation, config, fits
-from src.decisions import Noise
+from src.analysis.decisions import Noise
+from src.analysis.science import fits
+from src.spec import allocation, config
 
 ROOT = Path(__file__).resolve().parents[1]
 SD = 0.005

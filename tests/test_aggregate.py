@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from src.analysis import plots, run_table
 from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, Cell, write_run, write_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -128,15 +129,8 @@ def test_the_columns_are_the_documented_list() -> None:
     page = (ROOT / "docs/METRICS.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\| `(\w+)` \|", page, re.M)
     assert len(documented) == len(set(documented))
-    printed = subprocess.run(
-        [sys.executable, "-c", "import run_table; print(*run_table.COLUMNS)"],
-        cwd=ROOT / "scripts",
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    assert set(printed) == set(documented)
-    assert len(printed) == len(set(printed))
+    assert set(run_table.COLUMNS) == set(documented)
+    assert len(run_table.COLUMNS) == len(set(run_table.COLUMNS))
 
 
 def test_the_synthetic_runs_write_exactly_the_documented_keys(study: Path) -> None:
@@ -205,13 +199,8 @@ def test_the_bundle_has_what_repeats_every_run_and_is_the_same_each_time(
 def test_text_of_a_csv_comes_back_as_text(tmp_path: Path) -> None:
     write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:1], smallbench_missing_tasks="12")
     assert tabulate(tmp_path).returncode == 0
-    code = "import run_table, pathlib, sys; print(repr(run_table.read_csv(pathlib.Path("
-    code += "sys.argv[1]))[0]['smallbench_missing_tasks']))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "results_summary.csv")],
-        cwd=ROOT / "scripts", capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == "'12'\n"
+    [row] = run_table.read_csv(tmp_path / "results_summary.csv")
+    assert row["smallbench_missing_tasks"] == "12"
 
 
 @pytest.mark.parametrize(
@@ -400,32 +389,18 @@ def test_a_marker_that_cannot_be_served_is_refused(tmp_path: Path, text: str, to
 
 # --- panels, without drawing --------------------------------------------------------------------
 
-PANELS = """
-import json, sys
-import plots
-from run_table import read_rows
-from pathlib import Path
-rows = read_rows(Path(sys.argv[1]))
-out = {}
-for axis in (plots.SHARE, plots.GLU):
-    panels = plots.panels_of(plots.rows_of_axis(rows, axis))
-    out[axis.key] = [
-        [p.sweep, p.phase, p.tokens, sorted(r["run"] for r in p.runs), [r["run"] for r in p.killed]]
-        for p in panels
-    ]
-print(json.dumps(out))
-"""
-
 
 def panels(logs: Path) -> dict[str, list[list[object]]]:
-    done = subprocess.run(
-        [sys.executable, "-c", PANELS, str(logs)],
-        cwd=ROOT / "scripts",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout)
+    rows = run_table.read_rows(logs)
+    found = {}
+    for axis in (plots.SHARE, plots.GLU):
+        drawn = plots.panels_of(plots.rows_of_axis(rows, axis))
+        found[axis.key] = [
+            [p.sweep, p.phase, p.tokens, sorted(r["run"] for r in p.runs),
+             [r["run"] for r in p.killed]]
+            for p in drawn
+        ]  # fmt: skip
+    return found
 
 
 def test_phases_sweeps_and_budgets_never_share_a_panel(study: Path) -> None:

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src import allocation
-from src.allocation import WIDE, WIDEST, Allocation, allocate, count_params
-from src.config import ModelConfig, ModelRequest, load_sweep
 from src.models.transformer import Transformer
+from src.spec import allocation
+from src.spec.allocation import WIDE, WIDEST, Allocation, allocate, count_params
+from src.spec.config import ModelConfig, ModelRequest, load_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = ("embed_ratio", "glu_expansion")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.allocation import Allocation, allocate
-from src.config import load_sweep
 from src.models.transformer import Transformer
+from src.spec.allocation import Allocation, allocate
+from src.spec.config import load_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("frontier", "factorised", "depth_control", "transfer_100m")

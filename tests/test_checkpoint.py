@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src import checkpoint, run_dir
-from src.checkpoint import NoValidCheckpoint, load_latest, manifest_bytes, save
+from src.storage import checkpoint, run_dir
+from src.storage.checkpoint import NoValidCheckpoint, load_latest, manifest_bytes, save
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGESTS = {"config": "c1", "tokenizer": "t1", "data": "d1"}
@@ -272,7 +272,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere(two, tmp_path):
 CRASHING_SAVES = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from src.checkpoint import save
+from src.storage.checkpoint import save
 
 def save_and_die(directory, step, last):
     count = 0

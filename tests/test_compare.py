@@ -1,4 +1,4 @@
-"""python -m src.compare: the paired comparison of finished runs, and what it refuses."""
+"""python -m src.analysis.compare: the paired comparison of finished runs, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src import compare
-from src.command_line import BAD_INPUT, OK
+from src.analysis import compare
+from src.spec.command_line import BAD_INPUT, OK
 
 DOCUMENTS = 40
 

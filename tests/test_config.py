@@ -14,8 +14,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from src import config as cfg
-from src.config import KillRuleConfig, ModelRequest, TrainingConfig, load_sweep
+from src.spec import config as cfg
+from src.spec.config import KillRuleConfig, ModelRequest, TrainingConfig, load_sweep
 
 EMBED_RATIO = """\
 # configs/embed_ratio.yaml
@@ -105,7 +105,7 @@ def test_the_prd_glu_sweep_is_accepted_as_it_is(load):
 
 
 def test_the_shipped_sweeps_ask_what_the_prd_asks(load):
-    configs = Path(cfg.__file__).resolve().parents[1] / "configs"
+    configs = Path(cfg.__file__).resolve().parents[2] / "configs"
     for name, text, baseline in (
         ("embed_ratio.yaml", EMBED_RATIO, "emb35"),
         ("glu_expansion.yaml", GLU_EXPANSION, "glu4x"),

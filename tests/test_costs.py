@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import run_experiment
-from src import costs
+from src.spec import costs
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = "{match: [H100], usd_per_hour: 2.69, kind: spot, read_on: null, source: a}"

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from src import eval_latency, perplexity, probe, runtime
-from src.config import ModelConfig
-from src.machine import Machine
+from src.compute import autotune as probe
+from src.compute import runtime
+from src.compute.compute_config import Machine
+from src.evaluation import latency as eval_latency
+from src.evaluation import perplexity
 from src.models.loss import chunked_cross_entropy, plain_cross_entropy
 from src.models.transformer import Transformer, causal_attention
+from src.spec.config import ModelConfig
 from src.train import next_token_loss
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.decisions import (
+from src.analysis.decisions import (
     Interval,
     Measured,
     Noise,

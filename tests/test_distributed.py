@@ -15,10 +15,12 @@ import pytest
 import torch
 
 import run_experiment
-from src import allocation, config, data, distributed
-from src.distributed import Team
-from src.machine import Machine
-from src.run_dir import read_rows
+from src.compute import process_group as distributed
+from src.compute.compute_config import Machine
+from src.compute.process_group import Team
+from src.data import tokens as data
+from src.spec import allocation, config
+from src.storage.run_dir import read_rows
 from src.train import batch_gradients, build_model
 from tests.conftest import ROOT
 from tests.faults.bench import differences

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import config, data, evaluation
-from src.config import ModelConfig
-from src.machine import Machine
+from src.compute.compute_config import Machine
+from src.data import tokens as data
+from src.evaluation import evaluate as evaluation
 from src.models.transformer import Transformer
+from src.spec import config
+from src.spec.config import ModelConfig
 from tests.test_smallbench import toy_rows, write_rows
 
 TASKS = """\

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from src.config import ModelConfig
 from src.models.export import export
 from src.models.transformer import Transformer
+from src.spec.config import ModelConfig
 
 TEXT = [
     "The café's 12 owls sleep; the river runs on and on.",

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from src import decisions, fits, kill_rule
-from src.decisions import Noise
+from src.analysis import decisions
+from src.analysis.decisions import Noise
+from src.analysis.science import fits
+from src.spec import kill_rule
 from tests import simulated_studies
 
 X = np.array([0.25, 0.30, 0.35, 0.40, 0.45, 0.50])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from src.kill_rule import KillRule, can_ever_fire, verdict
+from src.spec.kill_rule import KillRule, can_ever_fire, verdict
 
 EVERY = 250_000
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from src import eval_latency
-from src.config import ModelConfig
-from src.eval_latency import PeakMemory, compare, measure, median_interval, ratio_interval
+from src.evaluation import latency as eval_latency
+from src.evaluation.latency import PeakMemory, compare, measure, median_interval, ratio_interval
 from src.models.transformer import Transformer
+from src.spec.config import ModelConfig
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(vocab_size=2001, d_model=16, n_layers=2, n_heads=2, head_dim=16, d_ff=24)

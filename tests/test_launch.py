@@ -20,9 +20,9 @@ import yaml
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from src.launch import __main__ as launcher
-from src.launch import local, runs, sky, slurm
-from src.run_dir import RunDir
+from src.storage.run_dir import RunDir
+from src.study.engines import __main__ as launcher
+from src.study.engines import local, runs, sky, slurm
 from tests.conftest import ROOT, SWEEP
 from tests.faults.bench import differences
 
@@ -106,7 +106,7 @@ def test_a_signal_ends_all_begins_nothing_and_asks_to_be_run_again(tmp_path):
     jobs = [job(name, f"name={name}; {got.format(tmp_path)}") for name in "abc"]
     code = f"""
 import sys
-from src.launch.local import Engine, Job
+from src.study.engines.local import Engine, Job
 jobs = [Job(name=str(i), command=["bash", "-c", s], progress=int) for i, s in
         enumerate({[list(j.command)[-1] for j in jobs]!r})]
 sys.exit(Engine(jobs, 2).run())
@@ -121,7 +121,7 @@ sys.exit(Engine(jobs, 2).run())
 
 def launch(*arguments: Any, cwd: Path = ROOT) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "src.launch", *map(str, arguments)],
+        [sys.executable, "-m", "src.study.engines", *map(str, arguments)],
         cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from src.leakage import contaminated_rows
+from src.data.leakage import contaminated_rows
 from tests.test_data_scripts import refused, run, sha256, write_corpus
 
 ITEMS = 12

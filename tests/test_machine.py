@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from src import machine, runtime
-from src.config import ModelConfig, TrainingConfig
+from src.compute import compute_config as machine
+from src.compute import runtime
 from src.models.transformer import Block, Transformer
+from src.spec.config import ModelConfig, TrainingConfig
 from src.train import Trainer
 
 MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=1, head_dim=16, d_ff=40)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from src.smallbench import load_items, load_tasks
+from src.data.tasks import load_items, load_tasks
 from tests.test_data_scripts import hashes, refused, run, sha256, texts_of
 
 WORDS, SUCCESSORS = 64, 6

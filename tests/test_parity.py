@@ -10,9 +10,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from src.eval_smallbench import evaluate
+from src.data.tasks import TASKS_FILE, load_tasks
+from src.evaluation.smallbench import evaluate
 from src.models.export import export
-from src.smallbench import TASKS_FILE, load_tasks
 from tests.test_export import small_model, tokenizer_json  # noqa: F401 (a fixture)
 from tests.test_smallbench import write_rows
 

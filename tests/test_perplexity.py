@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from src import perplexity
-from src.config import ModelConfig
+from src.evaluation import perplexity
+from src.evaluation.perplexity import TokenPerplexity, compare_token_perplexity, evaluate_split
 from src.models.export import export
 from src.models.transformer import Transformer
-from src.perplexity import TokenPerplexity, compare_token_perplexity, evaluate_split
+from src.spec.config import ModelConfig
 
 VOCAB = 50
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
 import pytest
 from matplotlib import pyplot as plt
 
-from src import science
+from src.analysis.science import plots as plot_science
+from src.analysis.science import report as science
 from tests import planted_study
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = ("model.total_params=10_485_760", "model.vocab_size=16_384", "training.batch_size=64",
         "training.seq_len=512")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def plot_science():
-    """The script as it is run, its folder first on the path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "scripts")
-        yield importlib.import_module("plot_science")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +28,7 @@ def found(tmp_path_factory):
 
 
 @pytest.fixture
-def figures(monkeypatch, plot_science):
+def figures(monkeypatch):
     """Figures as they are saved, by file name."""
     kept = {}
     monkeypatch.setattr(plot_science, "save", lambda figure, path: kept.update({path.name: figure}))
@@ -44,7 +36,7 @@ def figures(monkeypatch, plot_science):
     plt.close("all")
 
 
-def test_every_figure_of_a_whole_study_is_made(found, tmp_path, capsys, plot_science):
+def test_every_figure_of_a_whole_study_is_made(found, tmp_path, capsys):
     file = tmp_path / "science.json"
     file.write_text(json.dumps(found))
     assert plot_science.main(["--science", str(file), "--output", str(tmp_path / "out")]) == 0
@@ -54,7 +46,7 @@ def test_every_figure_of_a_whole_study_is_made(found, tmp_path, capsys, plot_sci
     assert "kill_replay.png" in capsys.readouterr().out
 
 
-def test_share_arms_draws_means_fit_optimum_and_both_laws(found, figures, tmp_path, plot_science):
+def test_share_arms_draws_means_fit_optimum_and_both_laws(found, figures, tmp_path):
     plot_science.share_arms(found, tmp_path)
     figure = figures["share_arms.png"]
     titles = [ax.get_title(loc="left") for ax in figure.axes[:2]]
@@ -71,7 +63,7 @@ def test_share_arms_draws_means_fit_optimum_and_both_laws(found, figures, tmp_pa
     assert labels[:3] == ["factorised", "frontier", "Tao et al., 2026-11-23"]
 
 
-def test_the_prediction_goes_through_the_baseline(found, figures, tmp_path, plot_science):
+def test_the_prediction_goes_through_the_baseline(found, figures, tmp_path):
     plot_science.predictions(found, tmp_path)
     for ax in figures["predictions.png"].axes[:2]:
         (dashed,) = [line for line in ax.get_lines() if len(line.get_xdata()) == 2]
@@ -79,7 +71,7 @@ def test_the_prediction_goes_through_the_baseline(found, figures, tmp_path, plot
         assert "slope" in ax.get_title(loc="left")
 
 
-def test_kill_cells_say_saved_tokens_and_false_kills(found, figures, tmp_path, plot_science):
+def test_kill_cells_say_saved_tokens_and_false_kills(found, figures, tmp_path):
     plot_science.kill_replay(found, tmp_path)
     figure = figures["kill_replay.png"]
     for ax, replay in zip(figure.axes, found["kill_replay"], strict=False):
@@ -91,7 +83,7 @@ def test_kill_cells_say_saved_tokens_and_false_kills(found, figures, tmp_path, p
             assert saved + told in texts
 
 
-def test_nothing_to_draw_and_what_is_no_science(tmp_path, capsys, plot_science):
+def test_nothing_to_draw_and_what_is_no_science(tmp_path, capsys):
     empty = {name: [] for name in ("arms", "learning_rates", "surfaces", "kill_replay")}
     file = tmp_path / "science.json"
     file.write_text(json.dumps(empty))
@@ -101,5 +93,8 @@ def test_nothing_to_draw_and_what_is_no_science(tmp_path, capsys, plot_science):
     for text in ("{}", "[1", "[]"):
         file.write_text(text)
         assert plot_science.main(command) == 78
-        assert "expected the science.json of python -m src.science" in capsys.readouterr().err
+        assert (
+            "expected the science.json of python -m src.analysis.science.report"
+            in capsys.readouterr().err
+        )
     assert plot_science.main(["--science", str(tmp_path / "none"), *command[2:]]) == 74

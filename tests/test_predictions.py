@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from src import predictions, published_laws
+from src.analysis.science import predictions, published_laws
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "configs" / f"{name}.yaml" for name in ("frontier", "miniature_frontier")]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from src import published_laws as laws
+from src.analysis.science import published_laws as laws
 
 
 def test_tao_predicts_the_vocabulary_of_llama2_70b_that_its_abstract_prints():

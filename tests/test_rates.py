@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from run_experiment import main
-from src.config import Sweep, load_sweep
-from src.rates import spelled
+from src.spec.config import Sweep, load_sweep
+from src.spec.rates import spelled
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = """\
@@ -126,7 +126,7 @@ def test_exp_names_an_experiment_or_one_of_its_runs(tmp_path, capsys):
 
 
 def test_a_study_refuses_a_list(tmp_path):
-    from src import study
+    from src.study import runner as study
 
     text = (ROOT / "configs" / "study.yaml").read_text(encoding="utf-8")
     for key in ("embed_ratio", "glu_expansion", "vocab_tying"):

@@ -15,10 +15,10 @@ import torch
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from src import remote as remote_module
-from src.checkpoint import NoValidCheckpoint, load_latest, manifest_bytes, save
-from src.remote import Remote, Timing
-from src.run_dir import Held, RunDir
+from src.storage import remote as remote_module
+from src.storage.checkpoint import NoValidCheckpoint, load_latest, manifest_bytes, save
+from src.storage.remote import Remote, Timing
+from src.storage.run_dir import Held, RunDir
 from tests.faulty_proxy import Proxy
 
 DIGESTS = {"config": "c1", "tokenizer": "t1", "data": "d1"}

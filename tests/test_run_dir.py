@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from src import run_dir
-from src.run_dir import Held, Preemption, RunDir, read_rows, write_atomic, write_json
+from src.storage import run_dir
+from src.storage.run_dir import Held, Preemption, RunDir, read_rows, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from src.run_dir import RunDir
+from src.storage.run_dir import RunDir
 assert "torch" not in sys.modules
 run = RunDir.open(Path(sys.argv[1]), "emb35")
 {body}
@@ -29,7 +29,7 @@ time.sleep(60)
 SECOND = """
 import sys
 from pathlib import Path
-from src.run_dir import Held, RunDir
+from src.storage.run_dir import Held, RunDir
 try:
     RunDir.open(Path(sys.argv[1]), "emb35")
 except Held as held:
@@ -354,7 +354,7 @@ def test_interrupt_reaches_a_background_job_of_a_shell(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
         "import sys, time\n"
-        "from src.run_dir import Preemption\n"
+        "from src.storage.run_dir import Preemption\n"
         "with Preemption() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while not stop.requested:\n"
@@ -376,6 +376,6 @@ def test_interrupt_reaches_a_background_job_of_a_shell(tmp_path):
 
 
 def test_the_module_does_not_import_torch():
-    code = "import sys, src.run_dir; sys.exit('torch' in sys.modules)"
+    code = "import sys, src.storage.run_dir; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert run_dir.__doc__

@@ -21,8 +21,8 @@ import yaml
 
 import run_experiment
 from src import train
-from src.run_dir import RunDir, read_rows
-from src.trained_run import load_run
+from src.evaluation.trained_run import load_run
+from src.storage.run_dir import RunDir, read_rows
 from tests.conftest import ROOT, SWEEP, VOCAB
 from tests.test_train import assert_same, newest_state, timeless
 
@@ -128,7 +128,7 @@ def test_a_finished_run_is_not_run_again(finished, tiny_sweep, run_cli):
 def test_the_final_checkpoint_loads_in_transformers_with_equal_logits(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from src.trained_run import load_run
+    from src.evaluation.trained_run import load_run
 
     ours = load_run(finished / "base").model
     theirs = AutoModelForCausalLM.from_pretrained(finished / "base" / "final")
@@ -247,7 +247,7 @@ def test_a_signal_ends_with_75_and_the_rerun_ends_with_the_same_bits(tiny_sweep,
 
 
 def test_a_signal_before_training_ends_with_75(tiny_sweep, logs, main, monkeypatch, capsys):
-    from src import data
+    from src.data import tokens as data
 
     monkeypatch.setattr(data, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main("--config", tiny_sweep, "--exp", "base", "--log_dir", logs) == TRY_AGAIN
@@ -313,7 +313,7 @@ def test_a_fault_of_ours_ends_with_70_and_a_rerun_goes_on(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("planted")
 
-    from src import evaluation
+    from src.evaluation import evaluate as evaluation
 
     arguments = ["--config", tiny_sweep, "--log_dir", logs, "--exp", "base"]
     with monkeypatch.context() as patch:

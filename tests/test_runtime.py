@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src import runtime
-from src.runtime import Choices
+from src.compute import runtime
+from src.compute.runtime import Choices
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_the_gpu_with_most_free_memory_is_taken_and_kept(monkeypatch, tmp_path):
 CLAIM = """
 import os, signal, sys, time
 from pathlib import Path
-from src import runtime
+from src.compute import runtime
 runtime.claims_directory = lambda: Path(sys.argv[1])
 count_claims = runtime._live_claims
 
@@ -201,7 +201,7 @@ def test_a_failed_decision_stores_nothing_and_a_broken_file_is_named(tmp_path):
 DECIDE = """
 import os, sys, time
 from pathlib import Path
-from src.runtime import Choices
+from src.compute.runtime import Choices
 
 def decide():
     with open(sys.argv[2], "a") as file:
@@ -341,7 +341,7 @@ def test_freed_memory_is_kept():
         pytest.skip("huge pages leave too few faults to count")
     code = """
 import resource, sys, torch
-from src import runtime
+from src.compute import runtime
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):

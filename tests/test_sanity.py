@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from src import allocation, config, data, sanity, sanity_training
-from src.allocation import Allocation, count_params
-from src.config import ModelConfig, RunConfig
-from src.data import TokenData
+from src.data.tokens import TokenData
+from src.data import tokens as data
 from src.models.transformer import Transformer
+from src.spec import allocation, config
+from src.spec.allocation import Allocation, count_params
+from src.spec.config import ModelConfig, RunConfig
+from src.study import sanity, sanity_training
 
 
 def loaded(sweep_file: Path, name: str) -> tuple[RunConfig, Allocation, TokenData]:

@@ -14,11 +14,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from src import eval_smallbench, smallbench
-from src.config import ModelConfig
-from src.eval_smallbench import credit, encode_requests, evaluate, matthews, random_row
+from src.data import tasks as smallbench
+from src.data.tasks import TASKS_FILE, Task, load_items, load_tasks, select_rows
+from src.evaluation import smallbench as eval_smallbench
+from src.evaluation.smallbench import credit, encode_requests, evaluate, matthews, random_row
 from src.models.transformer import Transformer
-from src.smallbench import TASKS_FILE, Task, load_items, load_tasks, select_rows
+from src.spec.config import ModelConfig
 
 # One row of every dataset in the shipped list, with the prompt and choices it must become.
 ROWS: dict[str, tuple[dict[str, Any], str, list[str], int]] = {

@@ -21,11 +21,16 @@ import pytest
 import yaml
 
 import run_experiment
-from src import config, eval_latency, sanity_training, study, study_jobs, study_plan
-from src.planning import cells, costs
-from src.planning.cells import STAGES, Documents, Job, Plan, Record, Study
-from src.planning.costs import Rate
-from src.run_dir import read_rows
+from src.evaluation import latency as eval_latency
+from src.spec import config
+from src.storage.run_dir import read_rows
+from src.study import jobs as study_jobs
+from src.study import plan as study_plan
+from src.study import runner as study
+from src.study import sanity_training
+from src.study.phases import cells, costs
+from src.study.phases.cells import STAGES, Documents, Job, Plan, Record, Study
+from src.study.phases.costs import Rate
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = Rate(flops_per_s=1e12, overhead_s=10.0, usd_per_hour=3.6, source="the test")
@@ -498,7 +503,7 @@ def in_process(line: Sequence[str]) -> int:
     """A job's command without another import of torch."""
     if line[1].endswith("run_experiment.py"):
         return run_experiment.main(line[2:])
-    if line[1:3] == ["-m", "src.eval_latency"]:
+    if line[1:3] == ["-m", "src.evaluation.latency"]:
         return eval_latency.main(line[3:])
     return subprocess.run(line, capture_output=True, timeout=100).returncode
 

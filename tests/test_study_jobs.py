@@ -16,9 +16,13 @@ from typing import Any
 
 import pytest
 
-from src import run_dir, study, study_jobs, study_plan, study_record
-from src.planning import costs
-from src.planning.cells import Study
+from src.storage import run_dir
+from src.study import jobs as study_jobs
+from src.study import plan as study_plan
+from src.study import runner as study
+from src.study import state as study_record
+from src.study.phases import costs
+from src.study.phases.cells import Study
 from tests.test_study import SANE, comparison
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -245,7 +249,7 @@ def test_a_run_held_by_a_dead_command_is_tried_again(asked: Study) -> None:
 def test_a_command_ends_when_its_parent_is_killed() -> None:
     code = (
         "import subprocess, sys\n"
-        "from src.study_jobs import bound\n"
+        "from src.study.jobs import bound\n"
         "child = subprocess.Popen(bound([sys.executable, '-S', '-c', 'import time\\n"
         "print(1, flush=True)\\ntime.sleep(300)']), stdout=subprocess.PIPE)\n"
         "child.stdout.read(1)\n"

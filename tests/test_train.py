@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from src import allocation, config, data, record, train
-from src.config import RunConfig, TrainingConfig
-from src.machine import Machine
-from src.run_dir import RunDir, read_rows
+from src import train
+from src.compute.compute_config import Machine
+from src.data import tokens as data
+from src.evaluation import metrics as record
+from src.spec import allocation, config
+from src.spec.config import RunConfig, TrainingConfig
+from src.storage.run_dir import RunDir, read_rows
 from src.train import NonFinite, Outcome, build_model, build_optimizer, learning_rate
 
 CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)

@@ -14,11 +14,13 @@ import pytest
 import torch
 import yaml
 
-from src import checkpoint, eval_latency, eval_smallbench
+from src.data.tasks import TASKS_FILE
+from src.evaluation import latency as eval_latency
+from src.evaluation import smallbench as eval_smallbench
+from src.evaluation.trained_run import load_run
 from src.models.export import export
 from src.models.transformer import Transformer
-from src.smallbench import TASKS_FILE
-from src.trained_run import load_run
+from src.storage import checkpoint
 from tests.test_export import small_model, tokenizer_json  # noqa: F401 (a fixture)
 from tests.test_smallbench import toy_rows, write_rows
 

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from src.allocation import allocate
-from src.config import ModelConfig, load_sweep
 from src.models.loss import chunked_cross_entropy
 from src.models.transformer import (
     CPU_SHORT_SEQUENCE,
@@ -22,6 +20,8 @@ from src.models.transformer import (
     rope_tables,
     rotate,
 )
+from src.spec.allocation import allocate
+from src.spec.config import ModelConfig, load_sweep
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG = ModelConfig(vocab_size=61, d_model=32, n_layers=3, n_heads=3, head_dim=16, d_ff=72)

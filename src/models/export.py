@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from src.config import ModelConfig
 from src.models.transformer import Attention, Block, Embedding, SwiGLU, Transformer
-from src.run_dir import fsync_directory
+from src.spec.config import ModelConfig
+from src.storage.run_dir import fsync_directory
 
 EOT = "<|endoftext|>"
 

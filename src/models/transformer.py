@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.config import ModelConfig
+from src.spec.config import ModelConfig
 
 # Longest sequence whose attention a CPU computes without PyTorch's bf16 kernel.
 CPU_SHORT_SEQUENCE = 512
@@ -190,7 +190,7 @@ class Embedding(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only language model of `config`; parameters are float32.
 
-    The number of parameters equals `src.allocation.count_params(config)` exactly.
+    The number of parameters equals `src.spec.allocation.count_params(config)` exactly.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -161,9 +161,9 @@ def in_process(bench: Bench, what: str, action: object) -> None:
 def warm() -> None:
     """Import the code under test, so that the forks of this process need not."""
     import run_experiment
-    import src.evaluation
+    import src.evaluation.evaluate
     import src.models.export
-    import src.remote
+    import src.storage.remote
     import src.train
 
     assert run_experiment and src

@@ -78,7 +78,7 @@ def module_level(
     bench: Bench, logs: Path, number: int, break_it: Callable[[random.Random, bytes], bytes]
 ) -> list[list[str]]:
     """Damage the newest object (three in four) or its manifest, load, expect the one before."""
-    from src import checkpoint
+    from src.storage import checkpoint
 
     source = logs / EXPERIMENT / "checkpoints"
     older, newest = verified(source)

@@ -26,13 +26,13 @@ WRITES = {
 }
 # The real file system is filled just before these calls.
 CALLS = {
-    "before the first save": ("src.checkpoint", None, "save", (1,)),
-    "before a later save": ("src.checkpoint", None, "save", (2, 4)),
-    "between object and manifest": ("src.checkpoint", None, "manifest_bytes", (1, 3)),
+    "before the first save": ("src.storage.checkpoint", None, "save", (1,)),
+    "before a later save": ("src.storage.checkpoint", None, "save", (2, 4)),
+    "between object and manifest": ("src.storage.checkpoint", None, "manifest_bytes", (1, 3)),
     "before a step": ("src.train", "Trainer", "update", (1, 33)),
-    "before the evaluation": ("src.evaluation", None, "evaluate", (1,)),
+    "before the evaluation": ("src.evaluation.evaluate", None, "evaluate", (1,)),
     "before the export": ("src.models.export", None, "export", (1,)),
-    "before the result": ("src.run_dir", "RunDir", "finish", (1,)),
+    "before the result": ("src.storage.run_dir", "RunDir", "finish", (1,)),
 }
 
 

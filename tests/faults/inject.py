@@ -144,7 +144,7 @@ POINTS: dict[str, Callable[[int], Arm]] = {
         "src.train", "Trainer", "update", _step_of(n), after=True
     ),
     "half a row": lambda n: _write(RECORD, _step_of(n), 0.5),
-    "before a save syncs the record": lambda n: _method("src.run_dir", "RunDir", "sync", n),
+    "before a save syncs the record": lambda n: _method("src.storage.run_dir", "RunDir", "sync", n),
     "object opened": lambda n: _write(OBJECT, n, 0.0),
     "object half written": lambda n: _write(OBJECT, n, 0.5),
     "object before its fsync": lambda n: _fsync(OBJECT, n),

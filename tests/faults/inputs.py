@@ -70,7 +70,7 @@ def call(arguments: list[str]) -> tuple[int, str]:
 
 
 def sections() -> dict[str, type]:
-    from src import config
+    from src.spec import config
 
     return {
         "model": config.ModelRequest,

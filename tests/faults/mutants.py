@@ -33,7 +33,7 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
-        "files are written in place, not renamed", "src/run_dir.py",
+        "files are written in place, not renamed", "src/storage/run_dir.py",
         ((
             "        _write_new(temporary, data)\n        os.replace(temporary, path)\n",
             "        path.unlink(missing_ok=True)\n        _write_new(path, data)\n",
@@ -41,7 +41,7 @@ MUTANTS = (
         "F1 first manifest half written",
     ),
     Mutant(
-        "nothing is fsynced", "src/run_dir.py",
+        "nothing is fsynced", "src/storage/run_dir.py",
         (("        _write_all(descriptor, data)\n        os.fsync(descriptor)\n",
           "        _write_all(descriptor, data)\n"),),
         "F1 order of fsync and rename",
@@ -52,12 +52,12 @@ MUTANTS = (
         "F1 order of fsync and rename",
     ),
     Mutant(
-        "no hash", "src/checkpoint.py",
+        "no hash", "src/storage/checkpoint.py",
         (('    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:', "    if False:"),),
         "F3 flipped bits", quick=True,
     ),
     Mutant(
-        "a manifest's own hash is not checked", "src/checkpoint.py",
+        "a manifest's own hash is not checked", "src/storage/checkpoint.py",
         (("if not isinstance(manifest, dict) or manifest_bytes(manifest) != raw:",
           "if not isinstance(manifest, dict):"),),
         "F3 flipped bits",
@@ -85,18 +85,18 @@ MUTANTS = (
         "F1 between a step and its row",
     ),
     Mutant(
-        "a torn line is not cut", "src/run_dir.py",
+        "a torn line is not cut", "src/storage/run_dir.py",
         (("            os.ftruncate(self._metrics, end)\n\n", "            pass\n\n"),
          ("        os.ftruncate(self._metrics, offset)\n", "        pass\n")),
         "F1 half a row",
     ),
     Mutant(
-        "a bare except starts over", "src/checkpoint.py",
+        "a bare except starts over", "src/storage/checkpoint.py",
         (("    raise NoValidCheckpoint(\n", "    return None\n    raise NoValidCheckpoint(\n"),),
         "F3 nothing left to trust",
     ),
     Mutant(
-        "the manifest is written first", "src/checkpoint.py",
+        "the manifest is written first", "src/storage/checkpoint.py",
         (("        write_atomic(object_path, data)\n        write_atomic(manifest_path, raw",
           "        write_atomic(manifest_path, raw_manifest)\n"
           "        write_atomic(object_path, data"),
@@ -104,28 +104,28 @@ MUTANTS = (
         "F1 object half written",
     ),
     Mutant(
-        "pruned before the save has succeeded", "src/checkpoint.py",
+        "pruned before the save has succeeded", "src/storage/checkpoint.py",
         (("    try:\n        write_atomic(object_path, data)",
           "    _prune(directory, keep - 1)\n    try:\n        write_atomic(object_path, data)"),),
         "F1 object half written",
     ),
     Mutant(
-        "digests are ignored", "src/checkpoint.py",
+        "digests are ignored", "src/storage/checkpoint.py",
         (("        if stored.get(name) != asked.get(name):", "        if False:"),),
         "F9 checkpoints of another run",
     ),
     Mutant(
-        "another config is accepted", "src/run_dir.py",
+        "another config is accepted", "src/storage/run_dir.py",
         (("        if found != digest:", "        if False:"),),
         "F9 another config",
     ),
     Mutant(
-        "weights_only is off", "src/checkpoint.py",
+        "weights_only is off", "src/storage/checkpoint.py",
         (("weights_only=True", "weights_only=False"),),
         "F9 malicious pickle", quick=True,
     ),
     Mutant(
-        "the newest by the clock is loaded", "src/checkpoint.py",
+        "the newest by the clock is loaded", "src/storage/checkpoint.py",
         (("    return [path for _, path in sorted(found, reverse=True)]",
           "    return sorted((p for _, p in found), key=lambda p: -p.stat().st_mtime)"),),
         "F9 clock set back",
@@ -136,12 +136,12 @@ MUTANTS = (
         "F9 another host",
     ),
     Mutant(
-        "the signal's handler exits at once", "src/run_dir.py",
+        "the signal's handler exits at once", "src/storage/run_dir.py",
         (("        self.requested = True\n", "        os._exit(75)\n"),),
         "F2 a signal at a step", quick=True,
     ),
     Mutant(
-        "INT is left as the shell set it", "src/run_dir.py",
+        "INT is left as the shell set it", "src/storage/run_dir.py",
         (("SIGNALS = (signal.SIGTERM, signal.SIGINT, ", "SIGNALS = (signal.SIGTERM, "),),
         "F2 INT in the background",
     ),
@@ -151,7 +151,7 @@ MUTANTS = (
         "F2 in the last save",
     ),
     Mutant(
-        "no lock", "src/run_dir.py",
+        "no lock", "src/storage/run_dir.py",
         (("        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "        pass\n"),),
         "F5 two at once",
     ),
@@ -162,19 +162,19 @@ MUTANTS = (
         "F9 NaN",
     ),
     Mutant(
-        "a full disk is not an error", "src/run_dir.py",
+        "a full disk is not an error", "src/storage/run_dir.py",
         (("    except OSError as error:\n        with contextlib.suppress(OSError):\n"
           "            temporary.unlink()\n",
           "    except OSError as error:\n        return\n"),),
         "F4 full for one object, then room again",
     ),
     Mutant(
-        "preprocessing without a lock", "scripts/files.py",
+        "preprocessing without a lock", "src/storage/files.py",
         (("fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),),
         "F6 seven at once",
     ),
     Mutant(
-        "the store's manifest goes first", "src/remote.py",
+        "the store's manifest goes first", "src/storage/remote.py",
         (("        if self._store.put(object_key, job.object_file) != (", "        if () == ("),
          ("        self._prune()\n\n    def _manifest_names",
           "        self._store.put(object_key, job.object_file)\n"

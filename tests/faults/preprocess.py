@@ -112,7 +112,7 @@ def _kill_the_holder(children: list[Child], draw: random.Random) -> bool:
 
 def half_read(final: Path) -> list[str]:
     """Read as a run does: nothing there, or everything there and true."""
-    from src import data
+    from src.data import tokens as data
 
     if not (final / "meta.json").exists():
         return [f"{final.name} is there without meta.json"] if _stays_half(final) else []

@@ -142,7 +142,7 @@ def in_the_last_save(bench: Bench) -> list[str]:
     def strike() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    child = start(bench, argv, [inject.when("src.checkpoint", None, "save", SAVES, strike)])
+    child = start(bench, argv, [inject.when("src.storage.checkpoint", None, "save", SAVES, strike)])
     problems = stopped_well(path, child.wait(), child.output)
     problems += finish(bench, argv)
     return problems or differences(path, bench.reference())

@@ -124,7 +124,7 @@ def proxy(port: int, kind: str, share: float, seed: object) -> Iterator[Any]:
 
 def quick_timing() -> None:
     """A dead machine is replaced after one second, a stalled request given up after one."""
-    from src import remote
+    from src.storage import remote
 
     remote.Timing = functools.partial(  # type: ignore[misc, assignment]
         remote.Timing,
@@ -142,7 +142,7 @@ def slowed(seconds: float) -> Callable[[], None]:
     """A pause at each save, as a real step takes: the store gets several of the checkpoints."""
 
     def arm() -> None:
-        from src import checkpoint
+        from src.storage import checkpoint
 
         real = checkpoint.save
 

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.smallbench import TASKS_FILE, load_tasks
+from src.data.tasks import TASKS_FILE, load_tasks
 from tests.parity.harness import Row, compare, read_items, template
 
 # Several BLiMP paradigms of each field, and every other task that the harness has too.

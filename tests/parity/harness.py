@@ -1,7 +1,7 @@
 """Runs lm-evaluation-harness on the rows that a run was scored on, and compares.
 
 The harness gets its own templates (task files that include those it ships), the exported
-checkpoint and the same rows; it shares no code with `src.eval_smallbench`.
+checkpoint and the same rows; it shares no code with `src.evaluation.smallbench`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import yaml
 from tokenizers import Tokenizer
 
-from src.eval_smallbench import encode_requests
-from src.smallbench import Item, Task, load_items
+from src.data.tasks import Item, Task, load_items
+from src.evaluation.smallbench import encode_requests
 
 # Our task -> the harness's own file; BLiMP's paradigms have one each.
 TEMPLATES = {

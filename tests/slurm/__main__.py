@@ -3,12 +3,12 @@
     apt-get install slurm-wlm        # as root, once; Debian 12 has 22.05
     python -m tests.slurm --results results/slurm
 
-Seven tiny runs are submitted by `python -m src.launch --engine slurm --submit`. At a random step
-of each, half are requeued over their heads (`scontrol requeue`, what a preempting partition does)
-and half get TERM (`scancel --batch --signal=TERM`, what `--signal` sends before the time limit), so
-that they save, exit 75 and requeue themselves. Then weights, optimizer, generators, rows and
-results are compared, bit for bit, with runs that nobody interrupted. An eighth is bad input and has
-to stay down (78). Exit code 1 unless all of that holds.
+Seven tiny runs are submitted by `python -m src.study.engines --engine slurm --submit`. At a
+random step of each, half are requeued over their heads (`scontrol requeue`, what a preempting
+partition does) and half get TERM (`scancel --batch --signal=TERM`, what `--signal` sends before the
+time limit), so that they save, exit 75 and requeue themselves. Then weights, optimizer, generators,
+rows and results are compared, bit for bit, with runs that nobody interrupted. An eighth is bad
+input and has to stay down (78). Exit code 1 unless all of that holds.
 
 Slurm holds a requeued job back for two minutes; the test moves that forward (`scontrol update
 StartTime=now`), nothing else of Slurm is shortened or stood in for.
@@ -111,7 +111,12 @@ def trial(work: Path, runs: int, seed: int) -> tuple[list[Task], list[str], str,
         options = ("--engine", "slurm", "--submit", "--gpu", "none", "--cpus", "1")
         options += ("--output", str(work / "launch"))
         answer = command(
-            bench, "src.launch", work / "logs", [*seeds, str(runs)], options, slurm.environment
+            bench,
+            "src.study.engines",
+            work / "logs",
+            [*seeds, str(runs)],
+            options,
+            slurm.environment,
         )
         array = answer.split()[-1]
         say(answer.strip())
@@ -136,7 +141,7 @@ def command(
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Standard output of run_experiment.py or `python -m src.launch` for the given seeds."""
+    """Standard output of run_experiment.py or `python -m src.study.engines` for the given seeds."""
     program = [str(ROOT / entry)] if entry.endswith(".py") else ["-m", entry]
     words = [sys.executable, *program, "--config", str(bench.config), "--exp", EXPERIMENT]
     words += ["--log_dir", str(logs), "--device", "cpu", "--seed", *seeds, *options]

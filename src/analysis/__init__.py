@@ -1,0 +1,1 @@
+"""Numbers of many runs: decisions and comparison."""

@@ -1,0 +1,79 @@
+"""The repro bundle: one JSON file with what it takes to repeat every run of a results CSV.
+
+Written by scripts/aggregate_results.py as `results_bundle.json` beside the CSV. The same log
+directory gives the same bytes: no clocks, no costs, no paths of the log directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.analysis.run_table import Row, read_config, read_json
+
+SCHEMA = 1
+NAME = "results_bundle.json"
+_TOKENS = ("corpus", "vocab_size", "tokenizer_sha256", "data_sha256")
+_CODE = ("git_sha", "git_dirty")
+
+
+def bundle(rows: Sequence[Row], log_dir: Path) -> dict[str, Any]:
+    """Code, tokens, seeds, environments (versions, machine), the resolved config of every run,
+    and a study's sweep files and decisions where there was one."""
+    runs = [row for row in rows if "path" in row]
+    return {
+        "schema": SCHEMA,
+        "code": _different(runs, _CODE),
+        "tokens": _different(runs, _TOKENS),
+        "seeds": _seeds(runs),
+        "environments": _environments(runs),
+        "runs": {str(row["run"]): read_config(Path(row["path"])) for row in runs},
+        "sweeps": {
+            path.name: yaml.safe_load(path.read_bytes())
+            for path in sorted((log_dir / "configs").glob("*.yaml"))
+        },
+        "study": _study(log_dir / "study.json"),
+    }
+
+
+def _different(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Each combination of these columns once, with the number of its runs."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        if any(row.get(key) is not None for key in keys):
+            text = json.dumps({key: row.get(key) for key in keys})
+            counts[text] = counts.get(text, 0) + 1
+    return [{**json.loads(text), "runs": count} for text, count in sorted(counts.items())]
+
+
+def _seeds(rows: Sequence[Row]) -> dict[str, dict[str, list[int]]]:
+    found: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        if isinstance(row.get("seed"), int):
+            phases = found.setdefault(str(row.get("experiment")), {})
+            phases.setdefault(str(row.get("phase")), []).append(row["seed"])
+    return {name: {p: sorted(s) for p, s in phases.items()} for name, phases in found.items()}
+
+
+def _environments(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Versions and machines as the runs' environment.json have them, each once, with its runs."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        path = Path(row["path"]) / "environment.json"
+        content = read_json(path) if path.is_file() else None
+        if content is not None:
+            runs.setdefault(json.dumps(content, sort_keys=True), []).append(str(row["run"]))
+    return [{**json.loads(text), "runs": sorted(names)} for text, names in sorted(runs.items())]
+
+
+def _study(path: Path) -> dict[str, Any] | None:
+    content = read_json(path) if path.is_file() else None
+    if content is None:
+        return None
+    kept = {key: value for key, value in content.items() if key != "costs"}
+    kept["decisions"] = [d for d in content.get("decisions", []) if d.get("phase") != "all"]
+    return kept

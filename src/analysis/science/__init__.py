@@ -1,0 +1,1 @@
+"""Fits, published laws, predictions."""

@@ -1,0 +1,125 @@
+"""What the published laws predict for the cells of sweeps, written down and dated before the runs.
+
+    python -m src.analysis.science.predictions \
+        --config configs/frontier.yaml configs/factorised.yaml \
+        --date 2026-11-23 --output results/predictions.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from src.analysis.science import published_laws
+from src.spec import allocation, config
+from src.spec.allocation import Allocation
+from src.spec.command_line import BAD_INPUT, OK, Parser, refuse
+
+SCHEMA = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the predictions; returns the exit code."""
+    asked = _arguments(argv)
+    try:
+        datetime.date.fromisoformat(asked.date)
+    except ValueError:
+        print(f"--date: found {asked.date!r}, expected a day as 2026-11-23", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        content = predict(asked.config, asked.date)
+        asked.output.parent.mkdir(parents=True, exist_ok=True)
+        asked.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    print(table(content))
+    return OK
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m src.analysis.science.predictions", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--config", nargs="+", type=Path, required=True, help="experiment files")
+    parser.add_argument("--date", required=True, help="the day they are made, before any run")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    return parser.parse_args(argv)
+
+
+def predict(files: Sequence[Path], date: str) -> dict[str, Any]:
+    """Predictions for every cell of `files`, from realised integers. ValueError for a bad file."""
+    return {
+        "schema": SCHEMA,
+        "date": date,
+        "sources": {"tao": published_laws.TAO_SOURCE, "levine": published_laws.LEVINE_SOURCE},
+        "sweeps": {file.name: _sweep(file) for file in files},
+    }
+
+
+def _sweep(file: Path) -> dict[str, Any]:
+    sweep = config.load_sweep(file)
+    if sweep.rates:
+        raise ValueError(f"{file}: found a list of learning rates; the laws know of no rate")
+    try:
+        answers = allocation.allocate({run.experiment: run.model for run in sweep.runs})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    first = sweep.runs[0].model
+    base = answers[sweep.baseline]
+    levine = published_laws.levine_best_share(first.total_params, first.vocab_size)
+    width = levine * first.total_params / first.vocab_size
+    return {
+        "baseline": sweep.baseline,
+        "total_params": first.total_params,
+        "vocab_size": first.vocab_size,
+        "tao_best_share": published_laws.tao_best_share(first.total_params),
+        "levine_best_share": levine,
+        "levine_best_layers": published_laws.levine_depth(width),
+        "cells": {name: _cell(answer, base) for name, answer in answers.items()},
+    }
+
+
+def _cell(answer: Allocation, base: Allocation) -> dict[str, Any]:
+    params, model = answer.params, answer.model
+    depth = published_laws.levine_depth(model.d_model)
+    gap = published_laws.tao_log_ratio(
+        params.share, base.params.share, params.total, base.params.total
+    )
+    return {
+        "share": params.share,
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "embedding_dim": model.embedding_dim,
+        "tao_ln_ppl_ratio": gap,
+        "levine_layers": depth if depth > 0 else None,  # the law is silent below d = 154
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """The predictions for people."""
+    lines = []
+    for name, sweep in content["sweeps"].items():
+        lines.append(
+            f"{name}: best share {sweep['tao_best_share']:.1%} (Tao et al.), "
+            f"{sweep['levine_best_share']:.1%} at {sweep['levine_best_layers']:.1f} layers "
+            "(Levine et al.)"
+        )
+        for cell, found in sorted(sweep["cells"].items(), key=lambda item: item[1]["share"]):
+            depth = found["levine_layers"]
+            suited = "   - " if depth is None else f"{depth:5.1f}"
+            lines.append(
+                f"  {cell:<16} share {found['share']:6.1%}  {found['n_layers']:2d} layers "
+                f"(Levine et al.: {suited})  PPL against {sweep['baseline']} "
+                f"{math.expm1(found['tao_ln_ppl_ratio']):+.1%} (Tao et al.)"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

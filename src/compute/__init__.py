@@ -1,0 +1,1 @@
+"""Device, precision, autotuning, process group."""

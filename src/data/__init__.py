@@ -1,0 +1,1 @@
+"""From the hub to a batch: memory-mapped tokens, task items, leakage."""

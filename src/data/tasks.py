@@ -1,0 +1,294 @@
+"""SmallBench as data: the task list, the downloaded rows, and the items made of them.
+
+Imports no torch. `configs/smallbench.yaml` explains the keys of a task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2.sandbox
+
+from src.spec.config import SMALLBENCH_TASKS
+from src.spec.strict_yaml import parse_yaml
+
+TASKS_FILE = SMALLBENCH_TASKS
+METRICS = ("accuracy", "matthews", "perplexity")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One entry of the task list; `configs/smallbench.yaml` explains the keys."""
+
+    name: str
+    path: str
+    config: str
+    split: str
+    prompt: str
+    choices: tuple[str, ...] | str  # templates of each, or one expression giving a list
+    gold: str
+    n: int | None = None
+    group: str | None = None
+    balanced: str | None = None
+    keep: str | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
+    chance: float | None = None
+    target_delimiter: str = " "
+    only_in_mirror: bool = False
+    seed: int = 0
+
+    @property
+    def unit(self) -> str:
+        """The name under which it enters the mean over tasks."""
+        return self.group or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One rendered question. `row` is its row in the hub's split."""
+
+    task: str
+    row: int
+    prompt: str
+    choices: tuple[str, ...]
+    gold: int
+    delimiter: str
+
+
+def load_tasks(path: Path) -> list[Task]:
+    """Read a task list; ValueError names file, task, key, what was found and what is expected."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: found no such file, expected a list of tasks") from None
+    listed = parse_yaml(text, str(path))
+    if not isinstance(listed, dict) or not isinstance(listed.get("tasks"), list):
+        raise ValueError(f"{path}: tasks: found no list, expected a list of tasks under this key")
+    seed = listed.get("seed", 0)
+    if not isinstance(seed, int):
+        raise ValueError(f"{path}: seed: found {seed!r}, expected a whole number")
+    tasks = [_task(f"{path}: task {i}", entry, seed) for i, entry in enumerate(listed["tasks"], 1)]
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1 or name in {task.group for task in tasks}:
+            raise ValueError(f"{path}: found two tasks or a group called {name!r}, expected one")
+    return tasks
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "path", "config", "split", "prompt", "gold"), (str,)),
+    **dict.fromkeys(("group", "balanced", "keep"), (str, type(None))),
+    "target_delimiter": (str,),
+    "choices": (list, dict),
+    "metrics": (list,),
+    "n": (int, type(None)),
+    "chance": (float, int, type(None)),
+    "only_in_mirror": (bool,),
+}
+
+
+def _task(where: str, entry: Any, seed: int) -> Task:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: found {entry!r}, expected keys and values")
+    fields = {**entry.pop("<<", {}), **entry}  # YAML's merge key, which the strict loader keeps
+    where = f"{where} ({fields.get('name', 'without a name')})"
+    required = [f.name for f in dataclasses.fields(Task) if f.default is dataclasses.MISSING]
+    for key in required:
+        if key not in fields:
+            raise ValueError(f"{where}: {key}: found no such key, expected it in every task")
+    for key, value in fields.items():
+        if key not in _KINDS:
+            raise ValueError(
+                f"{where}: {key}: found an unknown key, expected one of {', '.join(_KINDS)}"
+            )
+        if not isinstance(value, _KINDS[key]) or (value is True and key != "only_in_mirror"):
+            kinds = " or ".join("null" if k is type(None) else k.__name__ for k in _KINDS[key])
+            raise ValueError(f"{where}: {key}: found {value!r}, expected {kinds}")
+    choices = fields["choices"]
+    if isinstance(choices, dict):
+        if list(choices) != ["field"]:
+            raise ValueError(f"{where}: choices: found {choices!r}, expected {{field: expression}}")
+        fields["choices"] = str(choices["field"])
+    elif not choices or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"{where}: choices: found {choices!r}, expected texts")
+    else:
+        fields["choices"] = tuple(choices)
+    if fields.get("n") is not None and fields["n"] < 1:
+        raise ValueError(f"{where}: n: found {fields['n']}, expected at least 1, or null for all")
+    fields["metrics"] = tuple(fields.get("metrics", ("accuracy",)))
+    for metric in fields["metrics"]:
+        if metric not in METRICS:
+            raise ValueError(
+                f"{where}: metrics: found {metric!r}, expected some of {', '.join(METRICS)}"
+            )
+    return Task(**fields, seed=seed)
+
+
+def wikihow(text: str) -> str:
+    """HellaSwag's clean-up: WikiHow's markup leaves the text, as in lm-evaluation-harness."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def full_stop(text: str) -> str:
+    """MNLI's rule: stripped, and closed by a full stop if it has none."""
+    text = text.strip()
+    return text if text.endswith(".") else text + "."
+
+
+class _Renderer:
+    """A task's templates, compiled once. Sandboxed: a task list is data, not code."""
+
+    def __init__(self, task: Task) -> None:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+        )
+        environment.filters |= {"wikihow": wikihow, "full_stop": full_stop}
+        self.task = task
+        try:
+            self.prompt = environment.from_string(task.prompt)
+            self.gold = environment.from_string(task.gold)
+            self.keep = environment.from_string(task.keep or "True")
+            if isinstance(task.choices, str):
+                # undefined_to_none=False: a misspelt field is an error, not no choices
+                self.choices = environment.compile_expression(task.choices, False)
+            else:
+                self.choices_list = [environment.from_string(text) for text in task.choices]
+        except jinja2.TemplateError as error:
+            raise ValueError(f"task {task.name}: a template is not valid Jinja2: {error}") from None
+
+    def kept(self, row: Mapping[str, Any]) -> bool:
+        return self._guard(row, lambda: self.keep.render(row)).strip() == "True"
+
+    def item(self, row: Mapping[str, Any]) -> Item:
+        return self._guard(row, lambda: self._item(row))
+
+    def _item(self, row: Mapping[str, Any]) -> Item:
+        task = self.task
+        if isinstance(task.choices, str):
+            found = self.choices(**row)
+            if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+                raise ValueError(f"choices: {task.choices!r} gives {found!r}, expected texts")
+            choices = tuple(found)
+        else:
+            choices = tuple(template.render(row) for template in self.choices_list)
+        gold = int(self.gold.render(row))
+        if not 0 <= gold < len(choices):
+            raise ValueError(f"gold: found {gold}, expected an index below {len(choices)}")
+        prompt = self.prompt.render(row)
+        return Item(task.name, int(row["_row"]), prompt, choices, gold, task.target_delimiter)
+
+    def _guard(self, row: Mapping[str, Any], render: Any) -> Any:
+        try:
+            return render()
+        except (jinja2.TemplateError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"task {self.task.name}, row {row['_row']}: {error}; the rows have the fields "
+                f"{', '.join(key for key in row if key != '_row')}"
+            ) from None
+
+
+def read_rows(task: Task, data_dir: Path) -> list[dict[str, Any]] | None:
+    """The downloaded rows, checked against `source.json`; None where only a mirror has them."""
+    way_out = f"run python scripts/download_smallbench.py --output {data_dir}"
+    try:
+        source = json.loads((data_dir / "source.json").read_bytes())["tasks"]
+    except (FileNotFoundError, KeyError, ValueError):
+        raise ValueError(
+            f"{data_dir}/source.json: found no list of downloaded tasks, expected one; {way_out}"
+        ) from None
+    said = source.get(task.name)
+    if said is None and task.only_in_mirror:
+        return None
+    path = data_dir / f"{task.name}.jsonl"
+    if said is None or not path.is_file():
+        raise ValueError(f"{path}: found no rows of this task, expected its download; {way_out}")
+    for key in ("path", "config", "split"):
+        if said.get(key, getattr(task, key)) != getattr(task, key):
+            raise ValueError(
+                f"{path}: {key}: found the rows of {said[key]!r}, expected "
+                f"{getattr(task, key)!r} as in the task list; {way_out}"
+            )
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != said["sha256"]:
+        raise ValueError(f"{path}: found other bytes than source.json says; {way_out}")
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def select_rows(task: Task, rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]]:
+    """A fixed choice of n rows (None: all): the same on every machine, nested in n.
+
+    Rows are ordered by the hash of seed, task and row number; with `balanced`, the values of
+    that field take turns. Returned in the order of the hub's split.
+    """
+
+    def lot(row: Mapping[str, Any]) -> str:
+        return hashlib.sha256(f"{task.seed}:{task.name}:{row['_row']}".encode()).hexdigest()
+
+    order = sorted(rows, key=lot)
+    if task.balanced is not None:
+        if any(task.balanced not in row for row in rows):
+            raise ValueError(
+                f"task {task.name}: balanced: found rows without the field {task.balanced!r}"
+            )
+        turns: dict[str, int] = {}
+        ranked = []
+        for row in order:
+            value = str(row[task.balanced])
+            turns[value] = turns.get(value, -1) + 1
+            ranked.append((turns[value], value, row))
+        order = [row for _, _, row in sorted(ranked, key=lambda entry: entry[:2])]
+    return sorted(order if n is None else order[:n], key=lambda row: row["_row"])
+
+
+def load_items(
+    task: Task, data_dir: Path, *, limit: int | None = None, full: bool = False
+) -> list[Item] | None:
+    """The task's items, rendered; None where only a mirror has its rows.
+
+    `limit` caps n; `full` uses every usable row instead. Raises ValueError, with the task, on
+    missing or changed data, on fields that a template names and the rows lack, and where the
+    stated `chance` is not what the number of choices gives.
+    """
+    rows = read_rows(task, data_dir)
+    if rows is None:
+        return None
+    render = _Renderer(task)
+    n = None if full else task.n
+    if limit is not None:
+        n = limit if n is None else min(n, limit)
+    chosen = select_rows(task, [row for row in rows if render.kept(row)], n)
+    items = [render.item(row) for row in chosen]
+    if not items:
+        raise ValueError(f"task {task.name}: found no usable row in {data_dir}, expected some")
+    if task.chance is not None and abs(task.chance - chance(items)) > 0.02:
+        raise ValueError(
+            f"task {task.name}: chance: found {task.chance}, expected {chance(items):.4f}, "
+            "which is what its numbers of choices give"
+        )
+    return items
+
+
+def chance(items: Sequence[Item]) -> float:
+    """Expected accuracy of a guess; greedy decoding hits a given word with about none."""
+    guesses = [1 / len(item.choices) if len(item.choices) > 1 else 0.0 for item in items]
+    return math.fsum(guesses) / len(items)
+
+
+def fixed_labels(items: Sequence[Item]) -> bool:
+    """Whether every item offers the same choices (classification)."""
+    return all(item.choices == items[0].choices for item in items)
+
+
+def items_sha256(items: Iterable[Item]) -> str:
+    """Hash of what is asked: rows, prompts, choices and answers."""
+    lines = [json.dumps(dataclasses.astuple(item)) for item in items]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

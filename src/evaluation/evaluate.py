@@ -1,0 +1,136 @@
+"""Everything measured on a trained model, as keys of metrics.json: perplexity, SmallBench,
+latency and memory. One place calls the measurements; each lives in its own module."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from src.compute.compute_config import Machine
+from src.data import leakage
+from src.data import tasks as smallbench
+from src.data.tokens import Split, TokenData, outside_split, read_source
+from src.evaluation import latency as eval_latency
+from src.evaluation import perplexity
+from src.evaluation import smallbench as eval_smallbench
+from src.evaluation.metrics import corpus_name
+from src.models.transformer import Transformer
+from src.spec.config import RunConfig
+from src.storage.run_dir import write_atomic
+
+# Of another corpus: what can be compared across corpora and tokenizers.
+OUTSIDE_KEPT = ("bits_per_byte", "word_perplexity", "tokens_scored")
+
+
+def evaluate(
+    run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
+) -> dict[str, Any]:
+    """Measure `model`; writes per-document losses and SmallBench items into `run_path`.
+
+    Returns flat keys with units. Raises ValueError for unusable data or scores that are not
+    numbers.
+    """
+    model.eval()
+    asked = run.evaluation
+    found: dict[str, Any] = {}
+    if "perplexity" in asked.metrics:
+        found |= _split(run, model, data.validation, "validation", machine, run_path)
+        if asked.test:
+            found |= _split(run, model, data.test, "test", machine, run_path)
+        if asked.outside_dir:
+            found |= _outside(run, model, data, machine, run_path)
+    if "smallbench_accuracy" in asked.metrics:
+        found |= _smallbench(run, model, data, machine, run_path)
+    if asked.latency:
+        found |= eval_latency.measure(
+            model,
+            device=machine.device,
+            autocast_dtype=_autocast_dtype(machine),
+            warmup=asked.latency_warmup,
+            repeats=asked.latency_repeats,
+            compiled=machine.compile,
+        )
+    return found
+
+
+def _autocast_dtype(machine: Machine) -> Any:
+    return None if machine.precision == "fp32" else machine.dtype
+
+
+def _split(
+    run: RunConfig,
+    model: Transformer,
+    split: Split,
+    name: str,
+    machine: Machine,
+    run_path: Path,
+) -> dict[str, Any]:
+    result = perplexity.evaluate_split(
+        model,
+        split.tokens,
+        split.documents,
+        context=run.training.seq_len,
+        autocast_dtype=_autocast_dtype(machine),
+        device=machine.device,
+        limit_tokens=run.evaluation.perplexity_tokens,
+    )
+    arrays: dict[str, Any] = {
+        key: value for key, value in result.items() if isinstance(value, np.ndarray)
+    }
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    write_atomic(run_path / f"documents_{name}.npz", packed.getbuffer())
+    prefix = "dev" if name == "validation" else name
+    kept = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "perplexity_nonoverlapping")
+    found = {f"{prefix}_{key}": result[key] for key in kept}
+    return found | {f"{prefix}_tokens_scored": result["tokens_scored"]}
+
+
+def _outside(
+    run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
+) -> dict[str, Any]:
+    assert run.evaluation.outside_dir is not None
+    corpus = Path(run.evaluation.outside_dir)
+    found: dict[str, Any] = {"outside_corpus": corpus_name(read_source(corpus))}
+    for name in ("validation", "test") if run.evaluation.test else ("validation",):
+        split = outside_split(corpus, name, data.tokenizer_path, data.eot_id)
+        measured = _split(run, model, split, f"outside_{name}", machine, run_path)
+        found |= {
+            key.replace("validation", "dev"): value
+            for key, value in measured.items()
+            if key.endswith(OUTSIDE_KEPT)
+        }
+    return found
+
+
+def _smallbench(
+    run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
+) -> dict[str, Any]:
+    asked = run.evaluation
+    directory = Path(asked.smallbench_dir)
+    exclude = leakage.contaminated_rows(asked.leakage, directory, data.corpus)
+    result = eval_smallbench.evaluate(
+        model,
+        Tokenizer.from_file(str(data.tokenizer_path)),
+        smallbench.load_tasks(run.smallbench_tasks),
+        directory,
+        context=run.training.seq_len,
+        device=machine.device,
+        autocast_dtype=None,  # bf16 makes ties; lm-evaluation-harness scores in float32 too
+        limit=asked.smallbench_limit,
+        exclude=exclude,
+        items_path=run_path / "smallbench_items.jsonl",
+    )
+    return {
+        "smallbench_accuracy": result["accuracy"],
+        "smallbench_accuracy_se": result["accuracy_se"],
+        "smallbench_tasks": len(result["tasks"]),
+        "smallbench_missing_tasks": " ".join(result["missing_tasks"]) or None,
+        "smallbench_limit": asked.smallbench_limit,
+        "smallbench_contaminated_items": result["contaminated_items"],
+        "smallbench": result["tasks"],
+    }

@@ -1,0 +1,216 @@
+"""What is written of a run: the resolved configuration and the keys of metrics.json.
+
+The list of keys is docs/METRICS.md; a missing value stays None, never 0.0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from src.data.tokens import TokenData
+from src.spec import config as cfg
+from src.spec import costs
+from src.spec.allocation import Allocation, flops_per_token
+from src.spec.config import RunConfig, Sweep
+
+SCHEMA = 1
+
+
+def resolved(
+    run: RunConfig, answer: Allocation, sweep: Sweep, data: TokenData
+) -> tuple[dict[str, Any], str]:
+    """(config.yaml's content, its digest). Asked and realised values side by side.
+
+    The digest covers what decides the result: final integers, training, evaluation, kill rule,
+    tokens; not where the sweep file lies or which other experiments it names.
+    """
+    decisive = {
+        "experiment": run.experiment,
+        "baseline": run.baseline,
+        "phase": run.phase,
+        "seed": run.seed,
+        "model": cfg.to_dict(answer.model),
+        "training": cfg.to_dict(run.training),
+        "evaluation": cfg.to_dict(run.evaluation),
+        "kill_rule": cfg.to_dict(run.kill_rule) if run.kill_rule else None,
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "data_sha256": data.sha256,
+    }
+    around = {
+        "sweep": {
+            "file": sweep.file.name,
+            "experiments": list(sweep.names),
+            "baseline": sweep.baseline,
+            "phase": sweep.phase,
+            "seeds": list(sweep.seeds),
+        },
+        "asked": cfg.to_dict(run.model),
+        "realised": {
+            "total_params": answer.params.total,
+            "embedding_ratio": answer.params.share,
+            "glu_expansion": answer.glu_expansion,
+        },
+        "params": cfg.to_dict(answer.params),
+        "data_dir": run.data.dir,
+        "corpus": corpus_name(data.corpus),
+    }
+    return {**decisive, **around}, cfg.digest(decisive)
+
+
+def corpus_name(source: Mapping[str, Any]) -> str:
+    """`dataset` or `dataset:configuration`, as recorded by the download in source.json."""
+    parts = [source.get("dataset"), source.get("config")]
+    return ":".join(str(part) for part in parts if part) or "unknown"
+
+
+def digests(config_digest: str, data: TokenData) -> dict[str, str]:
+    """What a checkpoint must agree with to be resumed."""
+    return {
+        "config": config_digest,
+        "tokenizer": data.tokenizer_sha256,
+        "data": data.sha256,
+    }
+
+
+def model_digest(answer: Allocation) -> str:
+    """Equal for cells that are the same integers (emb35 and glu266x, say)."""
+    content = json.dumps(cfg.to_dict(answer.model), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def facts(
+    run: RunConfig,
+    answer: Allocation,
+    sweep: Sweep,
+    data: TokenData,
+    config_digest: str,
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The keys of metrics.json that are known before training."""
+    model, params, asked, training = answer.model, answer.params, run.model, run.training
+    windows = (len(data.train.tokens) - 1) // training.seq_len
+    return {
+        "schema": SCHEMA,
+        "run": run.run_name,
+        "experiment": run.experiment,
+        "sweep": sweep.file.name,
+        "baseline": run.experiment == run.baseline,
+        "baseline_name": run.baseline,
+        "phase": run.phase,
+        "seed": run.seed,
+        "init_seed": training.init_seed,
+        "data_seed": training.data_seed,
+        "config_digest": config_digest,
+        "model_digest": model_digest(answer),
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "data_sha256": data.sha256,
+        "corpus": corpus_name(data.corpus),
+        "git_sha": environment.get("git_sha"),
+        "git_dirty": environment.get("git_dirty"),
+        "asked_total_params": asked.total_params,
+        "asked_embedding_ratio": asked.embedding_ratio,
+        "asked_glu_expansion": asked.glu_expansion,
+        "total_params": params.total,
+        "embedding_ratio": params.share,
+        "glu_expansion": answer.glu_expansion,
+        "vocab_size": model.vocab_size,
+        "d_model": model.d_model,
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "head_dim": model.head_dim,
+        "d_ff": model.d_ff,
+        "embedding_dim": model.embedding_dim,
+        "tie_embeddings": model.tie_embeddings,
+        "qk_norm": model.qk_norm,
+        "attention_width_ratio": model.n_heads * model.head_dim / model.d_model,
+        "params_embedding": params.embedding,
+        "params_projection": params.projection,
+        "params_attention": params.attention,
+        "params_ffn": params.ffn,
+        "params_norm": params.norm,
+        "flops_per_token": flops_per_token(model, training.seq_len),
+        "epochs": training.steps * training.batch_size / windows,
+        "batch_size": training.batch_size,
+        "seq_len": training.seq_len,
+        "learning_rate": training.learning_rate,
+        "embedding_lr_ratio": training.embedding_lr_ratio,
+    }
+
+
+def metrics(
+    facts: Mapping[str, Any],
+    outcome: Any,
+    measured: Mapping[str, Any],
+    *,
+    eval_seconds: float,
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """metrics.json: `facts`, how training ended, and what was measured (see docs/METRICS.md).
+
+    `outcome` is a `src.train.Outcome`.
+    """
+    machine = outcome.machine
+    tokens = outcome.step * facts["batch_size"] * facts["seq_len"]
+    # Earlier attempts of a resumed run trained too; their start-up is not counted.
+    wall = max(wall_seconds, outcome.train_seconds + eval_seconds)
+    on_gpu = machine.device.type == "cuda"
+    hours = wall / 3600 * (outcome.processes if on_gpu else 1)  # a GPU each; one CPU for all
+    price = costs.price_per_hour(machine.device.type, outcome.device_name)
+    return {
+        **facts,
+        "status": "killed" if outcome.status == "killed" else "finished",
+        "reason": outcome.reason,
+        "kill_verdict": outcome.kill_verdict,
+        "kill_verdict_literal": outcome.kill_verdict_literal,
+        "device": machine.device.type,
+        "device_name": outcome.device_name,
+        "precision": machine.precision,
+        "micro_batch": machine.micro_batch,
+        "loss_chunk": machine.loss_chunk,
+        "compile": machine.compile,
+        "threads": machine.threads,
+        "tokens": tokens,
+        "steps": outcome.step,
+        "train_loss": outcome.train_loss,
+        **_dev_of_training(outcome),
+        **measured,
+        "train_seconds": outcome.train_seconds,
+        "eval_seconds": eval_seconds,
+        "wall_seconds": wall,
+        "tokens_per_s": outcome.tokens_per_s,
+        "gpu_utilisation_percent": outcome.gpu_utilisation_percent,
+        "train_peak_memory_mib": outcome.peak_memory_mib,
+        "gpu_hours": hours if on_gpu else None,
+        "cost_usd": None if price is None else hours * price,
+    }
+
+
+def _dev_of_training(outcome: Any) -> dict[str, Any]:
+    """What a killed run has: its last dev evaluation; overwritten by the whole split's."""
+    loss = outcome.dev_loss
+    return {
+        "dev_loss": loss,
+        "dev_perplexity": None if loss is None else math.exp(loss),
+    }
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """One line for people."""
+    shown = [
+        ("dev perplexity", "dev_perplexity", ".3f"),
+        ("bits per byte", "dev_bits_per_byte", ".4f"),
+        ("SmallBench", "smallbench_accuracy", ".3f"),
+        ("latency L=128 ms", "latency_ms_p50_l128", ".2f"),
+        ("tokens/s", "tokens_per_s", ",.0f"),
+        ("seconds", "wall_seconds", ",.0f"),
+    ]
+    parts = [
+        f"{label} {metrics[key]:{form}}"
+        for label, key, form in shown
+        if metrics.get(key) is not None
+    ]
+    return f"{metrics['run']}: {metrics['status']}, " + ", ".join(parts)

@@ -1,0 +1,557 @@
+"""SmallBench: zero-shot tasks described in YAML, scored by log-likelihood.
+
+    python -m src.eval_smallbench --run logs/emb35            # as the run itself was evaluated
+    python -m src.eval_smallbench --run logs/emb35 --limit 20
+    python -m src.eval_smallbench --run logs/emb35 --random_init
+    python -m src.eval_smallbench --run logs/emb35 --full     # every row of every task
+
+The conventions (what is tokenised with what, what is cut) are those of lm-evaluation-harness
+0.4.13, so that the exported checkpoint gets the same scores there; `tests/parity` compares them.
+docs/EVALUATION.md describes the scoring in words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from src.compute import runtime
+from src.data.tasks import (
+    TASKS_FILE,
+    Item,
+    Task,
+    chance,
+    fixed_labels,
+    items_sha256,
+    load_items,
+    load_tasks,
+)
+from src.evaluation.perplexity import LanguageModel, score_positions, windows
+from src.evaluation.trained_run import load_run
+from src.models.transformer import Transformer
+from src.spec import command_line
+from src.spec.config import ModelConfig
+from src.storage.run_dir import write_atomic
+
+EOT = "<|endoftext|>"
+# Other items' prompts under which an item's own choices are scored for the calibration. Each costs
+# as much as the multiple-choice tasks themselves: a quarter of the whole list.
+HELD_OUT_PROMPTS = 1
+# Differences of float32 log-probabilities below this are rounding, not preference.
+CALIBRATED_TIE = 1e-6
+
+FloatArray = NDArray[np.float64]
+
+
+# ----------------------------------------------------------------------------------- log-likelihood
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A continuation to score: token ids, and how many of them are the context."""
+
+    ids: tuple[int, ...]
+    context: int
+
+
+def encode_requests(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[_Request]:
+    """Tokenise (context, continuation) pairs as lm-evaluation-harness does.
+
+    The two are encoded together and the continuation is what follows the context's own tokens;
+    blanks that end the context belong to the continuation; an empty context is the
+    beginning-of-text token.
+    """
+    eot = tokenizer.token_to_id(EOT)
+    if eot is None:
+        raise ValueError(f"the tokenizer: found no token {EOT}, expected it as beginning of text")
+    contexts = sorted({context.rstrip() for context, _ in pairs})
+    encoded = tokenizer.encode_batch(contexts)
+    lengths = {text: len(e.ids) for text, e in zip(contexts, encoded, strict=True)}
+    wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
+    requests = []
+    for (context, continuation), whole in zip(pairs, wholes, strict=True):
+        used = lengths[context.rstrip()]
+        if len(whole.ids) <= used:
+            raise ValueError(
+                f"the continuation {continuation!r} has no token of its own after "
+                f"{context[-40:]!r}; give the task a target_delimiter that separates them"
+            )
+        prefix = () if used else (eot,)
+        requests.append(_Request((*prefix, *whole.ids), max(used, 1)))
+    return requests
+
+
+def score_requests(
+    model: LanguageModel,
+    requests: Sequence[_Request],
+    *,
+    context: int,
+    device: torch.device | str,
+    autocast_dtype: torch.dtype | None,
+    batch_tokens: int | None = None,
+) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Log-probability of each continuation, and whether greedy decoding writes it.
+
+    What does not fit into `context` is cut on the left. Each distinct input is read once: a row
+    that begins another one is read as part of it, which is what makes labels of one token cost a
+    single reading of their prompt. A continuation longer than `context` itself is scored in
+    overlapping windows.
+    """
+    parts: list[tuple[int, bytes, int, NDArray[np.int64]]] = []
+    for number, request in enumerate(requests):
+        for inputs, targets in _pieces(request, context):
+            row = np.array(inputs, dtype=np.uint16).tobytes()
+            parts.append((number, row, len(inputs) - len(targets), np.array(targets)))
+    owner = _merge_prefixes({row for _, row, _, _ in parts})
+    rows = sorted(set(owner.values()))
+    number_of = {row: i for i, row in enumerate(rows)}
+    blocks, requests_of = [], []
+    for number, row, position, wanted in parts:
+        block = np.empty((len(wanted), 3), dtype=np.int64)
+        block[:, 0] = number_of[owner[row]]
+        block[:, 1] = np.arange(position, position + len(wanted))
+        block[:, 2] = wanted
+        blocks.append(block)
+        requests_of.append(np.full(len(wanted), number))
+    queries, of = np.concatenate(blocks), np.concatenate(requests_of)
+    order = np.argsort(queries[:, 0], kind="stable")
+    nats, greedy = score_positions(
+        model,
+        [np.frombuffer(row, dtype=np.uint16) for row in rows],
+        queries[order],
+        device=device,
+        autocast_dtype=autocast_dtype,
+        greedy=True,
+        batch_tokens=batch_tokens,
+    )
+    scores, misses = np.zeros(len(requests)), np.zeros(len(requests), dtype=np.int64)
+    np.subtract.at(scores, of[order], nats.astype(np.float64))
+    np.add.at(misses, of[order], ~greedy)
+    return scores, misses == 0
+
+
+def _pieces(request: _Request, context: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """(inputs, targets) whose targets are the last inputs' successors."""
+    ids, continuation = request.ids, len(request.ids) - request.context
+    if continuation <= context:
+        kept = ids[-(context + 1) :]
+        return [(kept[:-1], kept[-continuation:])]
+    stride = max(1, context // 2)
+    kept = ids[max(0, request.context - (context - stride)) :]
+    scored_from = len(kept) - continuation
+    pieces: list[tuple[Sequence[int], Sequence[int]]] = []
+    for start, end, first in windows(len(kept) - 1, context, stride):
+        if end >= scored_from:
+            pieces.append((kept[start:end], kept[max(first, scored_from) : end + 1]))
+    return pieces
+
+
+def _merge_prefixes(rows: Iterable[bytes]) -> dict[bytes, bytes]:
+    """For each row the row that is read for it: itself, or a longer one that begins with it."""
+    ordered = sorted(rows)
+    owner: dict[bytes, bytes] = {}
+    for row, following in zip(reversed(ordered), [b"", *reversed(ordered)], strict=False):
+        owner[row] = owner[following] if following.startswith(row) and following else row
+    return owner
+
+
+# -------------------------------------------------------------------------------- scores to numbers
+
+
+def credit(scores: FloatArray, gold: int, tie: float = 0.0) -> float:
+    """1 if gold scores best alone, 1/k if it shares the best score with k - 1 others, else 0.
+
+    A scorer without preference gets chance exactly. Values that are not numbers are an error.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores: found {scores.tolist()}, expected finite log-probabilities")
+    best = scores >= scores.max() - tie
+    return float(best[gold] / best.sum())
+
+
+def matthews(predictions: Sequence[int], golds: Sequence[int]) -> float | None:
+    """Correlation of predicted and right classes (Gorodkin 2004); None if either is constant."""
+    classes = max(*predictions, *golds) + 1
+    predicted = np.eye(classes)[list(predictions)]
+    right = np.eye(classes)[list(golds)]
+    predicted, right = predicted - predicted.mean(axis=0), right - right.mean(axis=0)
+    spread = math.sqrt(float((predicted**2).sum() * (right**2).sum()))
+    return float((predicted * right).sum()) / spread if spread > 1e-12 else None
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for a single value."""
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def calibrated_by_halves(scores: Sequence[FloatArray], golds: Sequence[int]) -> list[float]:
+    """Credits after subtracting each label's mean score over the half the item is not in."""
+    table = np.stack(scores)
+    halves = [np.arange(len(table)) % 2 == half for half in (0, 1)]
+    if not all(half.any() for half in halves):
+        return []
+    credits = np.empty(len(table))
+    for half, other in (halves, halves[::-1]):
+        shifted = table[half] - table[other].mean(axis=0)
+        chosen = np.asarray(golds)[half]
+        credits[half] = [credit(s, g, CALIBRATED_TIE) for s, g in zip(shifted, chosen, strict=True)]
+    return credits.tolist()
+
+
+def _held_out_pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
+    """Every item's choices under the prompts of other items, evenly spaced over the list."""
+    count = len(items)
+    shifts = [round(count * (k + 1) / (HELD_OUT_PROMPTS + 1)) for k in range(HELD_OUT_PROMPTS)]
+    return [
+        (items[(i + shift) % count].prompt, item.delimiter + choice)
+        for i, item in enumerate(items)
+        for shift in shifts
+        for choice in item.choices
+    ]
+
+
+@dataclass(slots=True)
+class _TaskScores:
+    """What the model said about one task's items."""
+
+    task: Task
+    items: list[Item]
+    scores: list[FloatArray]
+    greedy: list[bool]  # of the first choice
+    uniform: list[FloatArray]  # minus the number of tokens of each choice
+    held_out: list[FloatArray] | None  # each choice's mean score under other items' prompts
+    cut: int  # items of which something was cut to fit the context
+
+    def predictions(self) -> list[int | None]:
+        """Index of the best choice; for one choice alone 0 where greedy decoding writes it."""
+        if len(self.items[0].choices) == 1:
+            return [0 if hit else None for hit in self.greedy]
+        return [int(np.argmax(scores)) for scores in self.scores]
+
+    def credits(self) -> list[float]:
+        if len(self.items[0].choices) == 1:
+            return [float(hit) for hit in self.greedy]
+        return self._credits(self.scores)
+
+    def _credits(self, scores: Sequence[FloatArray], tie: float = 0.0) -> list[float]:
+        return [credit(s, item.gold, tie) for s, item in zip(scores, self.items, strict=True)]
+
+    def calibrated(self) -> list[float]:
+        golds = [item.gold for item in self.items]
+        if fixed_labels(self.items):
+            return calibrated_by_halves(self.scores, golds)
+        if self.held_out is None:
+            return []
+        shifted = [own - mean for own, mean in zip(self.scores, self.held_out, strict=True)]
+        return self._credits(shifted, CALIBRATED_TIE)
+
+    def summary(self) -> dict[str, Any]:
+        """The task's row of the result; None means that a number does not apply."""
+        credits, gold_scores = (
+            self.credits(),
+            [float(s[item.gold]) for s, item in zip(self.scores, self.items, strict=True)],
+        )
+        row: dict[str, Any] = {
+            "n": len(self.items),
+            "accuracy": float(np.mean(credits)),
+            "accuracy_se": standard_error(credits),
+            "chance": chance(self.items),
+            "gold_logprob": float(np.mean(gold_scores)),
+            "cut_prompts": self.cut,
+            "items_sha256": items_sha256(self.items),
+        }
+        if len(self.items[0].choices) > 1:
+            row |= self._choice_summary(credits)
+        if "matthews" in self.task.metrics:
+            predictions = [p for p in self.predictions() if p is not None]
+            row["matthews"] = matthews(predictions, [item.gold for item in self.items])
+        if "perplexity" in self.task.metrics:
+            mean = -row["gold_logprob"]
+            row["perplexity"] = math.exp(mean) if mean < 700 else None
+        return row
+
+    def _choice_summary(self, credits: Sequence[float]) -> dict[str, Any]:
+        by_length = [
+            scores / np.array([max(1, len(choice)) for choice in item.choices])
+            for scores, item in zip(self.scores, self.items, strict=True)
+        ]
+        margins = [
+            float(scores[item.gold] - np.delete(scores, item.gold).max())
+            for scores, item in zip(self.scores, self.items, strict=True)
+        ]
+        calibrated = self.calibrated()
+        golds = [item.gold for item in self.items]
+        majority = max(map(golds.count, golds)) / len(golds) if fixed_labels(self.items) else None
+        return {
+            "accuracy_norm": float(np.mean(self._credits(by_length))),
+            "accuracy_calibrated": float(np.mean(calibrated)) if calibrated else None,
+            "accuracy_uniform": float(np.mean(self._credits(self.uniform))),
+            "gold_margin": float(np.mean(margins)),
+            "gold_margin_se": standard_error(margins),
+            "majority": majority,
+            "ties": sum(0 < value < 1 for value in credits),
+        }
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    data_dir: Path,
+    *,
+    context: int,
+    device: torch.device | str,
+    autocast_dtype: torch.dtype | None,
+    limit: int | None = None,
+    full: bool = False,
+    exclude: Mapping[str, set[int]] | None = None,
+    items_path: Path | None = None,
+    batch_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Score `tasks` from the rows in `data_dir`.
+
+    `context`: tokens that the model was trained to read; longer prompts are cut on the left and
+    counted. `limit` caps the items a task, `full` lifts the task list's own n. `exclude`: rows by
+    task that the training text contains; they are dropped and counted. None: nothing is known of
+    the training text, nothing dropped, and the counts are None. `items_path` receives one JSON
+    line an item. Returns "accuracy" (the mean over tasks; the members of a group are
+    averaged first, so that a group weighs as much as a task), "accuracy_se", "tasks" by name,
+    "contaminated_items", "missing_tasks". Raises ValueError for unusable tasks or data, and for
+    scores that are not numbers.
+    """
+    kept: list[tuple[Task, list[Item]]] = []
+    contaminated: dict[str, int] = {}
+    missing: list[str] = []
+    for task in tasks:
+        items = load_items(task, data_dir, limit=limit, full=full)
+        if items is None:
+            missing.append(task.name)
+            continue
+        clean = [item for item in items if item.row not in (exclude or {}).get(task.name, ())]
+        contaminated[task.name] = len(items) - len(clean)
+        if clean:
+            kept.append((task, clean))
+    scored = _score_tasks(
+        model,
+        tokenizer,
+        kept,
+        context=context,
+        device=device,
+        autocast_dtype=autocast_dtype,
+        batch_tokens=batch_tokens,
+    )
+    if items_path is not None:
+        write_atomic(items_path, _item_lines(scored))
+    rows = {
+        entry.task.name: {
+            **entry.summary(),
+            "contaminated": None if exclude is None else contaminated[entry.task.name],
+        }
+        for entry in scored
+    }
+    units = _units(scored, rows)
+    accuracies = [row["accuracy"] for row in units.values()]
+    errors = [row["accuracy_se"] for row in units.values()]
+    known = errors and None not in errors
+    return {
+        "accuracy": float(np.mean(accuracies)) if accuracies else None,
+        "accuracy_se": math.hypot(*errors) / len(errors) if known else None,
+        "tasks": units,
+        # Without a leakage report the number is unknown, not 0.
+        "contaminated_items": None if exclude is None else sum(contaminated.values()),
+        "missing_tasks": missing,
+    }
+
+
+def random_row(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task],
+    data_dir: Path,
+    *,
+    seed: int = 0,
+    device: torch.device | str,
+    **options: Any,
+) -> dict[str, Any]:
+    """`evaluate` for the same model untrained: what the tasks give away for nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Transformer(config).to(device)
+    return evaluate(model, tokenizer, tasks, data_dir, device=device, **options)
+
+
+def _score_tasks(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    kept: Sequence[tuple[Task, list[Item]]],
+    *,
+    context: int,
+    **options: Any,
+) -> list[_TaskScores]:
+    """One pass over the requests of all tasks, so that batches are full and sorted by length."""
+    pairs: list[tuple[str, str]] = []
+    held: list[bool] = []
+    for _, items in kept:
+        own = [(i.prompt, i.delimiter + choice) for i in items for choice in i.choices]
+        # Other prompts say something only where prompts differ, and labels are calibrated for
+        # nothing from the scores that are there anyway.
+        wants = len(items[0].choices) > 1 and not fixed_labels(items)
+        held.append(wants and len({item.prompt for item in items}) > HELD_OUT_PROMPTS)
+        pairs += own + (_held_out_pairs(items) if held[-1] else [])
+    if not pairs:
+        return []
+    requests = encode_requests(tokenizer, pairs)
+    scores, greedy = score_requests(model, requests, context=context, **options)
+    if not np.isfinite(scores).all():
+        raise ValueError(
+            "SmallBench: found log-probabilities that are not finite numbers, expected numbers; "
+            "the model's weights have diverged"
+        )
+    result, at = [], 0
+    for (task, items), wants in zip(kept, held, strict=True):
+        ends = np.cumsum([len(item.choices) for item in items])
+        size = int(ends[-1])
+        own_requests = requests[at : at + size]
+        tokens = np.array([len(r.ids) - r.context for r in own_requests], dtype=np.float64)
+        held_out = None
+        if wants:
+            flat = scores[at + size : at + size * (1 + HELD_OUT_PROMPTS)]
+            blocks = np.split(flat, ends[:-1] * HELD_OUT_PROMPTS)
+            held_out = [block.reshape(HELD_OUT_PROMPTS, -1).mean(axis=0) for block in blocks]
+        firsts = np.concatenate(([0], ends[:-1]))
+        too_long = np.array([len(request.ids) > context + 1 for request in own_requests])
+        result.append(
+            _TaskScores(
+                task=task,
+                items=items,
+                scores=np.split(scores[at : at + size], ends[:-1]),
+                greedy=greedy[at + firsts].tolist(),
+                uniform=np.split(-tokens, ends[:-1]),
+                held_out=held_out,
+                cut=int(np.add.reduceat(too_long, firsts).astype(bool).sum()),
+            )
+        )
+        at += size * (1 + HELD_OUT_PROMPTS * wants)
+    return result
+
+
+def _item_lines(scored: Sequence[_TaskScores]) -> bytes:
+    lines = []
+    for entry in scored:
+        for item, scores, guess in zip(entry.items, entry.scores, entry.predictions(), strict=True):
+            row = {
+                "task": item.task,
+                "row": item.row,
+                "scores": scores.tolist(),
+                "prediction": guess,
+                "gold": item.gold,
+            }
+            lines.append(json.dumps(row) + "\n")
+    return "".join(lines).encode()
+
+
+def _units(
+    scored: Sequence[_TaskScores], rows: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Tasks as they enter the mean: a group's members averaged, and listed inside it."""
+    members: dict[str, list[str]] = {}
+    for entry in scored:
+        members.setdefault(entry.task.unit, []).append(entry.task.name)
+    return {
+        unit: rows[unit] if names == [unit] else _group({name: rows[name] for name in names})
+        for unit, names in members.items()
+    }
+
+
+def _group(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Means over the members, each weighing the same; counts add up."""
+    first = next(iter(rows.values()))
+    merged: dict[str, Any] = {}
+    for key in first:
+        values: list[Any] = [row.get(key) for row in rows.values()]
+        if None in values:
+            merged[key] = None
+        elif key in ("n", "ties", "cut_prompts", "contaminated"):
+            merged[key] = sum(values)
+        elif key == "items_sha256":
+            merged[key] = hashlib.sha256("\n".join(values).encode()).hexdigest()
+        elif key.endswith("_se"):
+            merged[key] = math.hypot(*values) / len(values)
+        else:
+            merged[key] = float(np.mean(values))
+    merged["members"] = {
+        name: {key: row[key] for key in ("n", "accuracy", "accuracy_se", "gold_margin")}
+        for name, row in rows.items()
+    }
+    return merged
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="directory of a finished run")
+    parser.add_argument("--smallbench", type=Path, help="downloaded rows (default: the run's)")
+    parser.add_argument("--tasks", type=Path, help="task list (default: the run's)")
+    parser.add_argument(
+        "--limit",
+        type=command_line.at_least(1),
+        help="at most so many items a task (default: evaluation.smallbench_limit of the run)",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="every row of every task, capped by --limit alone"
+    )
+    parser.add_argument("--random_init", action="store_true", help="the same model, untrained")
+    parser.add_argument("--items", type=Path, help="write one JSON line an item here")
+    parser.add_argument("--device", default="auto")
+    asked = parser.parse_args(arguments)
+    try:
+        found = _evaluate_run(asked)
+    except (ValueError, OSError) as error:
+        return command_line.refuse(error)
+    print(json.dumps(found, indent=2, allow_nan=False))
+    return 0
+
+
+def _evaluate_run(asked: argparse.Namespace) -> dict[str, Any]:
+    """In float32, as a run's own SmallBench is, on the items that the run was evaluated on."""
+    device = runtime.choose_device(asked.device)
+    runtime.pin_threads()
+    run = load_run(asked.run, device)
+    stated = run.resolved["evaluation"]
+    data_dir = asked.smallbench or Path(stated["smallbench_dir"])
+    listed = asked.tasks or Path(stated["smallbench_tasks"] or TASKS_FILE)
+    limit = asked.limit
+    if limit is None and not asked.full:
+        limit = stated.get("smallbench_limit")
+    options: dict[str, Any] = {
+        "context": run.context,
+        "device": device,
+        "autocast_dtype": None,
+        "limit": limit,
+        "full": asked.full,
+        "exclude": run.contaminated_rows(data_dir),
+        "items_path": asked.items,
+    }
+    tasks = load_tasks(listed)
+    if asked.random_init:
+        config, seed = run.model.config, run.resolved["training"]["init_seed"]
+        return random_row(config, run.tokenizer, tasks, data_dir, seed=seed, **options)
+    return evaluate(run.model, run.tokenizer, tasks, data_dir, **options)

@@ -1,0 +1,76 @@
+"""A finished run read back for evaluation: its resolved config, native weights and tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer
+
+from src.data import leakage
+from src.models.transformer import Transformer
+from src.spec.config import ModelConfig
+from src.storage import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedRun:
+    """`resolved` is the content of config.yaml; `model` is on the device asked for."""
+
+    path: Path
+    resolved: dict[str, Any]
+    model: Transformer
+    tokenizer: Tokenizer
+
+    @property
+    def context(self) -> int:
+        """Tokens the model was trained to read."""
+        return int(self.resolved["training"]["seq_len"])
+
+    def contaminated_rows(self, smallbench_dir: Path) -> dict[str, set[int]] | None:
+        """Rows that this run's training text contains; None where no report says so."""
+        token_dir = Path(self.resolved["data_dir"]) / f"v{self.model.config.vocab_size}"
+        meta = token_dir / "meta.json"
+        corpus = json.loads(meta.read_bytes())["corpus"] if meta.is_file() else {}
+        stated = self.resolved["evaluation"].get("leakage")
+        return leakage.contaminated_rows(stated, smallbench_dir, corpus)
+
+
+def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
+    """Read `logs/<run>`; raises ValueError where it is no finished run or its files disagree."""
+    try:
+        resolved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        tokenizer = (path / "final" / "tokenizer.json").read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{error.filename}: found no such file, expected the directory of a finished run; "
+            "run the experiment to its end first"
+        ) from None
+    sha256 = hashlib.sha256(tokenizer).hexdigest()
+    if sha256 != resolved["tokenizer_sha256"]:
+        raise ValueError(
+            f"{path}/final/tokenizer.json: found the hash {sha256[:12]}, expected "
+            f"{resolved['tokenizer_sha256'][:12]} as in config.yaml; export the run again"
+        )
+    digests = {
+        "config": resolved["config_digest"],
+        "tokenizer": resolved["tokenizer_sha256"],
+        "data": resolved["data_sha256"],
+    }
+    found = checkpoint.load_latest(path / "checkpoints", digests=digests)
+    if found is None:
+        raise ValueError(f"{path}/checkpoints: found no checkpoint, expected the final one")
+    with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
+        model = Transformer(ModelConfig(**resolved["model"]))
+    model.load_state_dict(found[0]["model"])
+    return TrainedRun(
+        path=path,
+        resolved=resolved,
+        model=model.to(device).eval(),
+        tokenizer=Tokenizer.from_str(tokenizer.decode("utf-8")),
+    )

@@ -1,0 +1,258 @@
+"""One run, from its lock to its metrics.json: fetch, claim, train, evaluate, export, finish.
+
+torch is imported only once the lock is held and the config is claimed, so that a run which is held
+by another process, or finished, costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from src.compute.process_group import PeerLost, Team, size
+from src.data.tokens import TokenData
+from src.evaluation import metrics as record
+from src.spec.allocation import Allocation
+from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
+from src.spec.config import RunConfig, Sweep
+from src.storage.run_dir import Held, RunDir, write_json
+
+
+class Preempted(BaseException):
+    """Somebody wants this process to end; nothing is lost, run me again."""
+
+
+def execute(
+    run: RunConfig,
+    answer: Allocation,
+    sweep: Sweep,
+    data: TokenData,
+    *,
+    log_dir: Path,
+    device: str,
+    remote_uri: str | None = None,
+    team: Team | None = None,
+) -> int:
+    """Bring `run` to its end, or find it there; returns the exit code.
+
+    Raises ValueError (bad input), OSError (could not read or write), Preempted, PeerLost.
+    """
+    resolved, digest = record.resolved(run, answer, sweep, data)
+    digests = record.digests(digest, data)
+    try:
+        with (
+            RunDir.open(log_dir, run.run_name) as directory,
+            _Remote(remote_uri, run.run_name, directory.path) as remote,
+        ):
+            if directory.finished() is None:
+                remote.fetch(directory, digests)
+            directory.claim_config(resolved, digest)
+            if directory.finished() is not None:
+                print(f"{run.run_name}: finished before, nothing to do ({directory.path})")
+                return OK
+            diverged = _diverged(directory.path)
+            if diverged is not None:  # refused alone: the command's other runs go on
+                print(diverged, file=sys.stderr)
+                return BAD_INPUT
+            directory.clear_failure()
+            with _recorded_failure(directory, run.run_name):
+                _train_and_measure(
+                    run, answer, sweep, data, directory, log_dir, device, digest, remote, team
+                )
+                return OK
+            return OUR_FAULT
+    except Held as held:
+        print(f"{run.run_name}: {held}", file=sys.stderr)
+        return TRY_AGAIN
+
+
+def execute_together(
+    run: RunConfig,
+    answer: Allocation,
+    sweep: Sweep,
+    data: TokenData,
+    *,
+    log_dir: Path,
+    device: str,
+    remote_uri: str | None = None,
+) -> int:
+    """`execute` by as many processes as torchrun has started: rank 0 is the run, the others help.
+
+    Raises as `execute` does.
+    """
+    if size() == 1:
+        return execute(
+            run, answer, sweep, data, log_dir=log_dir, device=device, remote_uri=remote_uri
+        )
+    try:
+        with Team.join(device) as team:
+            if team.rank:
+                from src.worker_rank import assist
+
+                return assist(run, answer.model, data, team)
+            code = execute(
+                run, answer, sweep, data, log_dir=log_dir, device=str(team.device),
+                remote_uri=remote_uri, team=team,
+            )  # fmt: skip
+            team.dismiss(code)
+            return code
+    except PeerLost as lost:
+        print(f"{run.run_name}: {lost}", file=sys.stderr)
+        return TRY_AGAIN
+
+
+def remote_is_stuck() -> bool:
+    """Whether an upload hangs on a dead store; a normal exit would wait for it, about 40 s."""
+    return _Remote.stuck
+
+
+@contextlib.contextmanager
+def _recorded_failure(directory: Any, name: str) -> Iterator[None]:
+    """Leaves failure.json for what is our fault, so that the aggregator lists the run."""
+    try:
+        yield
+    except (ValueError, OSError, PeerLost):
+        raise  # the user's or the machine's; main says it in one sentence
+    except Exception as error:
+        directory.record_failure(type(error).__name__, str(error))
+        if type(error).__name__ != "NonFinite":
+            traceback.print_exc()
+        print(f"{name}: failed: {error}", file=sys.stderr)
+
+
+class _Remote:
+    """A `storage.remote.Remote` where one was asked for; closed on every way out."""
+
+    stuck = False  # whether any upload thread hangs on a dead store
+
+    def __init__(self, uri: str | None, run_name: str, path: Path) -> None:
+        self._remote: Any = None
+        if uri is not None:
+            from src.storage.remote import Remote
+
+            self._remote = Remote.open(uri, run_name, local=path)
+
+    def __enter__(self) -> _Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._remote is not None:
+            self._remote.close(20)
+            _Remote.stuck |= self._remote.stuck
+
+    def fetch(self, directory: Any, digests: dict[str, str]) -> None:
+        """Bring a finished run, or the newest checkpoint, to a machine that lacks it."""
+        if self._remote is not None and not self._remote.fetch_final(directory, digests=digests):
+            self._remote.fetch_latest(directory, digests=digests)
+
+    def saved(self, directory: Any) -> Any:
+        """What a checkpoint calls when it is durable here."""
+        if self._remote is None:
+            return None
+        return lambda obj, manifest: self._remote.push(obj, manifest, directory.metrics_path)
+
+    def fenced(self) -> bool:
+        return self._remote is not None and self._remote.fenced
+
+    def push_final(self, directory: Any, digests: dict[str, str]) -> None:
+        if self._remote is not None:
+            self._remote.push_final(directory, _results(directory.path), digests)
+
+
+def _results(path: Path) -> list[str]:
+    """What a finished run is on another disk: all but its lock, views and older checkpoints."""
+    left_out = ("tensorboard", "checkpoints")
+    files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+    names = [str(f) for f in files if f.parts[0] not in left_out and f.name[0] != "."]
+    newest = max((path / "checkpoints").glob("step-*.json"))
+    stored = json.loads(newest.read_text(encoding="utf-8"))["file"]
+    return [n for n in names if n != "remote.json"] + [
+        f"checkpoints/{stored}",
+        f"checkpoints/{newest.name}",
+    ]
+
+
+def _diverged(path: Path) -> str | None:
+    """A run that met a NaN would meet it again: no loop of reruns. The refusal, or None."""
+    failure = path / "failure.json"
+    if not failure.exists():
+        return None
+    content = json.loads(failure.read_text(encoding="utf-8"))
+    if content.get("kind") != "NonFinite":
+        return None
+    return (
+        f"{failure}: found a run that diverged ({content.get('message')}), expected one that can "
+        "go on; change the config under another name, or delete the directory"
+    )
+
+
+def _train_and_measure(
+    run: RunConfig,
+    answer: Allocation,
+    sweep: Sweep,
+    data: TokenData,
+    directory: RunDir,
+    log_dir: Path,
+    device: str,
+    digest: str,
+    remote: _Remote,
+    team: Team | None,
+) -> None:
+    begun = time.perf_counter()
+    from src import train
+    from src.compute import compute_config as machine
+    from src.compute import runtime
+    from src.evaluation import evaluate as evaluation
+    from src.models.export import export
+
+    chosen = machine.choose(run.training, answer.model, log_dir, device)
+    environment = runtime.environment_stamp(chosen.device)
+    write_json(directory.path / "environment.json", environment)
+    facts = record.facts(run, answer, sweep, data, digest, environment)
+    print(
+        f"{run.run_name}: {answer.params.total:,} parameters on "
+        f"{runtime.device_name(chosen.device)} ({chosen.precision}, {chosen.threads} threads, "
+        f"{'compiled' if chosen.compile else 'eager'}), {run.training.steps} steps of "
+        f"{run.training.step_tokens:,} tokens, {facts['epochs']:.2f} epochs",
+        flush=True,
+    )
+    digests = record.digests(digest, data)
+    outcome = train.train(
+        run, answer.model, data, directory, chosen,
+        digests=digests, on_saved=remote.saved(directory), fenced=remote.fenced, team=team,
+    )  # fmt: skip
+    if outcome.status == "preempted":
+        # Not a return: the other runs of this command must not begin.
+        raise Preempted(f"{outcome.reason} at step {outcome.step} of {run.run_name}")
+    if team is not None:
+        team.dismiss(OK)  # this process evaluates alone
+    evaluated = time.perf_counter()
+    measured: dict[str, Any] = {}
+    if outcome.status == "trained":
+        try:
+            measured = evaluation.evaluate(
+                run, outcome.model, data, outcome.machine, directory.path
+            )
+        except ValueError as error:  # its inputs were checked before training: not the user's
+            raise RuntimeError(f"evaluation: {error}") from error
+        train.board_final(directory, measured, outcome.step)
+        export(
+            outcome.model,
+            data.tokenizer_path,
+            directory.path / "final",
+            max_position_embeddings=run.training.seq_len,
+        )
+    metrics = record.metrics(
+        facts, outcome, measured,
+        eval_seconds=time.perf_counter() - evaluated,
+        wall_seconds=time.perf_counter() - begun,
+    )  # fmt: skip
+    directory.finish(metrics)
+    remote.push_final(directory, digests)
+    print(record.summary(metrics))

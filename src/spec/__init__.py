@@ -1,0 +1,1 @@
+"""What is asked, and the integers it means: experiment file, allocation, prices, exit codes."""

@@ -1,0 +1,1 @@
+"""Bytes that survive a crash: atomic files, lock, run directory, checkpoints, object store."""

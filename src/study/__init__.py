@@ -1,0 +1,1 @@
+"""Which run comes next, starting it, and the engines that run many."""

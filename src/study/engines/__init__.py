@@ -1,0 +1,1 @@
+"""The same runs through local processes, Slurm or SkyPilot."""

@@ -1,0 +1,139 @@
+"""The SkyPilot engine: one managed spot job a run, whose checkpoints live in a bucket.
+
+A job that exits 75, or whose machine is taken away, is started again on another machine, which has
+an empty disk: `--remote` is where it goes on from. Its finished files end up there, too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from src.data import leakage
+from src.data import tokens as data
+from src.storage.run_dir import write_atomic
+from src.study.engines.runs import ENTRY, Launch, Run
+
+WORKDIR = "~/sky_workdir"  # where SkyPilot puts `workdir` and begins `setup` and `run`
+
+# A bare image has some python3, perhaps an old one, perhaps without venv, and no compiler (so runs
+# are eager there). uv, from PyPI or its own installer, brings a Python where none fits.
+_SETUP = """\
+set -e
+export PATH="$HOME/.local/bin:$PATH"
+if [ ! -x .venv/bin/python ]; then
+  found=
+  for python in python3.13 python3.12 python3.11 python3; do
+    if "$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+      found=$python
+      break
+    fi
+  done
+  if [ -n "$found" ]; then
+    "$found" -m venv .venv
+  else
+    command -v uv > /dev/null || python3 -m pip install --user uv \\
+      || curl -LsSf https://astral.sh/uv/install.sh | sh
+    uv venv --seed --python 3.11 .venv
+  fi
+fi
+if [ -n "$TORCH_INDEX" ]; then
+  .venv/bin/python -m pip install -q torch==$(sed -n 's/^torch==//p' requirements.txt) \\
+    --index-url "$TORCH_INDEX"
+fi
+.venv/bin/python -m pip install -q -r requirements.txt
+"""
+
+
+def check(launch: Launch, remote: str | None) -> None:
+    """Raises ValueError for what could not work on another machine."""
+    if remote is None or remote.startswith("file:"):
+        raise ValueError(
+            f"--remote: found {remote or 'nothing'}, expected a bucket (s3://, gs:// or abfs://): "
+            "a machine that is taken away takes its disk with it"
+        )
+    if Path.cwd() != ENTRY.parent:
+        raise ValueError(
+            f"found the working directory {Path.cwd()}, expected {ENTRY.parent}: SkyPilot copies "
+            "the directory that it is started in, so start there"
+        )
+
+
+def task(launch: Launch, run: Run, *, gpu: str, spot: bool) -> str:
+    """SkyPilot's YAML for one run. gpu: "A100:1", or "none". Raises ValueError: missing tokens.
+
+    The tokens travel with the job, so that every machine trains on the same bytes; the code does as
+    SkyPilot's `workdir`, less what .gitignore names.
+    """
+    command = shlex.join([ENTRY.name, *run.arguments])
+    lines = [
+        "# Written by python -m src.study.engines --engine sky; start it with sky jobs launch.",
+        f"name: {_quoted(_name(launch, run))}",
+        "resources:",
+        *([f"  accelerators: {_quoted(gpu)}"] if gpu != "none" else []),
+        f"  use_spot: {json.dumps(spot)}",
+        "  disk_size: 100",
+        "  job_recovery:",
+        "    max_restarts_on_errors: 0",
+        "    recover_on_exit_codes: [75]",
+        "workdir: .",
+        "envs:",
+        '  TORCH_INDEX: ""  # a PyTorch wheel index, where pip\'s torch is too new for the driver',
+        "file_mounts:",
+        *(f"  {_quoted(place)}: {_quoted(source)}" for place, source in _mounts(launch, run)),
+        "setup: |",
+        *_indented(_SETUP),
+        "run: |",
+        *_indented(f"exec .venv/bin/python {command}\n"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(launch: Launch, directory: Path, *, gpu: str, spot: bool) -> list[Path]:
+    """`<directory>/<sweep>-<run>.yaml` of every run."""
+    texts = {run.name: task(launch, run, gpu=gpu, spot=spot) for run in launch.runs}
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, text in texts.items():
+        paths.append(directory / f"{launch.sweep}-{name}.yaml")
+        write_atomic(paths[-1], text.encode())
+    return paths
+
+
+def _name(launch: Launch, run: Run) -> str:
+    """A letter first, then letters, digits, `-`, `_` and `.`: what SkyPilot takes."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"run-{launch.sweep}-{run.name}")
+
+
+def _mounts(launch: Launch, run: Run) -> Iterator[tuple[str, str]]:
+    """(place on the machine, path here) of what the code's directory does not bring along."""
+    tokens = run.config.token_dir
+    corpus = data.load(tokens, run.config.model.vocab_size).corpus
+    needed = [tokens]
+    if "smallbench_accuracy" in run.config.evaluation.metrics:
+        needed.append(Path(run.config.evaluation.smallbench_dir))
+        report = leakage.report_path(run.config.evaluation.leakage, needed[-1], corpus)
+        if report is not None and needed[-1] not in report.parents:
+            needed.append(report)
+    if _outside(launch.config_file):
+        needed.append(launch.config_file)
+    for path in needed:
+        if not path.exists():
+            raise ValueError(f"{launch.config_file}: {path} does not exist, expected it here")
+        yield (str(path) if path.is_absolute() else f"{WORKDIR}/{path}"), str(path)
+
+
+def _outside(path: Path) -> bool:
+    """Whether `workdir` does not hold the path (its ignored files apart)."""
+    return Path.cwd() not in path.resolve().parents
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)  # a JSON string is a YAML string
+
+
+def _indented(text: str) -> list[str]:
+    return [f"  {line}".rstrip() for line in text.splitlines()]

@@ -1,0 +1,1 @@
+"""What runs next and what is decided, phase by phase; no file, clock or GPU."""

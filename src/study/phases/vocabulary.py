@@ -1,0 +1,179 @@
+"""Phase 1b of a plan: does the best share move with the vocabulary and the head?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from src.analysis import decisions
+from src.spec.config import Sweep
+from src.study.phases.cells import STAGES, Cell, Source, feasible, model_keys
+from src.study.phases.ledger import Ledger
+
+Variant = tuple[int, bool]  # vocabulary, tied
+
+
+def vocabularies(ledger: Ledger, template: Source, leader: str) -> None:
+    """Vocabulary x tying at the leading share and its neighbours, on equal training bytes."""
+    stage = STAGES[3]
+    sweep, dropped = _grid_sweep(ledger, template, leader)
+    cells = ledger.cells(sweep, sweep.names, range(ledger.config.vocabulary_seeds))
+    for cell in cells:
+        ledger.need_tokens(stage, cell)
+    # No run of its own for the baseline: token perplexity cannot kill across vocabularies.
+    if not ledger.schedule(stage, cells, own_baseline=False):
+        return
+    if dropped:
+        ledger.decide(
+            "1b", "allocation", dropped, "left out",
+            "no shape is within the allocator's bounds at this share.",
+        )  # fmt: skip
+    _shift_decisions(ledger, cells)
+
+
+def _grid_sweep(ledger: Ledger, template: Source, leader: str) -> tuple[Sweep, list[str]]:
+    """The sweep that the study makes, and the cells that the allocator cannot serve."""
+    stated = ledger.sweep(template, "rank")
+    variants = list(
+        dict.fromkeys((run.model.vocab_size, run.model.tie_embeddings) for run in stated.runs)
+    )
+    budgets = _byte_budgets(ledger, variants)
+    raw = vocabulary_grid(template.raw, _neighbours(ledger, leader), variants, budgets)
+    made = Source(ledger.generated("vocab_tying.yaml"), raw)
+    whole = ledger.sweep(made, "rank")
+    fits = [run.experiment for run in whole.runs if feasible(run.model)]
+    if not fits:
+        raise ValueError(
+            f"{template.path}: found no vocabulary that the allocator can serve at these "
+            "shares, expected one at least; set vocabulary to null in the study file"
+        )
+    raw["experiments"] = [entry for entry in raw["experiments"] if entry["name"] in fits]
+    ledger.sweeps[made.path] = raw
+    return ledger.sweep(made, "rank"), [name for name in whole.names if name not in fits]
+
+
+def _neighbours(ledger: Ledger, leader: str) -> list[Mapping[str, Any]]:
+    """Experiments of the share sweep: the leader and the shares on both sides of it."""
+    cells = ledger.cells(ledger.embedding, ledger.embedding.names, [0])
+    ordered = [c.run.experiment for c in sorted(cells, key=lambda c: c.answer.params.share)]
+    place = ordered.index(leader)
+    near = ordered[max(0, place - 1) : place + 2]
+    entries = {entry["name"]: entry for entry in ledger.study.embedding.raw["experiments"]}
+    defaults = {cell.run.experiment: cell.run.model.embedding_ratio for cell in cells}
+    found: list[Mapping[str, Any]] = []
+    for name in near:
+        entry = dict(entries[name])
+        if defaults[name] is not None:
+            entry.setdefault("embedding_ratio", defaults[name])
+        found.append(entry)
+    return found
+
+
+def _byte_budgets(ledger: Ledger, variants: Sequence[Variant]) -> dict[int, int]:
+    """Ranking tokens of each other vocabulary that hold as many bytes as the study's own."""
+    reference = ledger.embedding.runs[0]
+    ours = ledger.record.train_tokens.get(reference.model.vocab_size)
+    budgets = {}
+    for vocab, _ in variants:
+        theirs = ledger.record.train_tokens.get(vocab)
+        if vocab != reference.model.vocab_size and ours and theirs:
+            budgets[vocab] = round(reference.training.tokens * theirs / ours)
+    return budgets
+
+
+def vocabulary_grid(
+    template: Mapping[str, Any],
+    shares: Sequence[Mapping[str, Any]],
+    variants: Sequence[tuple[int, bool]],
+    budget: Mapping[int, int],
+) -> dict[str, Any]:
+    """Each variant (vocabulary, tied) at each of the `shares` (experiments of the share sweep).
+
+    budget: ranking tokens by vocabulary where they differ from the template's, so that all
+    variants train on equal bytes.
+    """
+    experiments = []
+    for vocab, tied in variants:
+        size = f"{vocab // 1000}k" if vocab % 1000 == 0 else str(vocab)
+        for share in shares:
+            entry: dict[str, Any] = {
+                **model_keys(share),
+                "name": f"{share['name']}-v{size}-{'tied' if tied else 'untied'}",
+                "vocab_size": vocab,
+                "tie_embeddings": tied,
+            }
+            if vocab in budget:
+                entry["training"] = {"tokens": budget[vocab], "ranking_tokens": budget[vocab]}
+            experiments.append(entry)
+    return {
+        **{key: value for key, value in template.items() if key != "baseline"},
+        "experiments": experiments,
+    }
+
+
+def _variant(cell: Cell) -> Variant:
+    return cell.run.model.vocab_size, cell.run.model.tie_embeddings
+
+
+def _shift_decisions(ledger: Ledger, cells: Sequence[Cell]) -> None:
+    bits, noise = _bits_per_byte(ledger, cells), _bits_noise(ledger)
+    layers = {cell.run.experiment: cell.answer.model.n_layers for cell in cells}
+    leads = []
+    for vocab, tied in dict.fromkeys(map(_variant, cells)):
+        alike = [cell for cell in cells if _variant(cell) == (vocab, tied)]
+        names = dict.fromkeys(cell.run.experiment for cell in ledger.different(alike))
+        found = {name: bits[name] for name in names if name in bits}
+        label = f"{vocab} {'tied' if tied else 'untied'}"
+        if not found:
+            ledger.decide("1b", f"best share, {label}", [], "none", "no cell has a result.")
+            continue
+        promotion = decisions.promote(found, noise)
+        numbers = [
+            f"{name} {value:.4f} bits/byte at {layers[name]} layers"
+            for name, value in promotion.ranking
+        ]
+        clear = len(promotion.promoted) == 1
+        leads.append((label, *promotion.ranking[0]))
+        verdict = promotion.promoted[0] if clear else \
+            f"{' or '.join(promotion.promoted)}, not separable"  # fmt: skip
+        ledger.decide("1b", f"best share, {label}", numbers, verdict, promotion.reason)
+    shares = {name.rpartition("-v")[0] for _, name, _ in leads}
+    seeds = ledger.config.vocabulary_seeds
+    ledger.decide(
+        "1b", "shift of the best share",
+        [f"{label}: {name} {value:.4f}" for label, name, value in leads],
+        "no shift" if len(shares) == 1 else "the best shares differ",
+        "lowest dev bits per byte of each vocabulary and head, on equal documents and equal "
+        f"training bytes; {'one seed' if seeds == 1 else f'{seeds} seeds'} a cell, so read it "
+        "with the separability above.",
+    )  # fmt: skip
+
+
+def _bits_per_byte(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, list[float]]:
+    """Dev bits per byte of each experiment's finished seeds, over the documents that all cells
+    scored where they kept them."""
+    done = ledger.finished(cells)
+    losses = [ledger.documents(cell, "validation") for cell in done]
+    kept = [found for found in losses if found is not None]
+    if len(kept) == len(done):
+        count = min((len(found.nats) for found in kept), default=0)
+        values = [
+            float(np.sum(found.nats[:count]) / math.log(2) / np.sum(found.bytes[:count]))
+            for found in kept
+        ]
+    else:
+        values = [float((ledger.result(cell) or {})["dev_bits_per_byte"]) for cell in done]
+    bits: dict[str, list[float]] = {}
+    for cell, value in zip(done, values, strict=True):
+        bits.setdefault(cell.run.experiment, []).append(value)
+    return bits
+
+
+def _bits_noise(ledger: Ledger) -> decisions.Noise | None:
+    baseline = ledger.embedding.baseline
+    seeds = ledger.cells(ledger.embedding, [baseline], range(ledger.config.noise_seeds))
+    found = ledger.losses(seeds, "dev_bits_per_byte")
+    return decisions.pooled_noise({baseline: found}) if len(found) > 1 else None
