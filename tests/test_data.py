@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.data.tokens import Windows, consecutive_windows
 from src.data import tokens as data
+from src.data.tokens import Windows, consecutive_windows
 from tests.conftest import VOCAB
 
 TOKENS = np.arange(3 * 7 * 5 + 1, dtype=np.uint16)  # its value is its place

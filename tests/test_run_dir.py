@@ -87,7 +87,8 @@ def test_stopped_holder_keeps_the_lock(tmp_path):
 
 
 def test_forked_child_of_a_killed_holder_does_not_keep_the_lock(tmp_path):
-    body = "import os\nchild = os.fork()\nif child == 0:\n    time.sleep(60)\nprint(child)"
+    # The child speaks, so it has been through what a fork does to its locks.
+    body = "import os\nif os.fork() == 0:\n    print(os.getpid(), flush=True)\ntime.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER.format(body=body), str(tmp_path)],
         cwd=ROOT,

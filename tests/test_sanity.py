@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from src.data.tokens import TokenData
 from src.data import tokens as data
+from src.data.tokens import TokenData
 from src.models.transformer import Transformer
 from src.spec import allocation, config
 from src.spec.allocation import Allocation, count_params

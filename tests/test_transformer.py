@@ -259,7 +259,8 @@ def test_attention_equals_softmax_written_out(length, low):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
         else:  # gradients are rounded to bf16 on their way back through the casts
             bound = 0.01 if exact else 0.03
-            assert float((ours - theirs).norm()) <= bound * float(theirs.norm())
+            # One token attends to itself alone: its scores have no gradient but rounding.
+            assert float((ours - theirs).norm()) <= bound * float(theirs.norm()) + 1e-5
 
 
 @pytest.mark.parametrize("length", [1, 17, QUERY_BLOCK, QUERY_BLOCK + 1, CPU_SHORT_SEQUENCE])
