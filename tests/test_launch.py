@@ -364,8 +364,9 @@ class Machine:
     def __init__(self, home: Path, checkout: Path, file: Path) -> None:
         self.task = yaml.safe_load(file.read_text())
         self.workdir = home / "sky_workdir"
-        ignored = shutil.ignore_patterns("data", "launch", "__pycache__")  # as .gitignore has them
-        shutil.copytree(checkout, self.workdir, ignore=ignored)
+        shutil.copytree(checkout, self.workdir, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("data", "launch"):  # of the root alone, as .gitignore has them
+            shutil.rmtree(self.workdir / name, ignore_errors=True)
         for place, source in self.task["file_mounts"].items():
             shutil.copytree(checkout / source, home / place.removeprefix("~/"))
         python = self.workdir / ".venv" / "bin" / "python"
@@ -406,10 +407,10 @@ def test_the_run_section_goes_on_from_the_bucket_on_a_machine_with_an_empty_disk
 
 
 def test_setup_is_a_shell_script_and_finds_a_python_that_is_new_enough(checkout, tmp_path):
-    """Run for real up to its virtual environment; pip is told to install nothing."""
+    """Run for real; the requirements are empty, so that pip needs no index."""
     (file,) = sky_files(checkout, "s3://bucket/prefix")
     task = yaml.safe_load(file.read_text())
-    (tmp_path / "requirements.txt").write_text("torch==0\n")
+    (tmp_path / "requirements.txt").write_text("# none\n")
     environment = {
         **os.environ, **task["envs"], "HOME": str(tmp_path), "PIP_DRY_RUN": "1",
         "PIP_NO_INDEX": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -417,7 +418,7 @@ def test_setup_is_a_shell_script_and_finds_a_python_that_is_new_enough(checkout,
     done = subprocess.run(
         ["bash", "-c", task["setup"]], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert "No matching distribution found for torch==0" in done.stderr
+    assert done.returncode == 0, done.stderr
     version = subprocess.run(
         [str(tmp_path / ".venv/bin/python"), "-c", "import sys; print(sys.version_info[:2])"],
         capture_output=True, text=True, check=True,
