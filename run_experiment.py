@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from src import run as execution
 from src.compute import process_group as distributed
 from src.run import Preempted
-from src.spec import allocation, config, costs
+from src.spec import allocation, allocation_table, config, costs
 from src.spec.command_line import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Parser
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         answers = _allocate(sweep)
         runs = sweep.chosen(arguments.exp or ["all"], arguments.seed)
         if arguments.dry_run:
-            _print_plan(answers, arguments.json)
+            _print_plan(sweep, answers, arguments.json)
             if not arguments.json:
                 _print_floor(answers, runs)
             return OK
@@ -164,17 +164,23 @@ def _preempt(number: int, _frame: object) -> NoReturn:
 
 def _allocate(sweep: config.Sweep) -> dict[str, allocation.Allocation]:
     try:
-        return allocation.allocate({run.experiment: run.model for run in sweep.runs})
+        return allocation.allocate(
+            {run.experiment: run.model for run in sweep.runs}, sweep.baseline
+        )
     except ValueError as error:
         raise ValueError(f"{sweep.file}: {error}") from None
 
 
-def _print_plan(answers: dict[str, allocation.Allocation], as_json: bool) -> None:
-    if not as_json:
-        print(allocation.table(answers))
+def _print_plan(
+    sweep: config.Sweep, answers: dict[str, allocation.Allocation], as_json: bool
+) -> None:
+    if as_json:
+        for name, answer in answers.items():
+            print(json.dumps(allocation_table.as_json(name, answer)))
         return
-    for name, answer in answers.items():
-        print(json.dumps(allocation.as_json(name, answer)))
+    print(allocation_table.table(answers))
+    for note in allocation_table.notes(answers, sweep.baseline):
+        print(f"note: {note}")
 
 
 def _print_floor(

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     asked = parser.parse_args(arguments)
     sweep = load_sweep(asked.config)
-    answers = allocate({run.experiment: run.model for run in sweep.runs})
+    answers = allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
     cells = [answers[name].model for name in sweep.names]
     shapes = [cells[i % len(cells)] for i in range(asked.runs)]
     found: dict[str, list[float]] = {"before": [], "after": []}

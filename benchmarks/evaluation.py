@@ -69,7 +69,7 @@ def _perplexity(asked: Any) -> dict[str, Any]:
     from src.models.transformer import Transformer
 
     sweep = load_sweep(asked.config)
-    answers = allocate({run.experiment: run.model for run in sweep.runs})
+    answers = allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
     run, model = sweep.run(asked.exp, 0), answers[asked.exp].model
     tokens = data.load(asked.tokens / f"v{model.vocab_size}", model.vocab_size)
     torch.manual_seed(0)

@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     names = ["ours", *(name for name in asked.peers if name != "ours")]
     sweep = load_sweep(asked.config)
-    answers = allocate({run.experiment: run.model for run in sweep.runs})
+    answers = allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
     micro: dict[str, int] = {}
     cells: dict[str, Any] = {}
     for experiment in asked.exp:

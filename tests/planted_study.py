@@ -55,7 +55,9 @@ def write(
         for phase in phases:
             file = ROOT / "configs" / f"{name}.yaml"
             sweep = config.load_sweep(file, overrides, phase)
-            answers = allocation.allocate({run.experiment: run.model for run in sweep.runs})
+            answers = allocation.allocate(
+                {run.experiment: run.model for run in sweep.runs}, sweep.baseline
+            )
             for cell in sweep.runs:
                 for number in seeds:
                     run = sweep.run(cell.experiment, number)

@@ -100,7 +100,9 @@ def cells_of(*files: str) -> np.ndarray:
     rows = []
     for name in files:
         sweep = config.load_sweep(ROOT / "configs" / f"{name}.yaml")
-        built = allocation.allocate({run.experiment: run.model for run in sweep.runs})
+        built = allocation.allocate(
+            {run.experiment: run.model for run in sweep.runs}, sweep.baseline
+        )
         rows += [(a.params.share, a.glu_expansion, a.model.n_layers) for a in built.values()]
     return np.array(rows, dtype=np.float64)
 

@@ -20,7 +20,9 @@ MINIATURES = ("miniature_frontier", "miniature_factorised", "miniature_depth_con
 
 def built(name: str) -> list[Allocation]:
     sweep = load_sweep(ROOT / "configs" / f"{name}.yaml")
-    return list(allocate({run.experiment: run.model for run in sweep.runs}).values())
+    return list(
+        allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline).values()
+    )
 
 
 POCKETS = ("pocket_frontier", "pocket_factorised")

@@ -19,7 +19,8 @@ ROOMS = (
 PURE = {"analysis.decisions", "spec.kill_rule", "analysis.science.published_laws", "spec.rates"}
 # Everything before the lock: these may not cost torch's import.
 WITHOUT_TORCH = (
-    "spec.config", "spec.allocation", "spec.costs", "spec.kill_rule", "spec.command_line",
+    "spec.config", "spec.allocation", "spec.allocation_table", "spec.costs", "spec.kill_rule",
+    "spec.command_line",
     "storage.run_dir", "data.tokens", "data.tasks", "data.leakage", "evaluation.metrics",
     "compute.process_group", "preflight", "run", "study.sanity", "study.runner",
 )  # fmt: skip

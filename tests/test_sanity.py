@@ -25,7 +25,7 @@ from src.study import sanity, sanity_training
 
 def loaded(sweep_file: Path, name: str) -> tuple[RunConfig, Allocation, TokenData]:
     sweep = config.load_sweep(sweep_file, (), "rank")
-    answers = allocation.allocate({run.experiment: run.model for run in sweep.runs})
+    answers = allocation.allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
     run = sweep.run(name, 0)
     return run, answers[name], data.load(run.token_dir, run.model.vocab_size)
 

@@ -39,7 +39,9 @@ class Lab:
 
     def plan(self, name: str = "base", *overrides: str) -> tuple[RunConfig, Any, Any, Any]:
         sweep = config.load_sweep(self.sweep_file, overrides)
-        answers = allocation.allocate({run.experiment: run.model for run in sweep.runs})
+        answers = allocation.allocate(
+            {run.experiment: run.model for run in sweep.runs}, sweep.baseline
+        )
         run = sweep.run(name, 0)
         return run, answers[name], sweep, data.load(run.token_dir, run.model.vocab_size)
 

@@ -38,7 +38,7 @@ def prd_cells() -> dict[str, ModelConfig]:
     cells: dict[str, ModelConfig] = {}
     for sweep in ("embed_ratio", "glu_expansion"):
         runs = load_sweep(CONFIGS / f"{sweep}.yaml").runs
-        answers = allocate({run.experiment: run.model for run in runs})
+        answers = allocate({run.experiment: run.model for run in runs}, runs[0].baseline)
         cells |= {name: answer.model for name, answer in answers.items()}
     return cells
 

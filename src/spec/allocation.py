@@ -1,8 +1,9 @@
 """From a request (budget, share, expansion) to final integers. Closed form; imports no torch.
 
 Notation: T parameters in all, V vocabulary, d = d_model, a = n_heads * head_dim, L layers,
-F = d_ff, r = F / d, E = embedding_dim. Per layer: attention 4 d a, FFN 3 d F, norms.
-The search visits every width and depth within the tolerances, so a refusal is a proof.
+F = d_ff, E = embedding_dim. Per layer: attention 4 d a, FFN 3 d F, norms. For each (d, heads, L)
+the tolerances of total, share and expansion are one interval of F, so the search visits every
+multiple of 8 that is allowed: a refusal is a proof (a test compares it with brute force).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from operator import truediv
 
-from src.spec.config import ModelConfig, ModelRequest
+from src.spec.config import DEFAULT_SHARE, ModelConfig, ModelRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +39,7 @@ class Params:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allocation:
-    """A request and its answer."""
+    """A request and the model that serves it."""
 
     request: ModelRequest
     model: ModelConfig
@@ -60,23 +63,41 @@ class Allocation:
     def glu_error(self) -> float:
         return abs(self.glu_expansion / self.request.glu_expansion - 1)
 
+    @property
+    def errors(self) -> tuple[float, float, float]:
+        """What is made small, in this order: GLU, then total, then share."""
+        return (self.glu_error, self.total_error, self.share_error)
+
+
+# ------------------------------------------------------------------------------------ the bounds
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """How far an answer may be from its request (fractions; share in absolute terms)."""
+    """How far a model may be from its request (fractions; share in absolute terms)."""
 
     total: float
     share: float
     glu: float
     attention: float  # |a / d - 1| where depth absorbs the budget
+    layers: int = 128  # no recipe is known for four times the deepest published near this size
 
 
 STRICT = Tolerance(total=0.005, share=0.0125, glu=0.05, attention=0.10)
 WIDE = Tolerance(total=0.005, share=0.015, glu=0.12, attention=0.10)
 # With heads of 32, d = 112 has no attention width nearer than 96 or 128.
 WIDEST = replace(WIDE, attention=0.15)
+# A frame that is stated leaves few expansions where layers are few: d 280 with 8 heads of 32 has
+# none between 3.51 (5 layers) and 4.60 (4 layers) in 10M parameters with 16k tokens.
+PINNED = replace(WIDEST, glu=0.20)
+TIERS = (STRICT, WIDE, WIDEST)  # the first that has a shape is used
+ROUNDING = 1e-9  # of the divisions above: a total that is off by exactly 0.5 % is allowed
+
 WIDTH_STEP = 8  # d_model and d_ff are multiples of it
 SMALL_MODEL = 3_000_000  # under it heads of 16 are allowed
+# MobileLLM-350M and SmolLM2-360M, the deepest published near this size, have half as many layers.
+DEEP_LAYERS = 64  # the dry run warns beyond it
+MIN_HEADS = 2  # one head is another kind of model: it attends to one thing at a time
 MIN_HEADS_AS_SLACK = 4  # `allocate: attention` may not squeeze attention below this
 # A factorised share hardly fixes d. Then ln d stays this close to Levine et al. 2020's
 # (arXiv 2006.12467) best width at that depth, ln d = 5.039 + 0.0555 L.
@@ -108,372 +129,321 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 6 * (head + params.attention + params.ffn + attention)
 
 
-# ------------------------------------------------------------------------------------- the search
+# ------------------------------------------------------------------------------------ the search
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What all cells of a group share: width and heads (attention width where depth is slack)."""
+    """What the experiments of a group share. Depth absorbs the budget (n_layers 0: any), or the
+    number of heads does (n_heads 0: any)."""
 
     d_model: int
     head_dim: int
     n_heads: int
+    n_layers: int
 
 
-def _widths(request: ModelRequest, tolerance: Tolerance) -> list[int]:
-    """All multiples of 8 whose table keeps the share within tolerance (or the forced width)."""
-    if request.d_model is not None:
-        return [request.d_model]
-    tables = 1 if request.tie_embeddings else 2
-    total, rank, asked = request.total_params, request.embedding_dim, request.embedding_ratio
-    # One layer, even with the narrowest FFN, must fit: 4 d (0.85 d) < T.
-    largest = int(math.sqrt(total / 3)) + WIDTH_STEP
-    if rank is not None:
-        low, high = rank, largest
-    else:
-        assert asked is not None
-        low = int((asked - tolerance.share) * total * (1 - tolerance.total))
-        high = int((asked + tolerance.share) * total * (1 + tolerance.total))
-        low, high = low // (tables * request.vocab_size), high // (tables * request.vocab_size)
-    first = max(WIDTH_STEP, math.ceil(low / WIDTH_STEP) * WIDTH_STEP)
-    return list(range(first, min(high, largest) + 1, WIDTH_STEP))
-
-
-def _head_dims(total: int) -> tuple[int, ...]:
-    return (32, 64, 16) if total < SMALL_MODEL else (32, 64)
-
-
-def _frames(request: ModelRequest, tolerance: Tolerance) -> Iterator[_Frame]:
-    for width in _widths(request, tolerance):
-        for head_dim in _head_dims(request.total_params):
-            nearest = round(width / head_dim)
-            for n_heads in range(max(1, nearest - 1), nearest + 2):
-                if abs(n_heads * head_dim / width - 1) <= tolerance.attention + 1e-9:
-                    yield _Frame(width, head_dim, n_heads)
-
-
-def _answer(request: ModelRequest, frame: _Frame, n_layers: int, d_ff: int) -> Allocation:
+def _allocation(request: ModelRequest, frame: _Frame, n_layers: int, d_ff: int) -> Allocation:
     model = ModelConfig(
-        vocab_size=request.vocab_size,
-        d_model=frame.d_model,
-        n_layers=n_layers,
-        n_heads=frame.n_heads,
-        head_dim=frame.head_dim,
-        d_ff=d_ff,
-        embedding_dim=request.embedding_dim,
-        tie_embeddings=request.tie_embeddings,
-        qk_norm=request.qk_norm,
-    )
+        d_model=frame.d_model, n_layers=n_layers, n_heads=frame.n_heads, head_dim=frame.head_dim,
+        d_ff=d_ff, vocab_size=request.vocab_size, embedding_dim=request.embedding_dim,
+        tie_embeddings=request.tie_embeddings, qk_norm=request.qk_norm,
+    )  # fmt: skip
     return Allocation(request=request, model=model, params=count_params(model))
 
 
-def _key(answer: Allocation) -> tuple[float, ...]:
-    """Smallest GLU error, then total, then share."""
-    return (answer.glu_error, answer.total_error, answer.share_error)
+def _multiples(low: float, high: float) -> range:
+    """The multiples of 8 from `low` to `high`, above 0."""
+    first = max(1, math.ceil(low / WIDTH_STEP))
+    return range(first * WIDTH_STEP, math.floor(high / WIDTH_STEP) * WIDTH_STEP + 1, WIDTH_STEP)
 
 
-def _allowed(answer: Allocation, tolerance: Tolerance) -> bool:
-    return (
-        answer.total_error <= tolerance.total
-        and answer.share_error <= tolerance.share
-        and answer.glu_error <= tolerance.glu
-    )
+def _nearest(allowed: range, asked: float) -> set[int]:
+    """The members of `allowed` that lie nearest to `asked`, one on each side."""
+    if not allowed:
+        return set()
+    below = math.floor(asked / WIDTH_STEP) * WIDTH_STEP
+    return {min(max(near, allowed[0]), allowed[-1]) for near in (below, below + WIDTH_STEP)}
 
 
-def _body(request: ModelRequest, frame: _Frame) -> int:
-    """Parameters left for the layers."""
-    empty = _answer(request, frame, 0, 0)
-    return request.total_params - empty.params.total
+def _widths(request: ModelRequest, tolerance: Tolerance) -> Sequence[int]:
+    """All d_model whose embedding keeps the share within tolerance (or the forced one)."""
+    if request.d_model is not None:
+        return [request.d_model]
+    total, rank, asked = request.total_params, request.embedding_dim, request.embedding_ratio
+    largest = _widest(request, tolerance)
+    if rank is not None:
+        return _multiples(rank, largest)
+    assert asked is not None
+    low = (asked - tolerance.share - ROUNDING) * total * (1 - tolerance.total - ROUNDING)
+    high = (asked + tolerance.share + ROUNDING) * total * (1 + tolerance.total + ROUNDING)
+    return _multiples(low / _column(request), min(high / _column(request), largest))
 
 
-def _ffn_widths(exact: float, room: float, asked: float) -> list[int]:
-    """The multiples of 8 within `room` of `exact` that lie nearest to `asked` (one a side);
-    where none lies within, the two around `exact`."""
-    low = max(1, math.ceil((exact - room) / WIDTH_STEP))
-    high = math.floor((exact + room) / WIDTH_STEP)
-    if low > high:
-        low = max(1, math.floor(exact / WIDTH_STEP))
-        high = low + 1
-    nearest = math.floor(asked / WIDTH_STEP)
-    return [WIDTH_STEP * step for step in {min(max(n, low), high) for n in (nearest, nearest + 1)}]
+def _column(request: ModelRequest) -> int:
+    """Embedding parameters of one unit of width."""
+    return (1 if request.tie_embeddings else 2) * request.vocab_size
 
 
-def _at_depth(
-    request: ModelRequest, frame: _Frame, n_layers: int, tolerance: Tolerance
-) -> Iterator[Allocation]:
-    """The best d_ff at this frame and depth: within the budget, or just missing it."""
-    bare = _answer(request, frame, n_layers, 0).params.total
-    per_unit = 3 * frame.d_model * n_layers
-    exact = (request.total_params - bare) / per_unit
-    room = tolerance.total * request.total_params / per_unit
-    for d_ff in _ffn_widths(exact, room, request.glu_expansion * frame.d_model):
-        yield _answer(request, frame, n_layers, d_ff)
+def _widest(request: ModelRequest, tolerance: Tolerance) -> float:
+    """The d at which the embedding and one narrow layer, c d^2, are the whole budget."""
+    chosen = request.allocate == "attention" or request.n_heads is not None
+    attention = 0.0 if chosen else 4 * (1 - tolerance.attention)
+    c = attention + 3 * request.glu_expansion * (1 - tolerance.glu)
+    half = 0.0 if request.embedding_dim else _column(request) / (2 * c)
+    return math.sqrt(half**2 + 1.01 * request.total_params / c) - half
 
 
-def _depths(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> Sequence[int]:
-    """The depths at which the asked expansion meets the budget within tolerance."""
-    if request.n_layers is not None:
-        return (request.n_layers,)
-    empty, one = (_answer(request, frame, layers, 0).params.total for layers in (0, 1))
-    ffn = 3 * frame.d_model**2 * request.glu_expansion
-    body, fixed = request.total_params - empty, one - empty
-    low = math.floor(body / (fixed + ffn * (1 + tolerance.glu)))
-    high = math.ceil(body / (fixed + ffn * max(0.0, 1 - tolerance.glu)))
-    return range(max(1, low), high + 1)
+def _frames(request: ModelRequest, tolerance: Tolerance, n_layers: int) -> Iterator[_Frame]:
+    """Every width with every number of heads; of any number where `n_layers` is given (not 0)."""
+    small = request.total_params < SMALL_MODEL
+    head_dims = (request.head_dim,) if request.head_dim else (16, 32, 64) if small else (32, 64)
+    for width in _widths(request, tolerance):
+        for head_dim in head_dims:
+            slack = (tolerance.attention + ROUNDING) * width
+            low = max(MIN_HEADS, math.ceil((width - slack) / head_dim))
+            counts: Sequence[int] = range(low, math.floor((width + slack) / head_dim) + 1)
+            if n_layers or (request.n_heads and request.head_dim):  # a width that the user chose
+                counts = (request.n_heads or 0,)
+            elif request.n_heads:
+                counts = [n for n in counts if n == request.n_heads]
+            for n_heads in counts:
+                yield _Frame(width, head_dim, n_heads, n_layers)
 
 
-def _depth_slack(
-    request: ModelRequest, frame: _Frame, tolerance: Tolerance
-) -> Iterator[Allocation]:
-    """Answers at this frame in which depth absorbs the budget."""
-    for n_layers in _depths(request, frame, tolerance):
-        yield from _at_depth(request, frame, n_layers, tolerance)
+def _budget(request: ModelRequest, embedding: int, tolerance: Tolerance) -> tuple[float, float]:
+    """The least and the most parameters in all that total and share allow."""
+    slack, asked = tolerance.total + ROUNDING, request.embedding_ratio
+    least, most = request.total_params * (1 - slack), request.total_params * (1 + slack)
+    if asked is not None:
+        slack = tolerance.share + ROUNDING
+        least = max(least, embedding / (asked + slack))
+        most = min(most, embedding / (asked - slack)) if asked > slack else most
+    return least, most
 
 
-def _attention_slack(
-    request: ModelRequest, frame: _Frame, n_layers: int, tolerance: Tolerance
-) -> Iterator[Allocation]:
-    """Answers at this width and depth in which the number of heads absorbs the budget."""
-    per_head = n_layers * 4 * frame.d_model * frame.head_dim
-    headless = _answer(request, replace(frame, n_heads=0), n_layers, 0).params.total
-    ffn = n_layers * 3 * frame.d_model**2 * request.glu_expansion
-    left = request.total_params - headless
-    low = math.floor((left - ffn * (1 + tolerance.glu)) / per_head)
-    high = math.ceil((left - ffn * (1 - tolerance.glu)) / per_head)
-    for n_heads in range(max(MIN_HEADS_AS_SLACK, low), high + 1):
-        yield from _at_depth(request, replace(frame, n_heads=n_heads), n_layers, tolerance)
+def _shapes(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> Iterator[Allocation]:
+    """At this frame, the allowed d_ff nearest to the asked one for every depth (and number of
+    heads) that leaves an allowed one."""
+    if frame.n_layers and not frame.n_heads:
+        for n_heads in _slack_heads(request, frame, tolerance):
+            yield from _shapes(request, replace(frame, n_heads=n_heads), tolerance)
+        return
+    empty, one = (_allocation(request, frame, layers, 0).params for layers in (0, 1))
+    fixed, unit = one.total - empty.total, 3 * frame.d_model  # of one layer; of one row of d_ff
+    least, most = _budget(request, empty.embedding + empty.projection, tolerance)
+    least, most = least - empty.total, most - empty.total
+    asked = request.glu_expansion * frame.d_model
+    slack = (tolerance.glu + ROUNDING) * asked
+    widths = _multiples(asked - slack, asked + slack)
+    if not widths:
+        return
+    low = math.ceil(least / (fixed + unit * widths[-1]))
+    high = math.floor(most / (fixed + unit * widths[0]))
+    forced = frame.n_layers or request.n_layers
+    if forced:
+        low, high = max(low, forced), min(high, forced)
+    for n_layers in range(max(low, 1), min(high, tolerance.layers) + 1):
+        if _natural(request, frame.d_model, n_layers):
+            room = [(total / n_layers - fixed) / unit for total in (least, most)]
+            allowed = _multiples(max(room[0], widths[0]), min(room[1], widths[-1]))
+            for d_ff in _nearest(allowed, asked):
+                yield _allocation(request, frame, n_layers, d_ff)
 
 
-def _best(answers: Iterator[Allocation], tolerance: Tolerance) -> Allocation | None:
-    allowed = [a for a in answers if _allowed(a, tolerance) and _natural(a)]
-    return min(allowed, key=_key, default=None)
+def _slack_heads(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> range:
+    """The numbers of heads that leave room for an FFN at this width and depth."""
+    headless = _allocation(request, frame, frame.n_layers, 0).params
+    _, most = _budget(request, headless.embedding + headless.projection, tolerance)
+    per_head = frame.n_layers * 4 * frame.d_model * frame.head_dim
+    return range(MIN_HEADS_AS_SLACK, math.floor((most - headless.total) / per_head) + 1)
 
 
-def _natural(answer: Allocation) -> bool:
+def _natural(request: ModelRequest, d_model: int, n_layers: int) -> bool:
     """Whether depth suits width, asked only where nothing else fixes the width."""
-    request, model = answer.request, answer.model
     if request.embedding_dim is None or request.d_model is not None or request.n_layers is not None:
         return True
-    return abs(math.log(model.d_model) - 5.039 - 0.0555 * model.n_layers) <= ASPECT_SLACK
+    return abs(math.log(d_model) - 5.039 - 0.0555 * n_layers) <= ASPECT_SLACK
 
 
-def _group_at(
-    group: Sequence[ModelRequest], frame: _Frame, tolerance: Tolerance, n_layers: int = 0
-) -> list[Allocation] | None:
-    """The whole group at one frame, or None where some cell has no answer.
-
-    `n_layers` is the depth to keep where attention is the slack; 0: the one that suits the frame.
-    """
-    if group[0].allocate == "attention" and not n_layers:
-        widest = max(group, key=lambda request: request.glu_expansion)
-        reference = _best(_depth_slack(widest, frame, tolerance), tolerance)
-        if reference is None:
-            return None
-        n_layers = reference.model.n_layers
-    answers = []
-    for request in group:
-        shapes = (
-            _attention_slack(request, frame, n_layers, tolerance)
-            if n_layers
-            else _depth_slack(request, frame, tolerance)
-        )
-        best = _best(shapes, tolerance)
-        if best is None:
-            return None
-        answers.append(best)
-    return answers
+def _fit(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> Allocation | None:
+    """The best shape at this frame."""
+    return min(_shapes(request, frame, tolerance), key=lambda a: a.errors, default=None)
 
 
-def _group_key(answers: Sequence[Allocation]) -> tuple[float, ...]:
-    """The worst cell decides. Errors are rounded (GLU to 1 %, total to 0.1 %) so that a width
-    which is a multiple of 32, which hardware likes, wins where it costs nothing else."""
-    worst = [max(errors) for errors in zip(*map(_key, answers), strict=True)]
-    model = answers[0].model
-    width = model.n_heads * model.head_dim
-    return (
-        round(worst[0], 2),
-        round(worst[1], 3),
-        model.head_dim != _usual_head_dim(answers[0]),
-        model.d_model % 32 != 0,
-        *worst,
-        abs(width - model.d_model),
-    )
+def _ranked(request: ModelRequest, tolerance: Tolerance, n_layers: int) -> list[_Frame]:
+    """The frames at which the request has a shape, the best first."""
+    fits = {f: fit for f in _frames(request, tolerance, n_layers)
+            if (fit := _fit(request, f, tolerance))}  # fmt: skip
+
+    def preference(frame: _Frame) -> tuple[float, ...]:
+        """GLU error, then what hardware likes where that costs none, then total, then share."""
+        model, (glu_error, *others) = fits[frame].model, fits[frame].errors
+        usual = 16 if request.total_params < SMALL_MODEL else 32 if model.d_model < 512 else 64
+        surplus = abs(model.n_heads * model.head_dim - model.d_model)
+        return (glu_error, model.head_dim != usual, model.d_model % 32 != 0, *others, surplus)
+
+    return sorted(fits, key=preference)
 
 
-def _usual_head_dim(answer: Allocation) -> int:
-    if answer.request.total_params < SMALL_MODEL:
-        return 16
-    return 32 if answer.model.d_model < 512 else 64
+def _tiers(request: ModelRequest) -> tuple[Tolerance, ...]:
+    return (*TIERS, PINNED) if request.d_model and request.n_heads else TIERS
 
 
-def _solve(group: Sequence[ModelRequest]) -> list[Allocation] | None:
-    """The best answers for cells that must share a frame, strict tolerances first."""
-    if group[0].allocate == "attention":
-        # The depth of the widest cell of the same sweep with depth as the slack, if it can be kept.
-        by_depth = _solve([replace(request, allocate="depth") for request in group])
-        widest = max(by_depth or (), key=lambda a: a.request.glu_expansion, default=None)
-        kept = widest and _solve_at(group, widest.model.n_layers)
-        if kept:
-            return kept
-    return _solve_at(group, 0)
-
-
-def _solve_at(group: Sequence[ModelRequest], n_layers: int) -> list[Allocation] | None:
-    for tolerance in (STRICT, WIDE, WIDEST):
-        found = []
-        for frame in _frames(group[0], tolerance):
-            answers = _group_at(group, frame, tolerance, n_layers)
-            if answers is not None:
-                found.append(answers)
-        if found:
-            return min(found, key=_group_key)
+def _solve(group: Sequence[ModelRequest], anchor: ModelRequest) -> list[Allocation] | None:
+    """The shapes of experiments that must share a frame: the anchor's best that serves all."""
+    for n_layers in _kept_depths(group, anchor) if anchor.allocate == "attention" else (0,):
+        possible = _ranked(anchor, _tiers(anchor)[-1], n_layers)
+        for tolerance in _tiers(anchor) if possible else ():  # else all tiers are as empty
+            for frame in _ranked(anchor, tolerance, n_layers):
+                found = [fit for request in group if (fit := _strictest(request, frame))]
+                if len(found) == len(group):
+                    return found
     return None
 
 
-def allocate(requests: Mapping[str, ModelRequest]) -> dict[str, Allocation]:
-    """Answer the cells of one sweep together.
+def _strictest(request: ModelRequest, frame: _Frame) -> Allocation | None:
+    fits = (_fit(request, frame, tolerance) for tolerance in _tiers(request))
+    return next(filter(None, fits), None)
 
-    Cells that ask for the same budget, vocabulary, share and table get the same d_model and (where
-    depth absorbs the budget) the same heads. Raises ValueError, naming the experiments, with the
-    table of what was tried and the nearest feasible request, where there is no answer.
-    """
-    groups: dict[ModelRequest, list[str]] = {}
+
+def _kept_depths(group: Sequence[ModelRequest], anchor: ModelRequest) -> Sequence[int]:
+    """Where attention absorbs the budget: the depth of the largest expansion in the same sweep
+    with depth as the slack, then its two next best depths."""
+    by_depth = [replace(request, allocate="depth") for request in group]
+    widest = max(by_depth, key=lambda request: request.glu_expansion)
+    together = _solve(by_depth, replace(anchor, allocate="depth")) or []
+    kept = [fit.model.n_layers for fit in together if fit.request == widest]
+    loosest = _tiers(widest)[-1]
+    fits = (_fit(widest, frame, loosest) for frame in _ranked(widest, loosest, 0))
+    kept += [fit.model.n_layers for fit in fits if fit]
+    return list(dict.fromkeys(kept))[:3]
+
+
+def groups(
+    requests: Mapping[str, ModelRequest], baseline: str | None
+) -> dict[str, dict[str, ModelRequest]]:
+    """Experiments that differ in their expansion alone, by the name of the group's anchor: the
+    `baseline` where it belongs to the group, else the group's first."""
+    alike: dict[ModelRequest, dict[str, ModelRequest]] = {}
     for name, request in requests.items():
-        groups.setdefault(replace(request, glu_expansion=1.0), []).append(name)
-    answers: dict[str, Allocation] = {}
-    for names in groups.values():
-        solved = _solve([requests[name] for name in names])
+        alike.setdefault(replace(request, glu_expansion=1.0), {})[name] = request
+    return {baseline if baseline in group else next(iter(group)): group for group in alike.values()}
+
+
+def allocate(
+    requests: Mapping[str, ModelRequest], baseline: str | None = None
+) -> dict[str, Allocation]:
+    """The shapes of one sweep's experiments; `baseline` where they share what they ask for.
+
+    A group (see `groups`) has one d_model and, where depth absorbs the budget, one attention width.
+    Its anchor chooses them as if it were alone, so that an experiment which is added changes no
+    other, unless it has no shape there; then all stand at the anchor's next best frame that serves
+    them, and the dry run says which experiment moved which. Raises ValueError, naming the
+    experiments, with what came nearest and the way out as YAML.
+    """
+    found: dict[str, Allocation] = {}
+    refused: list[dict[str, ModelRequest]] = []
+    for anchor, group in groups(requests, baseline).items():
+        assert baseline or len(set(group.values())) == 1, "name the sweep's baseline"
+        solved = _solve(list(group.values()), group[anchor])
         if solved is None:
-            raise ValueError(_refusal({name: requests[name] for name in names}))
-        answers.update(zip(names, solved, strict=True))
-    return {name: answers[name] for name in requests}
+            refused.append(group)
+        else:
+            found.update(zip(group, solved, strict=True))
+    if refused:
+        raise ValueError(_refusal(refused))
+    return {name: found[name] for name in requests}
 
 
 # -------------------------------------------------------------------------------------- refusals
 
-
-def _refusal(requests: Mapping[str, ModelRequest]) -> str:
-    alone = [name for name, request in requests.items() if _solve([request]) is None]
-    names = ", ".join(alone or requests)
-    first = requests[alone[0]] if alone else next(iter(requests.values()))
-    why = "no shape" if alone else "no d_model and heads common to these cells"
-    asked = "decided by the table" if first.embedding_ratio is None else f"{first.embedding_ratio}"
-    way_out = _nearest_request(first) if alone else "each is feasible in a sweep of its own"
-    return (
-        f"experiments {names}: found total_params {first.total_params:,}, vocab_size "
-        f"{first.vocab_size:,}, embedding_ratio {asked}, glu_expansion {first.glu_expansion:.4g}, "
-        f"for which {why} is within {WIDE.total:.1%} of the total, {100 * WIDE.share:.1f} points "
-        f"of the share and {WIDE.glu:.0%} of the expansion; {way_out}.\n"
-        f"{_tried(first)}"
-    )
+PINS = ("n_layers", "d_model", "n_heads", "head_dim", "embedding_dim")
+NUMBERS = ("total_params", "vocab_size", "embedding_ratio", "glu_expansion")
+NEAR = Tolerance(total=0.005, share=0.05, glu=0.9, attention=0.3, layers=1_000)  # worth showing
 
 
-def _tried(request: ModelRequest, rows: int = 8) -> str:
-    """The shapes that came nearest, as a table."""
-    loose = Tolerance(total=0.25, share=0.05, glu=0.9, attention=0.3)
-    shapes: list[Allocation] = []
-    for frame in _frames(request, loose):
-        shapes += list(_depth_slack(request, frame, replace(loose, total=0.0, glu=0.5)))[:64]
-        if len(shapes) > 4_000:
-            break
-    if not shapes:
-        return "Tried: nothing; no table of this share leaves room for one layer."
-    shapes.sort(
-        key=lambda a: (
-            a.glu_error / WIDE.glu + a.total_error / WIDE.total + a.share_error / WIDE.share
+def _refusal(refused: Sequence[Mapping[str, ModelRequest]]) -> str:
+    """What was found and came nearest, group by group, and one way out for all of them."""
+    said, changes = [], []
+    for group in refused:
+        alone = {name: r for name, r in group.items() if _solve([r], r) is None}
+        why = f"no shape of at most {WIDE.layers} layers"
+        if not alone:
+            why = "each has a shape in a sweep of its own, but no d_model and heads common to all"
+        failing = alone or group
+        first = next(iter(failing.values()))
+        said.append(
+            f"experiments {', '.join(failing)}: {_found(list(failing.values()))}: {why} is within "
+            f"{WIDE.total:.1%} of the total, {100 * WIDE.share:.1f} points of the share and "
+            f"{_tiers(first)[-1].glu:.0%} of the expansion\n{_tried(first)}"
         )
-    )
-    lines = ["Tried: d_model n_layers heads d_ff |  total error  share error  GLU error"]
-    for a in shapes[:rows]:
+        if way_out := _way_out(list(group.values())):
+            keys = [f"    {key}: {'null' if v is None else v}" for key, v in way_out.items()]
+            changes += [line for name in group for line in (f"  - name: {name}", *keys)]
+    if changes:
+        said += ["The way out, to add to the keys of these experiments:", "experiments:", *changes]
+    return "\n".join(said)
+
+
+def _found(requests: Sequence[ModelRequest]) -> str:
+    """What the file asks for, apart from values that are the defaults and may not stand in it."""
+    usual = replace(ModelRequest(), embedding_ratio=DEFAULT_SHARE)
+    found, default = list[str](), list[str]()
+    for key in (*NUMBERS, "tie_embeddings", "allocate", *PINS):
+        values = sorted({getattr(request, key) for request in requests} - {None})
+        if values:
+            text = [f"{v:,}" if type(v) is int else f"{v:.4g}" if type(v) is float else
+                    str(v).lower() for v in values]  # fmt: skip
+            stated = found if values != [getattr(usual, key)] else default
+            stated.append(f"{key} {' and '.join(text)}")
+    return f"found {', '.join(found)} (by default {', '.join(default)})"
+
+
+def _tried(request: ModelRequest) -> str:
+    """The shapes that came nearest, as a table."""
+    widest = (WIDE.glu, WIDE.total, WIDE.share)
+    frames = _frames(replace(request, allocate="depth"), NEAR, 0)
+    near = islice((shape for frame in frames for shape in _shapes(request, frame, NEAR)), 4_000)
+    shapes = sorted(near, key=lambda a: sum(map(truediv, a.errors, widest)))
+    lines = ["Nearest: d_model n_layers heads d_ff |  total error  share error  GLU error"]
+    for a in shapes[:5]:
         heads = f"{a.model.n_heads}x{a.model.head_dim}"
         lines.append(
-            f"       {a.model.d_model:7d} {a.model.n_layers:8d} {heads:>5s} {a.model.d_ff:4d} | "
+            f"         {a.model.d_model:7d} {a.model.n_layers:8d} {heads:>5s} {a.model.d_ff:4d} | "
             f"{a.total_error:12.2%} {100 * a.share_error:9.2f} pt {a.glu_error:10.1%}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) if shapes else "No shape comes near: none has room for one whole layer."
 
 
-def _nearest_request(request: ModelRequest) -> str:
-    """The nearest share that works at this budget, else the nearest larger budget."""
-    free = replace(request, n_layers=None, d_model=None, embedding_dim=None)
-    without = ""
-    if (request.n_layers, request.d_model, request.embedding_dim) != (None, None, None):
-        without = " without the forced n_layers, d_model or embedding_dim"
-    if free != request and _solve([replace(free, embedding_ratio=request.embedding_ratio or 0.35)]):
-        return f"it is feasible{without}"
-    tables = 1 if request.tie_embeddings else 2
-    asked = request.embedding_ratio or 0.35
-    unit = tables * request.vocab_size / request.total_params
-    widths = _widths(replace(free, embedding_dim=WIDTH_STEP), WIDE)
+def _way_out(group: Sequence[ModelRequest]) -> dict[str, object] | None:
+    """Keys that make the group feasible: without what forces its shape, else at the d_model of the
+    nearest share (with a usual depth, if any), else in the nearest larger budget."""
+    first = group[0]
+    forced: dict[str, object] = {key: None for key in PINS if getattr(first, key) is not None}
+    asked = first.embedding_ratio or DEFAULT_SHARE
+
+    def solved(changes: Mapping[str, object]) -> list[Allocation] | None:
+        changed = [replace(request, **changes) for request in group]  # type: ignore[arg-type]
+        return _solve(changed, changed[0])
+
+    unforced = {**forced, "embedding_ratio": asked} if forced else forced
+    one: tuple[dict[str, object], ...] = ({"n_layers": None}, {"n_heads": None})
+    for changes in (*one, unforced):
+        if changes.keys() & forced.keys() and solved(changes):
+            return changes
+    unit = _column(first) / first.total_params
+    widths = _multiples(0, _widest(replace(first, embedding_dim=None), WIDEST))
+    poor: dict[str, object] | None = None
     for width in sorted(widths, key=lambda width: abs(width * unit - asked)):
-        answers = _solve([replace(free, embedding_ratio=None, d_model=width)])
-        if answers:
-            share = max(answers[0].params.share, 0.0001)
-            return f"the nearest feasible request is embedding_ratio {share:.4f}{without}"
-    total = request.total_params
-    for _ in range(200):
-        total = int(total * 1.1) + 1
-        if _solve([replace(free, embedding_ratio=asked, total_params=total)]):
-            return f"the nearest feasible request found is total_params {total:,}{without}"
-    return "no nearby request is feasible"
-
-
-# ------------------------------------------------------------------------------------- the report
-
-
-def as_json(name: str, answer: Allocation) -> dict[str, object]:
-    """One machine-readable object a cell: asked, realised, model, parameters by block."""
-    request, model, params = answer.request, answer.model, answer.params
-    return {
-        "name": name,
-        "asked": {
-            "total_params": request.total_params,
-            "embedding_ratio": request.embedding_ratio,
-            "glu_expansion": request.glu_expansion,
-        },
-        "realised": {
-            "total_params": params.total,
-            "embedding_ratio": params.share,
-            "glu_expansion": answer.glu_expansion,
-        },
-        "model": {
-            "vocab_size": model.vocab_size,
-            "d_model": model.d_model,
-            "n_layers": model.n_layers,
-            "n_heads": model.n_heads,
-            "head_dim": model.head_dim,
-            "d_ff": model.d_ff,
-            "embedding_dim": model.embedding_dim,
-            "tie_embeddings": model.tie_embeddings,
-            "qk_norm": model.qk_norm,
-        },
-        "params": {
-            "embedding": params.embedding,
-            "projection": params.projection,
-            "attention": params.attention,
-            "ffn": params.ffn,
-            "norm": params.norm,
-        },
-    }
-
-
-def table(answers: Mapping[str, Allocation]) -> str:
-    """Asked and realised values and parameters by block, one line a cell."""
-    lines = [
-        f"{'experiment':<14} {'share asked -> real':>19} {'GLU asked -> real':>17} "
-        f"{'d_model':>7} {'layers':>6} {'heads':>6} {'a/d':>5} {'d_ff':>5} {'embedding':>10} "
-        f"{'projection':>10} {'attention':>10} {'ffn':>10} {'norm':>7} {'total':>11} {'error':>7}"
-    ]
-    for name, answer in answers.items():
-        m, p, asked = answer.model, answer.params, answer.request.embedding_ratio
-        share = f"{'-' if asked is None else f'{asked:.4f}'} -> {p.share:.4f}"
-        glu = f"{answer.request.glu_expansion:.3f} -> {answer.glu_expansion:.3f}"
-        heads = f"{m.n_heads}x{m.head_dim}"
-        error = p.total / answer.request.total_params - 1
-        lines.append(
-            f"{name:<14} {share:>19} {glu:>17} {m.d_model:>7} {m.n_layers:>6} {heads:>6} "
-            f"{m.n_heads * m.head_dim / m.d_model:>5.2f} {m.d_ff:>5} {p.embedding:>10,} "
-            f"{p.projection:>10,} {p.attention:>10,} {p.ffn:>10,} {p.norm:>7,} {p.total:>11,} "
-            f"{error:>+7.2%}"
-        )
-    return "\n".join(lines)
+        changes = {**forced, "embedding_ratio": None, "d_model": width}
+        if shapes := solved(changes):
+            changes["embedding_ratio"] = max(round(shapes[0].params.share, 4), 0.0001)
+            if all(2 <= a.model.n_layers <= DEEP_LAYERS for a in shapes):
+                return changes
+            poor = poor or changes
+    total = first.total_params
+    while poor is None and (total := int(total * 1.1) + 1) <= 10**10:
+        changes = {**unforced, "total_params": total}
+        poor = changes if solved(changes) else None
+    return poor

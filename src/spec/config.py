@@ -38,6 +38,7 @@ PHASES = ("rank", "full")
 RANKING = {"metrics": ("perplexity",), "test": False, "outside_dir": None, "latency": False}
 SMALLBENCH_TASKS = Path(__file__).resolve().parents[2] / "configs" / "smallbench.yaml"
 METRICS = ("perplexity", "smallbench_accuracy")
+DEFAULT_SHARE = 0.35
 # Keys that may change between a run and its resumption: none of them changes the result.
 COSMETIC = ("training.checkpoint_minutes", "training.checkpoint_every_steps")
 
@@ -80,6 +81,8 @@ class ModelRequest:
     d_model: int | None = key(
         None, "a multiple of 8 above 0, or null", lambda v: v > 0 and v % 8 == 0
     )
+    n_heads: int | None = key(None, "a number of heads above 0, or null", lambda v: v > 0)
+    head_dim: int | None = key(None, "16, 32, 64, 128, or null", lambda v: v in (16, 32, 64, 128))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -469,11 +472,11 @@ def _run(
         if section == "kill_rule" and not stated and phase != "rank":
             built[section] = None
             continue
-        # PRD 6.2 leaves the share out: 0.35, unless a factorised table or a width decides it.
+        # PRD 6.2 leaves the share out: the default, unless a table or a width decides it.
         if section == "model" and not any(
             values.get(key) for key in ("embedding_ratio", "embedding_dim", "d_model")
         ):
-            values["embedding_ratio"] = 0.35
+            values["embedding_ratio"] = DEFAULT_SHARE
         built[section] = build(kind, f"{where}{section}.", values)
     training: TrainingConfig = built["training"]
     if phase == "rank":

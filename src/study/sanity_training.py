@@ -355,7 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sweep = config.load_sweep(asked.config, asked.set, "rank")
         run = sweep.run(asked.exp, 0)
-        answer = allocation.allocate({r.experiment: r.model for r in sweep.runs})[asked.exp]
+        answer = allocation.allocate({r.experiment: r.model for r in sweep.runs}, sweep.baseline)[
+            asked.exp
+        ]
         asked.log_dir.mkdir(parents=True, exist_ok=True)
         chosen = machine.choose(run.training, answer.model, asked.log_dir, asked.device)
     except ValueError as error:

@@ -67,7 +67,9 @@ def _sweep(file: Path) -> dict[str, Any]:
     if sweep.rates:
         raise ValueError(f"{file}: found a list of learning rates; the laws know of no rate")
     try:
-        answers = allocation.allocate({run.experiment: run.model for run in sweep.runs})
+        answers = allocation.allocate(
+            {run.experiment: run.model for run in sweep.runs}, sweep.baseline
+        )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     first = sweep.runs[0].model

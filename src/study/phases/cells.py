@@ -190,15 +190,15 @@ class Cell:
 
 @functools.lru_cache(maxsize=256)
 def _allocated(
-    requests: tuple[tuple[str, ModelRequest], ...],
+    requests: tuple[tuple[str, ModelRequest], ...], baseline: str | None
 ) -> dict[str, allocation.Allocation]:
-    return allocation.allocate(dict(requests))
+    return allocation.allocate(dict(requests), baseline)
 
 
 def allocate(sweep: Sweep) -> dict[str, allocation.Allocation]:
     """The integers of every experiment; raises ValueError naming the sweep's file."""
     try:
-        return _allocated(tuple((run.experiment, run.model) for run in sweep.runs))
+        return _allocated(tuple((run.experiment, run.model) for run in sweep.runs), sweep.baseline)
     except ValueError as error:
         raise ValueError(f"{sweep.file}: {error}") from None
 
@@ -207,7 +207,7 @@ def allocate(sweep: Sweep) -> dict[str, allocation.Allocation]:
 def feasible(request: ModelRequest) -> bool:
     """Whether the allocator has a shape for this request."""
     try:
-        _allocated((("", request),))
+        _allocated((("", request),), None)
     except ValueError:
         return False
     return True

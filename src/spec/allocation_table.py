@@ -1,0 +1,134 @@
+"""What a dry run shows of a sweep's allocations: the table, its JSON, and what to know of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from itertools import combinations
+
+from src.spec.allocation import DEEP_LAYERS, STRICT, Allocation, allocate, groups
+from src.spec.config import ModelConfig, ModelRequest
+
+NOT_ALLOCATED = ("rope_theta", "norm_eps")  # of ModelConfig: the same in every model
+
+
+def as_json(name: str, found: Allocation) -> dict[str, object]:
+    """One machine-readable object an experiment: asked, realised, model, parameters by block."""
+    request, model, params = found.request, found.model, found.params
+    return {
+        "name": name,
+        "asked": {
+            "total_params": request.total_params,
+            "embedding_ratio": request.embedding_ratio,
+            "glu_expansion": request.glu_expansion,
+        },
+        "realised": {
+            "total_params": params.total,
+            "embedding_ratio": params.share,
+            "glu_expansion": found.glu_expansion,
+        },
+        "model": {key: v for key, v in asdict(model).items() if key not in NOT_ALLOCATED},
+        "params": asdict(params),
+    }
+
+
+def table(allocations: Mapping[str, Allocation]) -> str:
+    """Asked and realised values and parameters by block, one line an experiment."""
+    wide = max(14, *map(len, allocations))
+    lines = [
+        f"{'experiment':<{wide}} {'share asked -> real':>19} {'GLU asked -> real':>17} "
+        f"{'d_model':>7} {'layers':>6} {'heads':>6} {'a/d':>5} {'d_ff':>5} {'embedding':>10} "
+        f"{'projection':>10} {'attention':>10} {'ffn':>10} {'norm':>7} {'total':>11} {'error':>7}"
+    ]
+    for name, found in allocations.items():
+        m, p, asked = found.model, found.params, found.request.embedding_ratio
+        share = f"{'-' if asked is None else f'{asked:.4f}'} -> {p.share:.4f}"
+        glu = f"{found.request.glu_expansion:.3f} -> {found.glu_expansion:.3f}"
+        heads = f"{m.n_heads}x{m.head_dim}"
+        error = p.total / found.request.total_params - 1
+        lines.append(
+            f"{name:<{wide}} {share:>19} {glu:>17} {m.d_model:>7} {m.n_layers:>6} {heads:>6} "
+            f"{m.n_heads * m.head_dim / m.d_model:>5.2f} {m.d_ff:>5} {p.embedding:>10,} "
+            f"{p.projection:>10,} {p.attention:>10,} {p.ffn:>10,} {p.norm:>7,} {p.total:>11,} "
+            f"{error:>+7.2%}"
+        )
+    return "\n".join(lines)
+
+
+def notes(allocations: Mapping[str, Allocation], baseline: str) -> list[str]:
+    """A sentence for each thing that a reader of the table should know before paying for it."""
+    found = [*_unusual(allocations), *_alike(allocations), *_moved(allocations, baseline)]
+    head_dims = sorted({a.model.head_dim for a in allocations.values()})
+    if len(head_dims) > 1:
+        found.append(
+            f"the sweep mixes heads of {' and '.join(map(str, head_dims))}: a difference between "
+            "its experiments may be that; model.head_dim holds it"
+        )
+    return found
+
+
+def _unusual(allocations: Mapping[str, Allocation]) -> Iterator[str]:
+    for name, a in allocations.items():
+        if a.model.n_layers > DEEP_LAYERS:
+            yield (
+                f"{name}: {a.model.n_layers} layers, more than twice those of any published "
+                "decoder near this size; latency grows with each, and the best learning rate falls"
+            )
+        if a.model.n_layers == 1:
+            yield f"{name}: one layer, whose attention sees nothing but embeddings"
+        if a.glu_error > STRICT.glu or a.share_error > STRICT.share:
+            yield (
+                f"{name}: built with a GLU expansion of {a.glu_expansion:.3f} and a share of "
+                f"{a.params.share:.4f}, further from its request than {STRICT.glu:.0%} or "
+                f"{100 * STRICT.share} points"
+            )
+
+
+def _alike(allocations: Mapping[str, Allocation]) -> Iterator[str]:
+    """Expansions that were asked further apart than the integers allow: few layers, big steps."""
+    for (one, a), (other, b) in combinations(allocations.items(), 2):
+        if replace(a.request, glu_expansion=1.0) == replace(b.request, glu_expansion=1.0):
+            asked = math.log(a.request.glu_expansion / b.request.glu_expansion)
+            built = math.log(a.glu_expansion / b.glu_expansion)
+            if abs(built) < abs(asked) / 2:
+                yield (
+                    f"{one} and {other} are nearly one model: {_text(a.model)}, and "
+                    f"{_text(b.model)}"
+                )
+
+
+def _moved(allocations: Mapping[str, Allocation], baseline: str) -> Iterator[str]:
+    """Experiments whose shape another one of the sweep has changed, and which one that is.
+
+    Each is compared with its shape beside the group's anchor alone (see `allocate`).
+    """
+    requests = {name: a.request for name, a in allocations.items()}
+    for anchor, group in groups(requests, baseline).items():
+        pairs = {name: _models({anchor: group[anchor], name: group[name]}) for name in group}
+        alone = pairs[anchor].get(anchor)
+        causes = [name for name in group if pairs[name].get(anchor) != alone]
+        for name in group:
+            before, now = pairs[name].get(name), allocations[name].model
+            others = [cause for cause in causes if cause != name]
+            if others and before is not None and before != now:
+                yield (
+                    f"{name}: {_text(now)}; without {' and '.join(others)} it would be "
+                    f"{_text(before)} (the keys d_model, n_heads and n_layers hold a shape)"
+                )
+
+
+def _models(requests: Mapping[str, ModelRequest]) -> dict[str, ModelConfig]:
+    """The shapes of a smaller sweep, its first experiment the baseline; none where it has none."""
+    try:
+        found = allocate(requests, next(iter(requests)))
+    except ValueError:
+        return {}
+    return {name: a.model for name, a in found.items()}
+
+
+def _text(model: ModelConfig) -> str:
+    return (
+        f"d_model {model.d_model}, {model.n_layers} layers, {model.n_heads} heads of "
+        f"{model.head_dim}, d_ff {model.d_ff}"
+    )
