@@ -392,12 +392,12 @@ def _found(requests: Sequence[ModelRequest]) -> str:
     found, default = list[str](), list[str]()
     for key in (*NUMBERS, "tie_embeddings", "allocate", *PINS):
         values = sorted({getattr(request, key) for request in requests} - {None})
-        if values:
+        if values and (key in NUMBERS or values != [getattr(usual, key)]):
             text = [f"{v:,}" if type(v) is int else f"{v:.4g}" if type(v) is float else
                     str(v).lower() for v in values]  # fmt: skip
             stated = found if values != [getattr(usual, key)] else default
             stated.append(f"{key} {' and '.join(text)}")
-    return f"found {', '.join(found)} (by default {', '.join(default)})"
+    return f"found {', '.join(found)}" + (f" (by default {', '.join(default)})" if default else "")
 
 
 def _tried(request: ModelRequest) -> str:
