@@ -11,17 +11,15 @@ first. Writes results/benchmarks/compile_cost.json.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+from benchmarks import record
 from src.spec.allocation import allocate
 from src.spec.command_line import Parser, at_least
 from src.spec.config import ModelConfig, load_sweep
@@ -85,15 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.compile_cost", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/embed_ratio.yaml"))
     parser.add_argument("--runs", type=at_least(1), default=12)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=at_least(1), default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    record.add_arguments(parser)
     asked = parser.parse_args(arguments)
     sweep = load_sweep(asked.config)
     answers = allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
     cells = [answers[name].model for name in sweep.names]
     shapes = [cells[i % len(cells)] for i in range(asked.runs)]
     found: dict[str, list[float]] = {"before": [], "after": []}
+    conditions = record.facts(asked.device, asked.threads, config=str(asked.config))
     kept = Path(tempfile.mkdtemp(prefix="inductor-kept-"))
     for shape in shapes:
         fresh = Path(tempfile.mkdtemp(prefix="inductor-fresh-"))
@@ -101,34 +98,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(fresh)
         found["after"].append(run(shape, False, kept, asked.device, asked.threads))
         print(f"before {found['before'][-1]:.1f} s, after {found['after'][-1]:.1f} s", flush=True)
+        total = {name: sum(values) for name, values in found.items()}
+        results = {
+            "compile_seconds": found,
+            "total_seconds": total,
+            "ratio": total["before"] / total["after"],
+        }
+        record.write(asked.output / "compile_cost.json", conditions, results)
     shutil.rmtree(kept)
-    _write(asked, found)
-    return 0
-
-
-def _write(asked: Any, found: dict[str, list[float]]) -> None:
-    import torch
-
-    from src.compute.runtime import device_name
-
-    total = {name: sum(values) for name, values in found.items()}
-    facts = {
-        "date": date.today().isoformat(),
-        "device": device_name(torch.device(asked.device)),
-        "threads": asked.threads,
-        "torch": torch.__version__,
-        "load_average": os.getloadavg()[0],
-        "config": str(asked.config),
-        "compile_seconds": found,
-        "total_seconds": total,
-        "ratio": total["before"] / total["after"],
-    }
-    asked.output.mkdir(parents=True, exist_ok=True)
-    path = asked.output / "compile_cost.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(
-        f"{asked.runs} runs: before {total['before']:.0f} s, after {total['after']:.0f} s; {path}"
+        f"{asked.runs} runs: before {total['before']:.0f} s, after {total['after']:.0f} s; "
+        f"{asked.output / 'compile_cost.json'}"
     )
+    return 0
 
 
 if __name__ == "__main__":

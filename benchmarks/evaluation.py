@@ -10,19 +10,18 @@ because machines are shared. Writes results/benchmarks/evaluation-<device>.json.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks import record
 from src.spec.allocation import allocate
-from src.spec.command_line import Parser, at_least
+from src.spec.command_line import Parser
 from src.spec.config import load_sweep
 
 RUNS = 500
@@ -33,31 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=Path("configs/embed_ratio.yaml"))
     parser.add_argument("--exp", default="emb35")
     parser.add_argument("--tokens", type=Path, default=Path("data/english_tokenized"))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=at_least(1), default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    record.add_arguments(parser)
     asked = parser.parse_args(arguments)
 
     import torch
 
-    from src.compute.runtime import device_name, keep_freed_memory
+    from src.compute.runtime import keep_freed_memory
 
     torch.set_num_threads(asked.threads)
     if asked.device == "cpu":
         keep_freed_memory()  # as every run does
-    facts: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "device": device_name(torch.device(asked.device)),
-        "threads": asked.threads,
-        "torch": torch.__version__,
-        "load_average": os.getloadavg()[0],
-        "perplexity": _perplexity(asked),
-        "aggregation": [_aggregation(figures) for figures in (False, True)],
-    }
-    asked.output.mkdir(parents=True, exist_ok=True)
+    conditions = record.facts(asked.device, asked.threads)
+    found: dict[str, Any] = {"perplexity": _perplexity(asked), "aggregation": []}
     path = asked.output / f"evaluation-{asked.device}.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(facts, indent=1))
+    record.write(path, conditions, found)
+    for figures in (False, True):
+        found["aggregation"].append(_aggregation(figures))
+        record.write(path, conditions, found)
+    print(json.dumps({**conditions, **found}, indent=1))
     return 0
 
 

@@ -11,32 +11,28 @@ results/benchmarks/loss_paths-<device>.{json,md}.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
-from datetime import date
-from pathlib import Path
 from typing import Any
 
+from benchmarks import record
 from src.spec.command_line import Parser, at_least
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.loss_paths", description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", type=at_least(1), default=2_048, help="tokens of a micro-batch")
     parser.add_argument("--d_model", type=at_least(1), default=224)
     parser.add_argument("--vocab_size", type=at_least(2), default=16_000)
     parser.add_argument("--chunks", type=at_least(1), nargs="+", default=[128, 256, 512, 1_024])
-    parser.add_argument("--threads", type=at_least(1), default=os.cpu_count())
     parser.add_argument("--turns", type=at_least(1), default=9)
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    record.add_arguments(parser)
     asked = parser.parse_args(arguments)
 
     import torch
 
     from src.compute.autotune import seconds
-    from src.compute.runtime import device_name, keep_freed_memory
+    from src.compute.runtime import keep_freed_memory
 
     torch.set_num_threads(asked.threads)
     if asked.device == "cpu":
@@ -61,17 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         row["ms"] = 1e3 * statistics.median(times[row["path"]])
         print(json.dumps(row), flush=True)
-    facts = {
-        "date": date.today().isoformat(),
-        "device": device_name(device),
-        "threads": asked.threads,
-        "torch": torch.__version__,
-        "load_average": os.getloadavg()[0],
-        "rows": asked.rows,
-        "d_model": asked.d_model,
-        "vocab_size": asked.vocab_size,
-    }
-    _write(asked, facts, rows)
+    path = asked.output / f"loss_paths-{asked.device}.json"
+    conditions = record.facts(
+        asked.device, asked.threads, rows=asked.rows, d_model=asked.d_model,
+        vocab_size=asked.vocab_size,
+    )  # fmt: skip
+    record.write(
+        path, conditions, {"paths": rows}, title="Ways to the loss and its gradients",
+        text=table(rows),
+    )  # fmt: skip
+    print(f"{path} and .md")
     return 0
 
 
@@ -123,21 +118,14 @@ def _gradients(
     return float(loss.detach()), gradient
 
 
-def _write(asked: Any, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The paths as Markdown."""
     lines = ["| path | ms | relative error of the table's gradient |", "| --- | --- | --- |"]
     lines += [
         f"| {row['path']} | {row['ms']:.0f} | {row['relative_error_of_gradient']:.1e} |"
         for row in rows
     ]
-    asked.output.mkdir(parents=True, exist_ok=True)
-    path = asked.output / f"loss_paths-{asked.device}.json"
-    path.write_text(json.dumps({**facts, "paths": rows}, indent=1) + "\n", encoding="utf-8")
-    head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    path.with_suffix(".md").write_text(
-        f"# Ways to the loss and its gradients\n\n{head}\n\n" + "\n".join(lines) + "\n",
-        encoding="utf-8",
-    )
-    print(f"{path} and .md")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ than work. Writes results/benchmarks/scaling-<device>.{json,md}.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from datetime import date
-from pathlib import Path
 from typing import Any
 
+from benchmarks import record
+from benchmarks.child import Child
 from benchmarks.peers import Work
-from benchmarks.throughput import Child
 from src.spec.allocation import allocate, flops_per_token
 from src.spec.command_line import Parser, at_least
 from src.spec.config import ModelRequest
@@ -31,21 +29,28 @@ LENGTHS = (128, 256, 512, 1_024, 2_048)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
-    parser.add_argument("--threads", type=at_least(1), default=os.cpu_count())
     parser.add_argument("--tokens", type=at_least(128), default=2_048, help="tokens of a step")
     parser.add_argument("--turns", type=at_least(1), default=3)
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
+    record.add_arguments(parser)
     asked = parser.parse_args(arguments)
     points = [(size, vocab, 128) for size, vocab in SIZES]
     points += [(*SIZES[1], length) for length in LENGTHS if length != 128]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    conditions = record.facts(
+        asked.device, asked.threads, precision=asked.precision, compile=not asked.eager,
+        tokens_a_step=asked.tokens,
+    )  # fmt: skip
+    path = asked.output / f"scaling-{asked.device}.json"
     for size, vocab, length in points:
         rows.append(_point(asked, size, vocab, length))
         print(json.dumps(rows[-1]), flush=True)
-    _write(asked, rows)
+        record.write(
+            path, conditions, {"points": rows}, title="Scaling of the training step",
+            text=table(rows),
+        )  # fmt: skip
+    print(f"{path} and .md")
     return 0
 
 
@@ -77,29 +82,7 @@ def _point(asked: Any, size: int, vocab: int, length: int) -> dict[str, Any]:
     }
 
 
-def _write(asked: Any, rows: list[dict[str, Any]]) -> None:
-    import torch
-
-    from src.compute.runtime import device_name
-
-    facts = {
-        "date": date.today().isoformat(),
-        "device": device_name(torch.device(asked.device)),
-        "threads": asked.threads,
-        "torch": torch.__version__,
-        "precision": asked.precision,
-        "compile": not asked.eager,
-        "tokens_a_step": asked.tokens,
-        "load_average": os.getloadavg()[0],
-    }
-    asked.output.mkdir(parents=True, exist_ok=True)
-    path = asked.output / f"scaling-{asked.device}.json"
-    path.write_text(json.dumps({**facts, "points": rows}, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(page(facts, rows), encoding="utf-8")
-    print(f"{path} and .md")
-
-
-def page(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """The points as Markdown; µs/MFLOP is cost over work: where it rises, cost grows faster."""
     lines = [
         "| parameters | d_model | layers | T | tokens/s | µs/token | MFLOP/token | µs/MFLOP "
@@ -113,8 +96,7 @@ def page(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         f"| {r['gflops_per_s']:.0f} | {r['peak_mib']:,.0f} |"
         for r in rows
     ]
-    head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    return f"# Scaling of the training step\n\n{head}\n\n" + "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,42 @@
 """Tokens a second of the training step against its peers, interleaved, with roof and MFU.
 
     python -m benchmarks.throughput --config configs/embed_ratio.yaml --exp emb35 emb25 emb45
+    python -m benchmarks.throughput --base main~20 --peers ours     (today's build against another)
 
 Every peer runs in a process of its own, all started before anything is timed; they take turns of
 a few steps, so that other load on the machine meets all of them. Medians over the turns and
 ratios of one turn's neighbours; start-up, compilation and peak memory apart. Peers get the same
-precision, compile and fused optimizer, and each its own best micro-batch, found first.
-Needs accelerate for the Trainer (requirements-test.txt). Writes results/benchmarks/.
+precision, compile and fused optimizer, and each its own best micro-batch: MICRO_BATCH, or the best
+of several --micro_batches. --base REV adds this repository's own loop as it was at that commit.
+Each turn is printed and written at once, into results/benchmarks/; a configuration takes under five
+minutes on two cores. Needs accelerate for the Trainer (requirements-test.txt).
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import multiprocessing
-import os
-import platform
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import PEERS, Work, peer
+from benchmarks import record
+from benchmarks.child import ROOT, Child, clone
+from benchmarks.peers import PEERS, Work
 from src.spec.allocation import allocate, flops_per_token
-from src.spec.command_line import Parser, at_least
+from src.spec.command_line import Parser, at_least, refuse
 from src.spec.config import ModelConfig, load_sweep
 
-OUTPUT = Path("results/benchmarks")
+BASE = "base"  # the older build's name among the peers
+# Sequences of 128 tokens; each peer's best of 8, 16, 32 and 64 on two cores (2026-11-23). Ours
+# takes the same time at 8 and at 16, which is what a run chooses.
+MICRO_BATCH = {"ours": 16, BASE: 16, "nanogpt": 16, "trainer": 8}
+SEARCHED = (8, 16, 32, 64)  # on a GPU, where nothing is known and compiling is not most of the time
+LEAST_TURNS = 3  # whatever --minutes says
+MFU = "MFU: on a CPU against the measured rate of the bf16 products of the same shapes."
 # Bytes a second of device memory, NVIDIA's data sheets; with TFLOP/s of bf16 (V100: fp16).
 ROOFS = {
     "H200": (4.8e12, 989e12),
@@ -40,84 +47,68 @@ ROOFS = {
 }
 
 
-class Child:
-    """A peer in its own process."""
-
-    def __init__(self, name: str, work: Work) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name, self.work = name, work
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=peer, args=(theirs, name, work), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def receive(self) -> dict[str, Any]:
-        try:
-            message = self.pipe.recv()
-        except EOFError:
-            message = {"error": f"ended with {self.process.exitcode}"}
-        if "error" in message:
-            raise RuntimeError(f"{self.name}: {message['error']}")
-        return message
-
-    def seconds(self, steps: int) -> float:
-        self.pipe.send(steps)
-        return self.receive()["seconds"]
-
-    def close(self) -> float:
-        """Peak MiB of its life."""
-        self.pipe.send(None)
-        peak = self.receive()["peak_mib"]
-        self.process.join(30)
-        return peak
-
-
-def best_micro_batch(name: str, work: Work, candidates: Sequence[int], steps: int) -> int:
+def best_micro_batch(
+    name: str, start: Callable[[str, int], Child], candidates: Sequence[int], steps: int
+) -> int:
     """The fastest of `candidates` for this peer; what does not fit in memory is left out."""
     found: dict[int, float] = {}
     for size in candidates:
-        child = Child(name, replace(work, micro_batch=size))
+        child = start(name, size)
         try:
             child.receive()
             found[size] = min(child.seconds(steps) for _ in range(2))
-            child.close()
+            print(f"  {name}, micro-batch {size}: {found[size]:.2f} s a turn", flush=True)
         except RuntimeError as error:
             print(f"  {name}, micro-batch {size}: {error}", flush=True)
         finally:
-            child.process.kill()
+            child.kill()
     if not found:
         raise RuntimeError(f"{name}: no micro-batch of {list(candidates)} ran")
-    print(f"  {name}: " + ", ".join(f"{k}: {v:.2f} s" for k, v in found.items()), flush=True)
     return min(found, key=lambda size: found[size])
 
 
 def compare(
-    work: Work, names: Sequence[str], micro: Mapping[str, int], turns: int, steps: int
-) -> dict[str, Any]:
-    """Interleaved turns of all peers; tokens/s, ratios to ours, start-up and memory by peer."""
-    children, facts = {}, {}
-    for name in names:  # one after the other: compiling at once would fight for the cores
-        children[name] = Child(name, replace(work, micro_batch=micro[name]))
-        facts[name] = children[name].receive()["ready"]
-    times: dict[str, list[float]] = {name: [] for name in names}
+    children: Mapping[str, Child],
+    *,
+    turns: int,
+    steps: int,
+    tokens: int,
+    seconds: float,
+    told: Callable[[dict[str, dict[str, Any]]], None],
+) -> dict[str, dict[str, Any]]:
+    """Interleaved turns of all peers, at most so many and no new one after `seconds`; `told` gets
+    what is known after each: tokens/s (`tokens` a turn) and ratios to ours, by peer."""
+    facts = {}
+    for name, child in children.items():
+        facts[name] = child.receive()["ready"]
+        print(f"  {name}: ready, first step {facts[name]['first_step_seconds']:.1f} s", flush=True)
+    begun = time.monotonic()
+    times: dict[str, list[float]] = {name: [] for name in children}
+    rows: dict[str, dict[str, Any]] = {}
     for turn in range(turns):
-        order = list(names) if turn % 2 == 0 else list(reversed(names))
-        for name in order:
+        if turn >= LEAST_TURNS and time.monotonic() - begun > seconds:
+            break
+        for name in list(children) if turn % 2 == 0 else reversed(list(children)):
             times[name].append(children[name].seconds(steps))
-    tokens = steps * work.batch_size * work.seq_len
-    found: dict[str, Any] = {}
-    for name in names:
-        ratios = [theirs / ours for theirs, ours in zip(times[name], times["ours"], strict=True)]
-        found[name] = {
-            "tokens_per_s": tokens / statistics.median(times[name]),
-            "tokens_per_s_turns": [round(tokens / t, 1) for t in times[name]],
-            "ours_over_it": statistics.median(ratios),
-            "ours_over_it_range": [min(ratios), max(ratios)],
-            "micro_batch": micro[name],
-            "peak_mib": children[name].close(),
-            **facts[name],
-        }
-    return found
+        rows = {name: {**summary(times, name, tokens), **facts[name]} for name in children}
+        speeds = ", ".join(f"{name} {tokens / times[name][-1]:,.0f}" for name in children)
+        print(f"  turn {turn + 1} of {turns}: {speeds} tokens/s", flush=True)
+        told(rows)
+    for name, child in children.items():
+        rows[name]["peak_mib"] = child.close()
+    told(rows)
+    return rows
+
+
+def summary(times: Mapping[str, Sequence[float]], name: str, tokens: int) -> dict[str, Any]:
+    """Medians of a peer's turns, and of the ratios to ours of the same turn."""
+    ratios = [theirs / ours for theirs, ours in zip(times[name], times["ours"], strict=True)]
+    return {
+        "tokens_per_s": tokens / statistics.median(times[name]),
+        "tokens_per_s_turns": [round(tokens / t, 1) for t in times[name]],
+        "ours_over_it": statistics.median(ratios),
+        "ours_over_it_range": [min(ratios), max(ratios)],
+    }
 
 
 def bytes_per_token(config: ModelConfig) -> float:
@@ -176,23 +167,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.throughput", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/embed_ratio.yaml"))
     parser.add_argument("--exp", nargs="+", default=["emb35"])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--base", metavar="REV", help="a commit whose own loop is a peer too")
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="sequences of a step")
     parser.add_argument("--seq_len", type=at_least(2), default=128)
-    parser.add_argument("--micro_batches", type=at_least(1), nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--threads", type=at_least(1), default=os.cpu_count())
+    parser.add_argument(
+        "--micro_batches", type=at_least(1), nargs="+", help="one for all, or several to search"
+    )
     parser.add_argument("--turns", type=at_least(1), default=7)
+    parser.add_argument("--minutes", type=at_least(1), default=3, help="of turns a configuration")
     parser.add_argument("--steps", type=at_least(1), default=1, help="steps of a turn")
     parser.add_argument("--eager", action="store_true", help="no torch.compile for anybody")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    record.add_arguments(parser)
     asked = parser.parse_args(arguments)
-    names = ["ours", *(name for name in asked.peers if name != "ours")]
+    try:
+        with ExitStack() as stack:
+            roots: dict[str, Path] = {}
+            base = None
+            if asked.base is not None:
+                roots[BASE], base = stack.enter_context(clone(asked.base))
+            return _measure(asked, roots, base)
+    except (ValueError, OSError) as error:
+        return refuse(error)
+
+
+def _measure(asked: Any, roots: Mapping[str, Path], base: str | None) -> int:
+    import transformers
+
+    names = ["ours", *roots, *(name for name in asked.peers if name != "ours")]
     sweep = load_sweep(asked.config)
     answers = allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
+    conditions = record.facts(
+        asked.device, asked.threads, transformers=transformers.__version__,
+        precision=asked.precision, compile=not asked.eager,
+        batch=f"{asked.batch_size} x {asked.seq_len} tokens a step",
+        turns=asked.turns, steps_a_turn=asked.steps, base=base,
+    )  # fmt: skip
+    name = f"throughput-{asked.device}-{asked.seq_len}{'-eager' if asked.eager else ''}"
+    path, cells = asked.output / f"{name}.json", {}
     micro: dict[str, int] = {}
-    cells: dict[str, Any] = {}
+
+    def write(experiment: str, found: dict[str, Any]) -> None:
+        cells[experiment] = found
+        text = f"{MFU}\n\n{table(cells)}"
+        record.write(path, conditions, {"cells": cells}, title="Training throughput", text=text)
+
     for experiment in asked.exp:
         work = Work(
             model=answers[sweep.run(experiment, 0).experiment].model, device=asked.device,
@@ -200,17 +220,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=asked.batch_size, seq_len=asked.seq_len, micro_batch=1,
         )  # fmt: skip
         print(f"{experiment}:", flush=True)
-        for name in names:  # searched at the first cell, kept for the others
-            fitting = [m for m in asked.micro_batches if asked.batch_size % m == 0]
-            micro[name] = micro.get(name) or best_micro_batch(name, work, fitting, asked.steps)
-        rows = compare(work, names, micro, asked.turns, asked.steps)
-        roof = limits(asked.device, work.model, work.seq_len, work.threads)
-        for row in rows.values():
-            _against(row, roof)
-        cells[experiment] = {"limits": roof, "peers": rows}
+        start = partial(_start, work, roots)
+        micro = micro or _micro_batches(asked, names, start)
+        _configuration(asked, work, start, micro, partial(write, experiment))
         print(table({experiment: cells[experiment]}), flush=True)
-    _write(asked, cells)
+    print(f"{path} and .md")
     return 0
+
+
+def _start(work: Work, roots: Mapping[str, Path], name: str, micro_batch: int) -> Child:
+    of_tree = "ours" if name == BASE else name
+    return Child(of_tree, replace(work, micro_batch=micro_batch), roots.get(name, ROOT))
+
+
+def _configuration(
+    asked: Any,
+    work: Work,
+    start: Callable[[str, int], Child],
+    micro: Mapping[str, int],
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    """All peers on one configuration; what is known is written after every turn."""
+    roof = limits(asked.device, work.model, work.seq_len, work.threads)
+
+    def told(rows: dict[str, dict[str, Any]]) -> None:
+        for peer, row in rows.items():
+            row["micro_batch"] = micro[peer]
+            _against(row, roof)
+        write({"limits": roof, "peers": rows})
+
+    children: dict[str, Child] = {}
+    try:
+        for peer, size in micro.items():
+            children[peer] = start(peer, size)
+            children[peer].pipe.poll(None)  # ready or failed: together they would fight for cores
+        compare(
+            children, turns=asked.turns, steps=asked.steps, seconds=60 * asked.minutes,
+            tokens=asked.steps * work.batch_size * work.seq_len, told=told,
+        )  # fmt: skip
+    finally:
+        for child in children.values():
+            child.kill()
+
+
+def _micro_batches(
+    asked: Any, names: Sequence[str], start: Callable[[str, int], Child]
+) -> dict[str, int]:
+    """Sequences a micro-batch for each peer; searched at the first configuration alone."""
+    known = () if asked.device == "cpu" else SEARCHED
+    fitting = [m for m in asked.micro_batches or known if asked.batch_size % m == 0]
+    if len(fitting) > 1:
+        return {name: best_micro_batch(name, start, fitting, asked.steps) for name in names}
+    if fitting:
+        return dict.fromkeys(names, fitting[0])
+    scale = max(1, asked.seq_len // 128)
+    return {name: max(1, min(MICRO_BATCH[name] // scale, asked.batch_size)) for name in names}
 
 
 def _against(row: dict[str, Any], roof: Mapping[str, float]) -> None:
@@ -237,44 +301,13 @@ def table(cells: Mapping[str, Any]) -> str:
             lines.append(
                 f"| {cell} | {name} | {row['tokens_per_s']:,.0f} | {row['ours_over_it']:.2f} "
                 f"({low:.2f}–{high:.2f}) | {mfu} | {roof} | {row['micro_batch']} | "
-                f"{row['first_step_seconds']:.1f} | {row['peak_mib']:,.0f} |"
+                f"{row['first_step_seconds']:.1f} | {_peak(row)} |"
             )
     return "\n".join(lines)
 
 
-def _write(asked: argparse.Namespace, cells: Mapping[str, Any]) -> None:
-    import torch
-    import transformers
-
-    from src.compute.runtime import device_name
-
-    device = device_name(torch.device(asked.device))
-    facts = {
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "threads": asked.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "precision": asked.precision,
-        "compile": not asked.eager,
-        "batch": f"{asked.batch_size} x {asked.seq_len} tokens a step",
-        "turns": asked.turns,
-        "steps_a_turn": asked.steps,
-        "load_average": os.getloadavg()[0],
-        "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),
-    }
-    name = f"throughput-{asked.device}-{asked.seq_len}{'-eager' if asked.eager else ''}"
-    asked.output.mkdir(parents=True, exist_ok=True)
-    path = asked.output / f"{name}.json"
-    path.write_text(json.dumps({**facts, "cells": cells}, indent=1) + "\n", encoding="utf-8")
-    head = "\n".join(f"- {key}: {value}" for key, value in facts.items())
-    path.with_suffix(".md").write_text(
-        f"# Training throughput\n\n{head}\n\nMFU: on a CPU against the measured rate of the bf16 "
-        f"products of the same shapes.\n\n{table(cells)}\n",
-        encoding="utf-8",
-    )
-    print(f"{path} and .md")
+def _peak(row: Mapping[str, Any]) -> str:
+    return f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "–"
 
 
 if __name__ == "__main__":

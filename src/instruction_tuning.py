@@ -35,6 +35,7 @@ from src.models.export import export
 from src.models.transformer import Transformer
 from src.spec import config, costs
 from src.spec.config import TrainingConfig
+from src.spec.progress import Progress
 from src.storage import checkpoint
 from src.storage.run_dir import Held, Preemption, RunDir, write_json
 from src.train import NonFinite, build_optimizer, learning_rate, next_token_loss
@@ -295,7 +296,8 @@ class _Loop:
     def run(self, held_out: Sequence[Example]) -> bool:
         """Train to the end (True) or to a signal (False)."""
         steps, saved_at = self.training.steps, time.perf_counter()
-        with Preemption() as stop:
+        name = self.directory.path.name
+        with Preemption() as stop, Progress(name, steps, "steps", done=self.step) as progress:
             while True:
                 last = self.step == steps
                 if self.step % self.batches.per_epoch == 0 or last:
@@ -307,6 +309,7 @@ class _Loop:
                 if last or stop.requested:
                     return last
                 self._train_step()
+                progress.advance()
 
     def _evaluate(self, held_out: Sequence[Example]) -> None:
         rows = self.directory.rows("dev")

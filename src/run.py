@@ -211,14 +211,15 @@ def _train_and_measure(
     from src.evaluation import evaluate as evaluation
     from src.models.export import export
 
-    chosen = machine.choose(run.training, answer.model, log_dir, device)
+    chosen = machine.choose(run.training, answer.model, log_dir, device, run.run_name)
     environment = runtime.environment_stamp(chosen.device)
     write_json(directory.path / "environment.json", environment)
     facts = record.facts(run, answer, sweep, data, digest, environment)
     print(
         f"{run.run_name}: {answer.params.total:,} parameters on "
         f"{runtime.device_name(chosen.device)} ({chosen.precision}, {chosen.threads} threads, "
-        f"{'compiled' if chosen.compile else 'eager'}), {run.training.steps} steps of "
+        f"{'compiled at the first step' if chosen.compile else 'eager'}), "
+        f"{run.training.steps} steps of "
         f"{run.training.step_tokens:,} tokens, {facts['epochs']:.2f} epochs",
         flush=True,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -20,7 +19,6 @@ import torch
 import yaml
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from src.compute import runtime
 from src.compute.compute_config import Machine
@@ -31,6 +29,7 @@ from src.models.loss import chunked_cross_entropy
 from src.models.transformer import Transformer
 from src.spec import kill_rule
 from src.spec.config import ModelConfig, RunConfig, TrainingConfig
+from src.spec.progress import Progress
 from src.storage import checkpoint
 from src.storage.run_dir import Preemption, RunDir, read_rows
 
@@ -383,7 +382,8 @@ def train(
     status, reason = "trained", None
     saved_at, saved_step = time.perf_counter(), trainer.step if resumed else -1
     _freeze_garbage()
-    with Preemption() as stop, board, _progress(run, trainer.step) as progress:
+    progress = Progress(run.run_name, steps, "steps", done=trainer.step)
+    with Preemption() as stop, board, progress:
         while True:
             step = trainer.step
             last = step == steps
@@ -418,7 +418,7 @@ def train(
                 row = _train_row(trainer, loss, norm, time.perf_counter() - begun)
                 directory.append(row)
                 _board_train(board, row, trainer.machine)
-            progress(trainer.step, loss)
+            progress.advance(1, f"train loss {loss:.4f}")
     if stop.requested and status == "trained":  # it came too late for a step: during the last save
         status, reason = "preempted", stop.signal_name
     gc.unfreeze()
@@ -579,30 +579,3 @@ def board_final(directory: RunDir, measured: dict[str, Any], step: int) -> None:
         for name, value in measured.items():
             if isinstance(value, int | float):
                 board.add_scalar(f"final/{name}", value, step)
-
-
-class _progress:
-    """A bar on a terminal; in a log file one plain line every tenth of the run."""
-
-    def __init__(self, run: RunConfig, step: int) -> None:
-        self._name, self._steps = run.run_name, run.training.steps
-        self._every = max(1, self._steps // 10)
-        self._bar = (
-            tqdm(total=self._steps, initial=step, desc=self._name, unit="step")
-            if sys.stderr.isatty()
-            else None
-        )
-
-    def __enter__(self) -> _progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, step: int, loss: float) -> None:
-        if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix(loss=f"{loss:.3f}")
-        elif step % self._every == 0 or step == self._steps:
-            print(f"{self._name}: step {step}/{self._steps} train loss {loss:.4f}", flush=True)

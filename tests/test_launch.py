@@ -20,6 +20,7 @@ import yaml
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
+from src.compute import cores
 from src.storage.run_dir import RunDir
 from src.study.engines import __main__ as launcher
 from src.study.engines import local, runs, sky, slurm
@@ -178,9 +179,9 @@ def test_progress_is_a_checkpoint_or_a_row(tmp_path):
 
 
 def test_a_place_for_each_visible_gpu(monkeypatch):
-    for listed, places in (("", 1), ("-1", 1), ("0", 1), ("2,3, 5", 3)):
+    for listed, places in (("", 0), ("-1", 0), ("0", 1), ("2,3, 5", 3)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-        assert local.default_jobs() == places
+        assert cores.visible_gpus() == places
 
 
 # ----------------------------------------------------------------------------- what is launched

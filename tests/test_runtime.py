@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.compute import runtime
-from src.compute.runtime import Choices
+from src.compute import cores, runtime
+from src.storage import choices
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -179,9 +179,9 @@ def test_the_probe_measures_and_draws_nothing():
 
 
 def test_choices_are_made_once_per_device(tmp_path):
-    first = Choices.get(tmp_path / "logs", "A100", lambda: {"precision": "bf16", "micro_batch": 64})
-    again = Choices.get(tmp_path / "logs", "A100", lambda: pytest.fail("decided twice"))
-    other = Choices.get(tmp_path / "logs", "V100", lambda: {"precision": "fp16"})
+    first = choices.get(tmp_path / "logs", "A100", lambda: {"precision": "bf16", "micro_batch": 64})
+    again = choices.get(tmp_path / "logs", "A100", lambda: pytest.fail("decided twice"))
+    other = choices.get(tmp_path / "logs", "V100", lambda: {"precision": "fp16"})
     assert first == again == {"precision": "bf16", "micro_batch": 64}
     assert other == {"precision": "fp16"}
     stored = json.loads((tmp_path / "logs" / "choices.json").read_text())
@@ -190,18 +190,18 @@ def test_choices_are_made_once_per_device(tmp_path):
 
 def test_a_failed_decision_stores_nothing_and_a_broken_file_is_named(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        Choices.get(tmp_path, "cpu", lambda: {"x": 1 / 0})
-    assert Choices.get(tmp_path, "cpu", lambda: {"x": 1}) == {"x": 1}
+        choices.get(tmp_path, "cpu", lambda: {"x": 1 / 0})
+    assert choices.get(tmp_path, "cpu", lambda: {"x": 1}) == {"x": 1}
     for broken in ("{", "[]", '{"cpu": 3}'):
         (tmp_path / "choices.json").write_text(broken)
         with pytest.raises(ValueError, match="choices.json.*delete it"):
-            Choices.get(tmp_path, "cpu", lambda: {"x": 2})
+            choices.get(tmp_path, "cpu", lambda: {"x": 2})
 
 
 DECIDE = """
 import os, sys, time
 from pathlib import Path
-from src.compute.runtime import Choices
+from src.storage import choices
 
 def decide():
     with open(sys.argv[2], "a") as file:
@@ -213,8 +213,8 @@ pids = []
 for _ in range(4):
     pids.append(os.fork())
     if pids[-1] == 0:
-        chosen = Choices.get(Path(sys.argv[1]), "cpu", decide)
-        os._exit(chosen != Choices.get(Path(sys.argv[1]), "cpu", decide))
+        chosen = choices.get(Path(sys.argv[1]), "cpu", decide)
+        os._exit(chosen != choices.get(Path(sys.argv[1]), "cpu", decide))
 print(sum(os.waitpid(pid, 0)[1] for pid in pids))
 """
 
@@ -255,7 +255,7 @@ def test_threads_are_pinned_as_asked_or_by_environment_or_by_cores(monkeypatch):
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         assert runtime.pin_threads() == 2
         monkeypatch.delenv("OMP_NUM_THREADS")
-        assert runtime.pin_threads() == runtime.available_cores()
+        assert runtime.pin_threads() == cores.available_cores()
         with pytest.raises(ValueError, match="at least 1"):
             runtime.pin_threads(0)
     finally:
@@ -263,12 +263,12 @@ def test_threads_are_pinned_as_asked_or_by_environment_or_by_cores(monkeypatch):
 
 
 def test_cores_follow_the_affinity(monkeypatch):
-    monkeypatch.setattr(runtime, "_cgroup_quota", lambda *_: None)
+    monkeypatch.setattr(cores, "_cgroup_quota", lambda *_: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(runtime, "_core_of", lambda cpu: ("0", str(cpu // 2)))
-    assert runtime.available_cores() == 2  # four hyperthreads
-    monkeypatch.setattr(runtime, "_cgroup_quota", lambda *_: 0.5)
-    assert runtime.available_cores() == 1
+    monkeypatch.setattr(cores, "_core_of", lambda cpu: ("0", str(cpu // 2)))
+    assert cores.available_cores() == 2  # four hyperthreads
+    monkeypatch.setattr(cores, "_cgroup_quota", lambda *_: 0.5)
+    assert cores.available_cores() == 1
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_cgroup_quota(tmp_path, membership, files, expected):
         path = tmp_path / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content + "\n")
-    assert runtime._cgroup_quota(tmp_path / "membership", tmp_path / "cgroup") == expected
+    assert cores._cgroup_quota(tmp_path / "membership", tmp_path / "cgroup") == expected
 
 
 # --- provenance ---------------------------------------------------------------------------------

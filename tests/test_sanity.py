@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from src.models.transformer import Transformer
 from src.spec import allocation, config
 from src.spec.allocation import Allocation, count_params
 from src.spec.config import ModelConfig, RunConfig
-from src.study import sanity, sanity_training
+from src.study import sanity, sanity_training, speed
 
 
 def loaded(sweep_file: Path, name: str) -> tuple[RunConfig, Allocation, TokenData]:
@@ -152,11 +154,16 @@ def test_finished_checks_of_another_configuration_are_refused(
         sanity.check(*loaded(tiny_sweep, "base"), tmp_path, "cpu")
 
 
-def test_the_probe_prints_a_speed(
-    tiny_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_speed_command_takes_a_step_whenever_it_is_told(
+    tiny_sweep: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    line = ["--config", str(tiny_sweep), "--exp", "base", "--device", "cpu"]
-    assert sanity_training.main([*line, "--log_dir", str(tmp_path)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["tokens_per_s"] > 0 and found["device"] == "cpu" and found["device_name"]
-    assert sanity_training.main(["--config", "nowhere.yaml", "--exp", "base"]) == 78
+    line = ["--exp", "base", "--device", "cpu", "--threads", "1", "--log_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    assert speed.main(["--config", str(tiny_sweep), *line]) == 0
+    first, *steps = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["tokens"] > 0 and first["device"] == "cpu" and first["device_name"]
+    assert len(steps) == 2 and all(step["seconds"] > 0 for step in steps)
+    assert speed.main(["--config", "nowhere.yaml", *line]) == 78

@@ -433,7 +433,7 @@ def test_estimates_count_only_what_is_left(prd: Study) -> None:
     [
         ("budget: 50", "unknown key.*did you mean 'budget_usd'"),
         ("noise_seeds: 1", "noise_seeds: found 1, expected .*at least 2"),
-        ("jobs: 0", "jobs: found 0, expected .*runs at a time, from 1"),
+        ("jobs: 0", "jobs: found 0, expected auto, or runs at a time, from 1"),
         ("full: some", "full: found 'some', expected"),
         ("embedding: nowhere.yaml", "nowhere.yaml: found no such file"),
     ],

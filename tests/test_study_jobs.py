@@ -39,7 +39,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
         str(tmp_path / "logs"),
         "cpu",
     )
-    known = replace(found.config, tokens_per_s=10_000, corpus=str(tmp_path), final_seeds=2)
+    known = replace(found.config, jobs=1, tokens_per_s=10_000, corpus=str(tmp_path), final_seeds=2)
     return replace(found, config=known)
 
 

@@ -16,6 +16,8 @@ from src.compute import autotune as probe
 from src.compute import runtime
 from src.compute.compiler import compiler
 from src.spec.config import ModelConfig, TrainingConfig
+from src.spec.progress import say
+from src.storage import choices
 
 # Most tokens of a CPU micro-batch: eager, activations of one block should stay in the cache;
 # compiled, 1,024 to 8,192 tokens are equally fast (10M model, two cores; benchmarks/NOTES.md).
@@ -54,9 +56,16 @@ class Machine:
 
 
 def choose(
-    training: TrainingConfig, model: ModelConfig, log_dir: Path, device_asked: str
+    training: TrainingConfig,
+    model: ModelConfig,
+    log_dir: Path,
+    device_asked: str,
+    name: str = "autotune",
 ) -> Machine:
-    """Pin threads and choose; raises ValueError for what this machine cannot do."""
+    """Pin threads and choose; raises ValueError for what this machine cannot do.
+
+    name: the run's, for the line that says why it does not begin yet.
+    """
     device = runtime.choose_device(device_asked)
     if training.deterministic:
         runtime.deterministic(True)  # first: cuBLAS reads its setting when the probe starts it
@@ -64,6 +73,7 @@ def choose(
         runtime.keep_freed_memory()
 
     def decide() -> dict[str, object]:
+        say(name, "choosing precision and threads for this device, some seconds")
         # Nothing here may depend on one run's settings: the next run of the directory reads it.
         return {
             "threads": runtime.pin_threads(None),
@@ -78,8 +88,8 @@ def choose(
             "can_compile": _can_compile(device),
         }
 
-    name = runtime.device_name(device)
-    stored = runtime.Choices.get(log_dir, name, decide)
+    key = runtime.device_name(device)
+    stored = choices.get(log_dir, key, decide)
     threads = runtime.pin_threads(training.threads or int(stored["threads"]))
     precision = str(stored["precision"])
     if training.precision != "auto":
@@ -93,19 +103,24 @@ def choose(
     most_tokens = int(stored["micro_batch_tokens"])
     loss_chunk = LOSS_CHUNK[device.type]
     if pays and not (training.micro_batch and training.loss_chunk):
-        # Of the first such run's model and precision; then the same for all that is compared.
-        found = runtime.Choices.get(
-            log_dir,
-            f"{name}, {precision}, {training.seq_len} tokens a sequence"
-            + (", compiled" if compiled else ""),
-            lambda: probe.measure(
+
+        def measure() -> dict[str, object]:
+            say(name, "timing micro-batches and loss chunks, up to half a minute, once a sweep")
+            return probe.measure(
                 model,
                 training.seq_len,
                 device=device,
                 dtype=DTYPES[precision],
                 most_tokens=most_tokens,
                 compiled=compiled,
-            ),
+            )
+
+        # Of the first such run's model and precision; then the same for all that is compared.
+        found = choices.get(
+            log_dir,
+            f"{key}, {precision}, {training.seq_len} tokens a sequence"
+            + (", compiled" if compiled else ""),
+            measure,
         )
         most_tokens, loss_chunk = int(found["micro_batch_tokens"]), int(found["loss_chunk"])
     most = max(1, most_tokens // training.seq_len)

@@ -1,7 +1,7 @@
 """The machine under a run: device, precision, threads, seeds, and a stamp of what they were.
 
-What a run chooses by itself is chosen once per log directory and device (`Choices`), so that cells
-that are compared, and a run before and after its interruption, use the same.
+What a run chooses by itself is chosen once per log directory and device (`src.storage.choices`), so
+that cells that are compared, and a run before and after its interruption, use the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import json
 import os
 import platform
 import random
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from src.storage.run_dir import open_lock_file, write_json
+from src.compute.cores import available_cores
+from src.storage.run_dir import open_lock_file
 
 MIN_BF16_SPEEDUP = 1.3
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -273,42 +273,6 @@ def probe(d_model: int, d_ff: int, vocab: int, rows: int, repeats: int = 3) -> f
     return statistics.median(a for a, _ in timings) / statistics.median(b for _, b in timings)
 
 
-class Choices:
-    """What the harness chose by itself for one device, kept in `<log_dir>/choices.json`."""
-
-    @staticmethod
-    def get(log_dir: Path, device_key: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The stored choices for `device_key`, or `decide()`'s answer, stored for all that follow.
-
-        Processes that start together agree: one decides, the others wait for it. The answer must
-        be plain JSON values. Raises ValueError if the stored file is not what was written.
-        """
-        path = log_dir / "choices.json"
-        log_dir.mkdir(parents=True, exist_ok=True)
-        guard = open_lock_file(log_dir / ".choices.lock")
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX)
-            stored = _read_choices(path)
-            if device_key not in stored:
-                stored[device_key] = json.loads(json.dumps(decide(), allow_nan=False))
-                write_json(path, stored)
-            return stored[device_key]
-        finally:
-            os.close(guard)
-
-
-def _read_choices(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        stored = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete it to choose again.") from error
-    if not isinstance(stored, dict) or not all(isinstance(v, dict) for v in stored.values()):
-        raise ValueError(f"{path}: expected one object per device: delete it to choose again.")
-    return stored
-
-
 # --- determinism --------------------------------------------------------------------------------
 
 
@@ -359,57 +323,6 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     return bool(mallopt(mmap_threshold, 32 << 20)) and bool(mallopt(trim_threshold, 2**31 - 1))
-
-
-def available_cores() -> int:
-    """Physical cores open to this process, by its CPU affinity and its cgroup's quota."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
-    else:
-        cores = os.cpu_count() or 1
-    quota = _cgroup_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return max(1, min(cores, int(quota)) if quota else cores)
-
-
-def _core_of(cpu: int) -> tuple[str, str]:
-    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    try:
-        package, core = (
-            (topology / name).read_text().strip() for name in ("physical_package_id", "core_id")
-        )
-    except OSError:
-        return "cpu", str(cpu)
-    return package, core
-
-
-def _cgroup_quota(membership: Path, root: Path) -> float | None:
-    """CPUs that the cgroup (v2, or v1) or any of its parents allows, None if unlimited."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
-    groups = [line.split(":", 2) for line in lines if line.count(":") >= 2]
-    quotas: list[float] = []
-    for _, controllers, path in groups:
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base = root / "cpu" if controllers else root
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts) + 1):
-            quotas += _group_quota(base.joinpath(*parts[:depth]))
-    return min(quotas, default=None)
-
-
-def _group_quota(group: Path) -> list[float]:
-    try:
-        if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota = (group / "cpu.cfs_quota_us").read_text().strip()
-            period = (group / "cpu.cfs_period_us").read_text().strip()
-    except (OSError, ValueError):
-        return []
-    return [] if quota in ("max", "-1") else [int(quota) / int(period)]
 
 
 # --- provenance ---------------------------------------------------------------------------------
@@ -473,7 +386,7 @@ def environment_stamp(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or CPU's product name, the key of `Choices` and of the price table."""
+    """The GPU's or CPU's product name, the key of its choices and of the price table."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 

@@ -53,6 +53,7 @@ def evaluate(
             warmup=asked.latency_warmup,
             repeats=asked.latency_repeats,
             compiled=machine.compile,
+            label=f"{run.run_name}: latency",
         )
     return found
 
@@ -77,6 +78,7 @@ def _split(
         autocast_dtype=_autocast_dtype(machine),
         device=machine.device,
         limit_tokens=run.evaluation.perplexity_tokens,
+        label=f"{run.run_name}: {name} perplexity",
     )
     arrays: dict[str, Any] = {
         key: value for key, value in result.items() if isinstance(value, np.ndarray)
@@ -124,6 +126,7 @@ def _smallbench(
         limit=asked.smallbench_limit,
         exclude=exclude,
         items_path=run_path / "smallbench_items.jsonl",
+        label=f"{run.run_name}: SmallBench",
     )
     return {
         "smallbench_accuracy": result["accuracy"],

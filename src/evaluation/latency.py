@@ -36,6 +36,7 @@ from src.compute import runtime
 from src.evaluation.trained_run import load_run
 from src.models.transformer import Transformer
 from src.spec import command_line
+from src.spec.progress import Progress
 from src.storage.run_dir import write_json
 
 MIB = 2**20
@@ -90,20 +91,28 @@ def verdict(low: float, high: float, margin: float = MARGIN) -> str:
 
 
 def time_interleaved(
-    steps: Mapping[str, Step], *, device: torch.device, warmup: int, repeats: int
+    steps: Mapping[str, Step],
+    *,
+    device: torch.device,
+    warmup: int,
+    repeats: int,
+    label: str = "latency",
 ) -> dict[str, FloatArray]:
     """Milliseconds (R,) of each step; every repeat runs all steps, so that drift hits all alike.
 
     Device events around one synchronised call on CUDA, the monotonic clock on a CPU.
     """
     once = _time_cuda if device.type == "cuda" else _time_cpu
-    for _ in range(warmup):
-        for step in steps.values():
-            once(step)
     found = {name: np.empty(repeats) for name in steps}
-    for repeat in range(repeats):
-        for name, step in steps.items():
-            found[name][repeat] = once(step)
+    with Progress(label, warmup + repeats, "rounds") as progress:
+        for _ in range(warmup):
+            for step in steps.values():
+                once(step)
+            progress.advance()
+        for repeat in range(repeats):
+            for name, step in steps.items():
+                found[name][repeat] = once(step)
+            progress.advance()
     return found
 
 
@@ -283,6 +292,7 @@ def measure(
     warmup: int = 50,
     repeats: int = 200,
     compiled: bool = False,
+    label: str = "latency",
 ) -> dict[str, Any]:
     """Latency and memory of `model` at batch size 1, as flat keys with units.
 
@@ -303,7 +313,7 @@ def measure(
         memory_steps = steps
         if compiled and device.type == "cuda":
             steps = steps | _try_compiled(model, device, cache_dtype, lengths)
-        times = time_interleaved(steps, device=device, warmup=warmup, repeats=repeats)
+        times = time_interleaved(steps, device=device, warmup=warmup, repeats=repeats, label=label)
         memory = _memory(model, memory_steps, device, cache_dtype, max(lengths))
     found: dict[str, Any] = {}
     for name, samples in times.items():

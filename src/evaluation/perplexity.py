@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from src.spec.progress import Progress
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
@@ -87,6 +89,7 @@ def score_positions(
     autocast_dtype: torch.dtype | None,
     greedy: bool = False,
     batch_tokens: int | None = None,
+    label: str = "scoring",
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Nats of chosen targets, each after its row's tokens up to and with its position.
 
@@ -95,7 +98,7 @@ def score_positions(
     likely token (all False unless `greedy` asks for it). `autocast_dtype` None or float32 computes
     in float32. Rows are padded on the right, which a causal model cannot see, and batched by
     length; only queried positions reach the head, a chunk at a time, so that float32 logits of a
-    batch never exist.
+    batch never exist. `label` names the progress.
     """
     device = torch.device(device)
     on_cpu = device.type == "cpu"
@@ -107,8 +110,10 @@ def score_positions(
     # no_grad and not inference_mode: tensors that the model caches here (RoPE tables) must stay
     # usable in training. One autocast context, so that weights are cast once for all batches.
     autocast = torch.autocast(device.type, autocast_dtype, enabled=low)
-    with torch.no_grad(), autocast, uncompiled(model):
-        for batch in _batches([len(row) for row in rows], batch_tokens):
+    lengths = [len(row) for row in rows]
+    progress = Progress(label, sum(lengths), "tokens")
+    with torch.no_grad(), autocast, uncompiled(model), progress:
+        for batch in _batches(lengths, batch_tokens):
             tokens, index = _collate(rows, batch, first_query)
             wanted = queries[index]
             width = tokens.shape[1]
@@ -119,6 +124,7 @@ def score_positions(
             where = torch.from_numpy(index).to(device)
             chunk = 256 if on_cpu else 4_096
             nats[where], hits[where] = _head_nats(model, hidden, targets, chunk, greedy)
+            progress.advance(sum(lengths[row] for row in batch))
     return nats.cpu().numpy(), hits.cpu().numpy()
 
 
@@ -190,6 +196,7 @@ def score_documents(
     device: torch.device | str,
     autocast_dtype: torch.dtype | None,
     batch_tokens: int | None = None,
+    label: str = "scoring",
 ) -> tuple[FloatArray, FloatArray, IntArray]:
     """Nats (D,) with overlapping windows, nats (D,) without, and scored tokens (D,).
 
@@ -210,6 +217,7 @@ def score_documents(
         device=device,
         autocast_dtype=autocast_dtype,
         batch_tokens=batch_tokens,
+        label=label,
     )
     if not np.isfinite(nats).all():
         raise ValueError(
@@ -287,6 +295,7 @@ def evaluate_split(
     device: torch.device | str,
     limit_tokens: int | None = None,
     batch_tokens: int | None = None,
+    label: str = "scoring",
 ) -> dict[str, Any]:
     """Losses of one split, document by document.
 
@@ -311,6 +320,7 @@ def evaluate_split(
         device=device,
         autocast_dtype=autocast_dtype,
         batch_tokens=batch_tokens,
+        label=label,
     )
     total, scored, words = float(nats.sum()), int(counts.sum()), int(documents[:, 2].sum())
     by_word = word_perplexity(total, words) if words else math.inf

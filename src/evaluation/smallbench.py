@@ -100,6 +100,7 @@ def score_requests(
     device: torch.device | str,
     autocast_dtype: torch.dtype | None,
     batch_tokens: int | None = None,
+    label: str = "SmallBench",
 ) -> tuple[FloatArray, NDArray[np.bool_]]:
     """Log-probability of each continuation, and whether greedy decoding writes it.
 
@@ -134,6 +135,7 @@ def score_requests(
         autocast_dtype=autocast_dtype,
         greedy=True,
         batch_tokens=batch_tokens,
+        label=label,
     )
     scores, misses = np.zeros(len(requests)), np.zeros(len(requests), dtype=np.int64)
     np.subtract.at(scores, of[order], nats.astype(np.float64))
@@ -323,6 +325,7 @@ def evaluate(
     exclude: Mapping[str, set[int]] | None = None,
     items_path: Path | None = None,
     batch_tokens: int | None = None,
+    label: str = "SmallBench",
 ) -> dict[str, Any]:
     """Score `tasks` from the rows in `data_dir`.
 
@@ -355,6 +358,7 @@ def evaluate(
         device=device,
         autocast_dtype=autocast_dtype,
         batch_tokens=batch_tokens,
+        label=label,
     )
     if items_path is not None:
         write_atomic(items_path, _item_lines(scored))

@@ -275,7 +275,12 @@ class StudyConfig:
     # all: every ranking cell at the full budget too, one seed, for the rank agreement.
     full: str = one_of("finalists", "finalists", "all")
     vocabulary_seeds: int = key(1, "seeds of at least 1", lambda v: v >= 1)
-    jobs: int = key(1, "runs at a time, from 1 to 64", lambda v: 1 <= v <= 64)
+    # auto: one run on all cores against one a core, measured; a run a GPU.
+    jobs: int | str = key(
+        1,
+        "auto, or runs at a time, from 1 to 64",
+        lambda v: v == "auto" or isinstance(v, int) and 1 <= v <= 64,
+    )
     budget_usd: float = key(50.0, "dollars above 0", lambda v: v > 0)
     runbook_budget_usd: float = key(150.0, "dollars above 0", lambda v: v > 0)
     # None: from earlier runs of log_dir, else from a short probe on the device.

@@ -122,6 +122,8 @@ def _coerce(value: Any, kind: str) -> Any:
     """`value` as the annotated `kind`, or raises TypeError. A bool is never a number."""
     if kind.endswith(" | None"):
         return None if value is None else _coerce(value, kind.removesuffix(" | None"))
+    if kind == "int | str":
+        return _coerce(value, "str" if isinstance(value, str) else "int")
     if kind == "tuple[str, ...]" and isinstance(value, list):
         return tuple(_coerce(item, "str") for item in value)
     if kind == "bool" and isinstance(value, bool):
@@ -141,6 +143,7 @@ _KIND_NAMES = {
     "float": "a finite number: ",
     "str": "text: ",
     "bool": "",
+    "int | str": "",
     "tuple[str, ...]": "",
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from src.compute import cores
 from src.spec.command_line import OK, TRY_AGAIN
 from src.storage.run_dir import Held, locked
 from src.study.phases.cells import Job
@@ -62,21 +63,16 @@ def is_held(directory: Path) -> bool:
         return True
 
 
-def starter(jobs: int) -> Start:
-    """Starts command lines as children that end with this process.
-
-    With several at a time each gets its part of the processors, unless OMP_NUM_THREADS says.
-    """
+def starter(jobs: int, threads: int) -> Start:
+    """Starts command lines as children that end with this process, with so many threads each; of
+    several at a time none has the terminal (`src.spec.progress`)."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     # `python -m src...` works wherever the study was started.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    if jobs > 1:
-        affinity = getattr(os, "sched_getaffinity", None)
-        processors = len(affinity(0)) if affinity else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, processors // jobs)))
+    environment = {**cores.shared(jobs, threads), "PYTHONPATH": os.pathsep.join(paths)}
+    stdin = None if jobs == 1 else subprocess.DEVNULL
 
     def start(line: Sequence[str]) -> Process:
-        return subprocess.Popen(bound(line), env=environment)
+        return subprocess.Popen(bound(line), env=environment, stdin=stdin)
 
     return start
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from src.compute import cores
 from src.spec import config
 from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
 from src.spec.strict_yaml import read_yaml
@@ -26,6 +27,7 @@ from src.study.jobs import REPOSITORY, Holder, Running, Start, is_held, starter
 from src.study.phases import costs
 from src.study.phases.cells import Decision, Job, Plan, Source, Study
 from src.study.state import Reader, diverged
+from src.study.threads import Places, gpus, known_threads, measured, settle
 
 SCHEMA = 1
 
@@ -71,22 +73,34 @@ def run(
     remote: str | None = None,
     dry_run: bool = False,
     start: Start | None = None,
+    measure: Callable[[Study, str, int], Places] = measured,
 ) -> int:
     """Print the plan, then do it; returns an exit code (75: run me again, 78: the budget is spent).
 
-    start: starts a command line; by default as a process that ends with this one.
+    start: starts a command line; by default as a process that ends with this one. measure: how
+    `jobs: auto` finds out what nothing else settles.
     """
-    log_dir = Path(study.config.log_dir)
-    reader = Reader(study)
+    log_dir, count = Path(study.config.log_dir), cores.available_cores()
+    places = settle(
+        study.config.jobs, count, gpus(study.config.device),
+        known_threads(study),
+    )  # fmt: skip
+    reader = Reader(study, None if places is None else places.threads)
     found = study_plan.plan(study, reader.record())
     rate = reader.rate()
     print(costs.table(found, rate, reader.spent(found, rate), study.config.budget_usd))
+    print(f"runs: {places or 'jobs: auto is measured when the study begins'}", flush=True)
     if dry_run:
         return OK
     _need_corpus(study, found)
     log_dir.mkdir(parents=True, exist_ok=True)
     with locked(log_dir):
-        conductor = _Conductor(study, reader, rate, remote, start or starter(study.config.jobs))
+        if places is None:
+            places = measure(study, reader.baseline, count)
+            reader.threads = places.threads
+            print(f"runs: {places}", flush=True)
+        start = start or starter(places.jobs, places.threads)
+        conductor = _Conductor(study, reader, rate, remote, start, places.jobs)
         try:
             return conductor.conduct()
         finally:
@@ -98,12 +112,19 @@ class _Conductor:
     would be spent, or a job fails."""
 
     def __init__(
-        self, study: Study, reader: Reader, rate: costs.Rate, remote: str | None, start: Start
+        self,
+        study: Study,
+        reader: Reader,
+        rate: costs.Rate,
+        remote: str | None,
+        start: Start,
+        jobs: int,
     ) -> None:
         self.study, self.reader, self.rate = study, reader, rate
-        self.remote, self.start = remote, start
+        self.remote, self.start, self.jobs = remote, start, jobs
         self.log_dir = Path(study.config.log_dir)
         self.running = Running()
+        self.told = -1  # steps done when progress was last printed
 
     def conduct(self) -> int:
         """Returns the study's exit code; what still runs then is for the caller to stop."""
@@ -112,6 +133,7 @@ class _Conductor:
             found = study_plan.plan(self.study, record)
             self.rate = self.reader.rate(self.rate)
             spent = self.reader.spent(found, self.rate)
+            self._tell_progress(found, sum(spent.values()))
             content = summary(self.study, found, self.reader, spent)
             write_json(self.log_dir / "study.json", content)
             if record.sanity is not None and not record.sanity["passed"]:
@@ -136,7 +158,7 @@ class _Conductor:
     def _start_ready(self, found: Plan, spent: float) -> Job | None:
         """Start what may begin; returns the first job that the budget does not allow."""
         for job in found.ready(self.running.names):
-            if len(self.running) >= self.study.config.jobs:
+            if len(self.running) >= self.jobs:
                 break
             # What runs counts with its whole estimate, and once more with what it has used.
             promised = sum(costs.dollars(other, self.rate) for other in self.running.jobs)
@@ -151,6 +173,17 @@ class _Conductor:
             print(f"--- {job.stage}: {job.name}", flush=True)
             self.running.add(job, self.start(command(self.study, job, self.remote)))
         return None
+
+    def _tell_progress(self, found: Plan, spent: float) -> None:
+        done = sum(not job.open for job in found.jobs)
+        if done != self.told:
+            self.told = done
+            hours = sum(costs.seconds(job, self.rate) for job in found.jobs) / 3600
+            print(
+                f"--- {done} of {len(found.jobs)} steps done, {spent:.2f} USD spent, about "
+                f"{hours:.2f} hours of runs to go",
+                flush=True,
+            )
 
     def _is_held(self, job: Job) -> bool:
         return job.kind in ("train", "sanity") and is_held(self.log_dir / job.name)

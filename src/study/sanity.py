@@ -42,7 +42,7 @@ def check(
         from src.compute import compute_config as machine
         from src.study import sanity_training
 
-        chosen = machine.choose(run.training, answer.model, log_dir, device)
+        chosen = machine.choose(run.training, answer.model, log_dir, device, directory.name)
         try:
             found = sanity_training.Measuring(
                 run, answer, data, chosen, directory, digests, stop

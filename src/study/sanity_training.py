@@ -1,35 +1,30 @@
-"""What phase 0 trains: a memorised batch, a ramp of learning rates, and a probe of the speed.
-
-    python -m src.study.sanity_training --config configs/embed_ratio.yaml --exp emb35
+"""What phase 0 trains: a memorised batch and a ramp of learning rates.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from src.compute import compute_config as machine
 from src.compute import runtime
 from src.compute.compute_config import Machine
 from src.data.tokens import TokenData, Windows
 from src.models.transformer import Transformer
-from src.spec import allocation, config
+from src.spec import config
 from src.spec.allocation import Allocation
 from src.spec.config import RunConfig, TrainingConfig
+from src.spec.progress import Progress
 from src.storage import checkpoint
 from src.storage.run_dir import Preemption, write_json
 from src.train import build_model, build_optimizer, next_token_loss
@@ -47,7 +42,6 @@ RANGE_RULE = (
 LEAST_FALL = 0.1  # nats; a ramp that falls less has no slope to read
 SMOOTHING = 0.8  # of the ramp's losses
 DIVERGED = 1.5  # nats above the lowest smoothed loss: the ramp ends
-PROBE_STEPS = 3
 
 
 class Stepper:
@@ -241,12 +235,17 @@ class Measuring:
         stepper = Stepper(self.run, self.answer, self.chosen)
         start, counted = initial_loss(stepper, first), blocks(stepper.model)
 
+        name = f"{self.directory.name}: memorising a batch"
+
         def step(batch: Tensor, rate: float) -> float:
             if self.stop.requested:
                 raise Interrupted
-            return stepper.step(batch, rate)
+            loss = stepper.step(batch, rate)
+            progress.advance(1, f"loss {loss:.3f}")
+            return loss
 
-        loss, steps = overfit(step, first[:sequences], self.training.learning_rate)
+        with Progress(name, OVERFIT_STEPS, "steps at most") as progress:
+            loss, steps = overfit(step, first[:sequences], self.training.learning_rate)
         return {
             "initial_loss": start,
             "params": counted,
@@ -271,9 +270,12 @@ class Measuring:
             if self.stop.requested:
                 raise Interrupted
             losses.append(stepper.step(torch.from_numpy(self.windows.batch(number)), rate))
+            progress.advance(1, f"rate {rate:.1e}, loss {losses[-1]:.3f}")
             return losses[-1]
 
-        rows = ramp(step, RANGE_STEPS, known)
+        name = f"{self.directory.name}: learning rates"
+        with Progress(name, RANGE_STEPS, "steps at most", done=len(known)) as progress:
+            rows = ramp(step, RANGE_STEPS, known)
         return {
             "rule": RANGE_RULE,
             "suggested": suggested_rate(rows),
@@ -324,53 +326,3 @@ def draw(
     axes.set_ylabel("loss, nats a token")
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-# ------------------------------------------------------------------------------ the speed probe
-
-
-def probe(run: RunConfig, answer: Allocation, chosen: Machine) -> float:
-    """Tokens a second of training on random tokens, the median of a few micro-batches."""
-    stepper = Stepper(run, answer, chosen)
-    generator = torch.Generator().manual_seed(0)
-    shape = (chosen.micro_batch, run.training.seq_len + 1)
-    batch = torch.randint(run.model.vocab_size, shape, generator=generator)
-    times = []
-    for _ in range(PROBE_STEPS + 1):
-        begun = time.perf_counter()
-        stepper.step(batch, 1e-4)  # returns a float, so the device has finished
-        times.append(time.perf_counter() - begun)
-    return chosen.micro_batch * run.training.seq_len / float(np.median(times[1:]))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print {"tokens_per_s", "device", "device_name"} of one experiment as JSON."""
-    parser = argparse.ArgumentParser(description="Time a few training steps on random tokens.")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--exp", required=True)
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--log_dir", type=Path, default=Path("logs"))
-    asked = parser.parse_args(arguments)
-    try:
-        sweep = config.load_sweep(asked.config, asked.set, "rank")
-        run = sweep.run(asked.exp, 0)
-        answer = allocation.allocate({r.experiment: r.model for r in sweep.runs}, sweep.baseline)[
-            asked.exp
-        ]
-        asked.log_dir.mkdir(parents=True, exist_ok=True)
-        chosen = machine.choose(run.training, answer.model, asked.log_dir, asked.device)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 78
-    found = {
-        "tokens_per_s": probe(run, answer, chosen),
-        "device": chosen.device.type,
-        "device_name": runtime.device_name(chosen.device),
-    }
-    print(json.dumps(found))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +13,16 @@ import numpy as np
 from src.spec import config, costs
 from src.spec.kill_rule import Curve
 from src.storage.run_dir import read_rows
-from src.study.jobs import REPOSITORY, bound
 from src.study.phases.cells import Documents, Job, Plan, Record, Study, baseline_cell
 from src.study.phases.costs import Rate
+from src.study.threads import probe
 
 
 class Reader:
     """Reads the log directory; what is finished is read once."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self, study: Study, threads: int | None = None) -> None:
+        self.study, self.threads = study, threads  # of every run; None: not settled yet
         self.log_dir = Path(study.config.log_dir)
         sweep = config.sweep_from(
             study.embedding.raw, study.embedding.path, study.overrides, "rank"
@@ -54,6 +51,7 @@ class Reader:
             train_tokens=self._train_tokens(),
             sanity=self.sanity(),
             latency=self.comparisons(),
+            threads=self.threads,
         )
 
     def sanity(self) -> Mapping[str, Any] | None:
@@ -118,7 +116,7 @@ class Reader:
                 "device_name": "the CPU",
             }
         else:
-            found = self._probe()
+            found = probe(self.study, self.baseline, self.threads)
         speed = stated or found["tokens_per_s"]
         per_token = cell.flops / (cell.run.training.steps * cell.run.training.step_tokens)
         return Rate(
@@ -128,24 +126,6 @@ class Reader:
             source=f"{'probed' if stated is None else 'stated'} {speed:,.0f} tokens/s of "
             f"{self.baseline} on {found['device_name']}, evaluation not counted",
         )
-
-    def _probe(self) -> dict[str, Any]:
-        """A few training steps in a process of its own, which leaves no torch in this one."""
-        line = [sys.executable, "-m", "src.study.sanity_training",
-                "--config", str(self.study.embedding.path),
-                "--exp", self.baseline, "--device", self.study.config.device,
-                "--log_dir", str(self.log_dir)]  # fmt: skip
-        for override in self.study.overrides:
-            line += ["--set", override]
-        path = {**os.environ, "PYTHONPATH": str(REPOSITORY)}  # wherever the study was started
-        done = subprocess.run(bound(line), capture_output=True, text=True, env=path, check=False)
-        if done.returncode:
-            told = done.stderr.strip().splitlines()
-            raise ValueError(
-                f"{self.study.file}: device {self.study.config.device}: the speed probe failed: "
-                f"{told[-1] if told else 'no message'}"
-            )
-        return json.loads(done.stdout.splitlines()[-1])
 
     def spent(self, found: Plan, rate: Rate) -> dict[str, float]:
         """Dollars by stage: finished runs, the checks, and what unfinished runs have used."""

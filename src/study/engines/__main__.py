@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from src.compute import cores
 from src.spec import config
 from src.spec.command_line import OK, Parser, at_least, refuse
 from src.study.engines import local, runs, sky, slurm
@@ -85,7 +86,8 @@ def _local(launch: runs.Launch, asked: argparse.Namespace) -> int:
         )
         for run in launch.runs
     ]
-    return local.Engine(jobs, asked.jobs or local.default_jobs()).run()
+    at_once = asked.jobs or max(1, cores.visible_gpus())
+    return local.Engine(jobs, at_once, environment=cores.shared(at_once)).run()
 
 
 def _slurm(launch: runs.Launch, asked: argparse.Namespace) -> int:

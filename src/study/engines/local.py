@@ -7,13 +7,12 @@ run again that exits 75, and returns a code that is not 0 when any run failed. C
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +51,7 @@ class Engine:
     jobs: Sequence[Job]
     at_once: int
     pause_s: float = 1.0  # before the first rerun
+    environment: Mapping[str, str] | None = None  # of every job; None: this process's
     stopped_by: int | None = field(default=None, init=False)
 
     def run(self) -> int:
@@ -80,7 +80,11 @@ class Engine:
         ready = [job for job in waiting if job.not_before <= time.monotonic()]
         for job in ready[: max(0, free)]:
             job.seen = job.progress()
-            job.process = subprocess.Popen(job.command)
+            job.process = subprocess.Popen(
+                job.command,
+                env=self.environment,
+                stdin=None if self.at_once == 1 else subprocess.DEVNULL,  # see src.spec.progress
+            )
             if self.stopped_by is not None:  # it came between the look above and this line
                 job.process.send_signal(self.stopped_by)
 
@@ -138,24 +142,6 @@ def progress_of(run_path: Path) -> tuple[int, int]:
     ]
     record = run_path / "metrics.jsonl"
     return max(steps, default=-1), record.stat().st_size if record.exists() else 0
-
-
-def default_jobs() -> int:
-    """As many as this process sees GPUs; 1 on a CPU, where one run takes all cores.
-
-    Which run gets which GPU is not decided here: `--device auto` claims the least used one
-    (`runtime.claim_least_used`), which also counts the runs of other loops on this machine.
-    """
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return max(1, len([name for name in listed.split(",") if name.strip() not in ("", "-1")]))
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return max(1, pynvml.nvmlDeviceGetCount())
-    except pynvml.NVMLError:
-        return 1
 
 
 def _say(text: str) -> None:

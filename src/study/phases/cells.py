@@ -63,7 +63,8 @@ class Record:
     results: metrics.json by run name; a run that diverged stands as {"status": "failed", ...}.
     curves: dev checks by run name. documents(run, split): its losses, None without them.
     train_tokens: tokens of the train split by vocabulary; absent where they are to be made.
-    sanity: sanity.json of the baseline. latency: comparisons by job name.
+    sanity: sanity.json of the baseline. latency: comparisons by job name. threads: of every run
+    that states none; None where that is not settled yet.
     """
 
     results: Mapping[str, Metrics] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Record:
     train_tokens: Mapping[int, int] = field(default_factory=dict)
     sanity: Metrics | None = None
     latency: Mapping[str, Metrics] = field(default_factory=dict)
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

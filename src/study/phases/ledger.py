@@ -30,8 +30,9 @@ _MADE_WITH = ("vocab_size", "d_model", "n_layers", "n_heads", "head_dim", "d_ff"
 _TRAINED_WITH = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio")
 
 
-def _check_same(cell: Cell, result: Metrics, own_baseline: bool) -> None:
-    """Refuse a finished run of this name that was made with another configuration."""
+def _check_same(cell: Cell, result: Metrics, own_baseline: bool, threads: int | None) -> None:
+    """Refuse a finished run of this name that was made with another configuration, or on a CPU
+    with another number of threads than the study's other runs, which changes its sums."""
     if result["status"] == "failed":
         if own_baseline:
             raise ValueError(
@@ -43,11 +44,15 @@ def _check_same(cell: Cell, result: Metrics, own_baseline: bool) -> None:
     expected |= {key: getattr(cell.run.training, key) for key in _TRAINED_WITH}
     if result["status"] == "finished":
         expected["steps"] = cell.run.training.steps
+    threads = cell.run.training.threads or threads
+    if result.get("device") == "cpu" and threads is not None:
+        expected["threads"] = threads
     for key, value in expected.items():
         if key in result and result[key] != value:
+            asks = cell.path if key != "threads" else "every run of this study"
             raise ValueError(
                 f"{cell.name}: found a run with {key} {result[key]}, expected {value} as "
-                f"{cell.path} asks; use another log_dir, or delete that run"
+                f"{asks} asks; use another log_dir, or delete that run"
             )
 
 
@@ -133,7 +138,7 @@ class Ledger:
             original = self.first_with.setdefault(cell.identity, cell.name)
             found, own = self.record.results.get(original), self.record.results.get(cell.name)
             if own is not None:
-                _check_same(cell, own, own_baseline and is_baseline)
+                _check_same(cell, own, own_baseline and is_baseline, self.record.threads)
             may = found is None or found["status"] == "finished"
             if original != cell.name and may and own is None and not (own_baseline and is_baseline):
                 self.aliases[cell.name] = original

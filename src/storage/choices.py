@@ -1,0 +1,45 @@
+"""What the harness chose by itself, once a log directory: `<log_dir>/choices.json`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from src.storage.run_dir import open_lock_file, write_json
+
+
+def get(log_dir: Path, key: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is stored for `key`, a device say, or `decide()`'s answer, stored for all that follow.
+
+    Processes that start together agree: one decides, the others wait for it. The answer must be
+    plain JSON values. Raises ValueError if the stored file is not what was written.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    guard = open_lock_file(log_dir / ".choices.lock")
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        found = stored(log_dir)
+        if key not in found:
+            found[key] = json.loads(json.dumps(decide(), allow_nan=False))
+            write_json(log_dir / "choices.json", found)
+        return found[key]
+    finally:
+        os.close(guard)
+
+
+def stored(log_dir: Path) -> dict[str, dict[str, Any]]:
+    """All choices of a log directory so far; raises ValueError for a file that is none of ours."""
+    path = log_dir / "choices.json"
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): delete it to choose again.") from error
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        raise ValueError(f"{path}: expected one object per device: delete it to choose again.")
+    return found
