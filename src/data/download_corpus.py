@@ -15,6 +15,7 @@ from typing import Any
 
 from src.data.corpus import SPLITS, is_finished, write_split
 from src.data.hub import MIRROR_HELP, find_mirror, load
+from src.spec.progress import track
 from src.storage.files import (
     Parser,
     Refusal,
@@ -95,7 +96,7 @@ def download(
                     f"{path}, split {split}: found the columns {', '.join(rows.column_names)}, "
                     "expected one called text"
                 )
-            texts = progress(batched_texts(rows), split, len(rows))
+            texts = track(batched_texts(rows), f"{output}: {split}", "rows", len(rows))
             documents = articles(texts) if path == WIKITEXT else texts
             facts[split] = write_split(partial / "files" / f"{split}.jsonl", documents)
             if not facts[split]["documents"]:
@@ -122,13 +123,6 @@ def batched_texts(rows: Any) -> Iterator[str]:
     """The text column of a memory-mapped `datasets.Dataset`, row by row."""
     for batch in rows.select_columns("text").iter(batch_size=ROWS_AT_ONCE):
         yield from (text or "" for text in batch["text"])
-
-
-def progress(texts: Iterable[str], split: str, total: int) -> Iterable[str]:
-    """A progress bar on a terminal; nothing in a log file."""
-    from tqdm import tqdm
-
-    return tqdm(texts, desc=split, total=total, unit=" rows", disable=None)
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:

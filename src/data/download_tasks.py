@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from src.data.hub import MIRROR_HELP, Loaded, find_mirror, load
+from src.spec.progress import track
 from src.storage.files import (
     Parser,
     Refusal,
@@ -145,13 +146,11 @@ def download(
     missing: Sequence[Wanted], kept: Mapping[str, Any], mirror: Path | None, output: Path
 ) -> None:
     """Load the missing tasks and publish them, source.json last."""
-    from tqdm import tqdm
-
     print(f"{len(missing)} tasks from {f'the mirror {mirror}' if mirror else 'the hub'}")
     facts = dict(kept)
     with workshop(output / ".partial") as partial:
         (partial / "files").mkdir()
-        for task in tqdm(missing, unit=" tasks", disable=None):
+        for task in track(missing, str(output), "tasks"):
             loaded = load(task.path, task.config, (task.split,), mirror, partial / "cache")
             facts[task.name] = write_rows(task, loaded, partial / "files" / f"{task.name}.jsonl")
         source = {"tasks": dict(sorted(facts.items())), "mirror": mirror is not None}

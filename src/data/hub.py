@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from src.spec.progress import has_terminal
 from src.storage.files import Refusal
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _licence(folder: Path) -> str | None:
 
 
 def _quiet(datasets: Any) -> None:
-    if not sys.stderr.isatty():
+    if not has_terminal():
         datasets.disable_progress_bars()
 
 

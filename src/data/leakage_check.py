@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.data.corpus import check_split, read_source, read_texts
+from src.spec.progress import Progress
 from src.storage.files import (
     Parser,
     Refusal,
@@ -374,17 +374,13 @@ def _search_range(file: Path, start: int, end: int) -> dict[int, np.ndarray]:
 def search(file: Path, asked: Mapping[int, np.ndarray], workers: int) -> dict[int, np.ndarray]:
     """Which asked n-grams stand in the train file, sorted; the same for any number of workers."""
     import numpy as np
-    from tqdm import tqdm
 
     ranges = line_ranges(file)
-    total = file.stat().st_size
-    if not sys.stderr.isatty():
-        print(f"searching train: {total / 1e6:,.1f} MB", flush=True)
     found: list[dict[int, np.ndarray]] = []
-    with tqdm(total=total, desc="searching train", unit="B", unit_scale=True, disable=None) as bar:
+    with Progress(f"{file}: searching", file.stat().st_size / 1e6, "MB") as progress:
         for (start, end), hits in zip(ranges, _searched(file, ranges, asked, workers), strict=True):
             found.append(hits)
-            bar.update(end - start)
+            progress.advance((end - start) / 1e6)
     nothing = np.empty(0, dtype=np.uint64)
     return {
         n: np.unique(np.concatenate([nothing, *(hits.get(n, nothing) for hits in found)]))

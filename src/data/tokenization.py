@@ -13,13 +13,13 @@ from __future__ import annotations
 import os
 import re
 import struct
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.data.corpus import SPLITS, check_split, read_source, read_texts
+from src.spec.progress import Progress, say
 from src.storage.files import (
     Parser,
     Refusal,
@@ -34,7 +34,6 @@ from src.storage.files import (
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from tqdm import tqdm
 
 SCHEMA = 1
 SPECIAL, SPECIAL_ID = "<|endoftext|>", 0
@@ -187,8 +186,7 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     texts = (piece for text in read_texts(file) for piece in pieces(text))
-    with progress(file, "reading train") as bar:
-        tokenizer.train_from_iterator(counted(batches(texts), bar), trainer)
+    tokenizer.train_from_iterator(counted(batches(texts), file), trainer)
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
         raise Refusal(
@@ -199,20 +197,13 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def progress(file: Path, label: str) -> tqdm[Any]:
-    """A bar over a file's text on a terminal; in a log file one line when it starts."""
-    from tqdm import tqdm
-
-    if not sys.stderr.isatty():
-        print(f"{label}: {file.stat().st_size / 1e6:,.1f} MB", flush=True)
-    return tqdm(total=file.stat().st_size, desc=label, unit="B", unit_scale=True, disable=None)
-
-
-def counted(groups: Iterator[list[str]], bar: tqdm[Any]) -> Iterator[list[str]]:
-    """Pass batches on and move the bar (characters stand for bytes)."""
-    for group in groups:
-        yield group
-        bar.update(sum(map(len, group)))
+def counted(groups: Iterator[list[str]], file: Path) -> Iterator[list[str]]:
+    """Pass batches on and say how far they are (characters stand for bytes)."""
+    with Progress(f"{file}: reading", file.stat().st_size / 1e6, "MB") as progress:
+        for group in groups:
+            yield group
+            progress.advance(sum(map(len, group)) / 1e6)
+    say(f"{file}", "merging pairs into a vocabulary")
 
 
 def encode_split(encoder: Encoder, corpus: Path, split: str, folder: Path) -> dict[str, Any]:
@@ -224,13 +215,15 @@ def encode_split(encoder: Encoder, corpus: Path, split: str, folder: Path) -> di
     tokens = 0
     with ExitStack() as stack:
         out = stack.enter_context((folder / f"{split}.bin").open("wb"))
-        bar = stack.enter_context(progress(file, f"encoding {split}"))
+        progress = stack.enter_context(
+            Progress(f"{file}: encoding", file.stat().st_size / 1e6, "MB")
+        )
         for text in read_texts(file):
             ids = encoder.encode(text)
             rows.append((tokens, len(text.encode()), len(text.split())))
             tokens += 1 + len(ids) // 2
             out.write(as_uint16([SPECIAL_ID]) + ids)
-            bar.update(len(text))
+            progress.advance(len(text) / 1e6)
         out.flush()
         os.fsync(out.fileno())
     if tokens == len(rows):
