@@ -58,7 +58,10 @@ class Progress:
         if has_terminal():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, desc=name, unit=f" {unit}", unit_scale=True)
+            scale = not isinstance(total, int) or total > 99_999  # 12.3k, not 12345.678
+            self._bar = tqdm(
+                total=total, initial=done, desc=name, unit=f" {unit}", unit_scale=scale
+            )
 
     def __enter__(self) -> Progress:
         return self
