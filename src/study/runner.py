@@ -81,10 +81,8 @@ def run(
     `jobs: auto` finds out what nothing else settles.
     """
     log_dir, count = Path(study.config.log_dir), cores.available_cores()
-    places = settle(
-        study.config.jobs, count, gpus(study.config.device),
-        known_threads(study),
-    )  # fmt: skip
+    known = known_threads(study)
+    places = settle(study.config.jobs, count, gpus(study.config.device), known)
     reader = Reader(study, None if places is None else places.threads)
     found = study_plan.plan(study, reader.record())
     rate = reader.rate()
