@@ -78,10 +78,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Interleaved turns of all peers, at most so many and no new one after `seconds`; `told` gets
     what is known after each: tokens/s (`tokens` a turn) and ratios to ours, by peer."""
-    facts = {}
-    for name, child in children.items():
-        facts[name] = child.receive()["ready"]
-        print(f"  {name}: ready, first step {facts[name]['first_step_seconds']:.1f} s", flush=True)
+    facts = {name: child.receive()["ready"] for name, child in children.items()}
     begun = time.monotonic()
     times: dict[str, list[float]] = {name: [] for name in children}
     rows: dict[str, dict[str, Any]] = {}
@@ -252,8 +249,11 @@ def _configuration(
     children: dict[str, Child] = {}
     try:
         for peer, size in micro.items():
+            begun = time.monotonic()
             children[peer] = start(peer, size)
             children[peer].pipe.poll(None)  # ready or failed: together they would fight for cores
+            took = time.monotonic() - begun
+            print(f"  {peer}: started and compiled in {took:.0f} s", flush=True)
         compare(
             children, turns=asked.turns, steps=asked.steps, seconds=60 * asked.minutes,
             tokens=asked.steps * work.batch_size * work.seq_len, told=told,
