@@ -38,7 +38,7 @@ def check(
     data.consecutive_windows(
         tokens.validation.tokens, limit=training.dev_token_budget, seq_len=training.seq_len
     )
-    if sweep.states_kill_rule:
+    if run.kill_rule is not None:
         _check_kill_rule(run, sweep)
     costs.check()
     if "smallbench_accuracy" in run.evaluation.metrics:
@@ -73,13 +73,16 @@ def _check_machine(run: RunConfig, device: str, remote: str | None) -> None:
 def _check_kill_rule(run: RunConfig, sweep: Sweep) -> None:
     training, stated = run.training, run.kill_rule
     assert stated is not None
-    rule = kill_rule.KillRule(
-        margin_ppl=stated.margin_ppl,
-        window_tokens=stated.window_tokens,
-        grace_tokens=stated.grace(training.tokens),
-    )
-    every = training.eval_every_steps * training.step_tokens
-    if not kill_rule.can_ever_fire(rule, training.steps * training.step_tokens, every):
+    rule, every = stated.in_run(training.tokens), training.eval_every_steps * training.step_tokens
+    if rule.window_tokens < every:
+        raise ValueError(
+            f"{sweep.file}: kill_rule.window_tokens: found {rule.window_tokens:,} with dev "
+            f"evaluations every {every:,} tokens, expected at least that: a shorter window would "
+            "kill at two checks in a row, however far apart; lower training.eval_every_tokens"
+        )
+    if sweep.states_kill_rule and not kill_rule.can_ever_fire(
+        rule, training.steps * training.step_tokens, every
+    ):
         raise ValueError(
             f"{sweep.file}: kill_rule: found a rule that can never fire in "
             f"{training.tokens:,} tokens with dev evaluations every {every:,}; expected "

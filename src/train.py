@@ -506,22 +506,10 @@ def _verdict(run: RunConfig, directory: RunDir, step: int) -> kill_rule.Verdict 
     """The rule's verdict against the baseline's curve on disk; None where it is not on."""
     if run.kill_rule is None or run.experiment == run.baseline or step == 0:
         return None
-    rule = kill_rule_of(run)
+    rule = run.kill_rule.in_run(run.training.tokens)
     baseline = directory.path.parent / run.baseline_run_name
     reference = _curve(baseline) if _comparable(directory.path, baseline) else []
     return kill_rule.verdict(rule, reference, _curve(directory.path))
-
-
-def kill_rule_of(run: RunConfig) -> kill_rule.KillRule:
-    """The stated rule; grace left out means 30 % of the run's budget: earlier, two equal
-    runs differ by 0.5 PPL in a third of the checks."""
-    stated = run.kill_rule
-    assert stated is not None
-    return kill_rule.KillRule(
-        margin_ppl=stated.margin_ppl,
-        window_tokens=stated.window_tokens,
-        grace_tokens=stated.grace(run.training.tokens),
-    )
 
 
 def _curve(path: Path) -> list[tuple[int, float]]:

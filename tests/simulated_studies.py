@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.analysis.decisions import Noise
+from src.analysis.repeats import Noise
 from src.analysis.science import fits
 from src.spec import allocation, config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,43 +15,132 @@ from src.spec.command_line import BAD_INPUT, OK
 DOCUMENTS = 40
 
 
-def write_run(path: Path, seed: int, gain: float = 0.0, tokenizer: str = "a" * 64) -> Path:
+def write_run(
+    path: Path,
+    seed: int,
+    gain: float = 0.0,
+    *,
+    tokenizer: str = "a",
+    compute: str | None = "here",
+    documents: int = DOCUMENTS,
+    sd: float = 0.001,
+) -> Path:
     """A finished run whose documents cost `gain` nats a token less than 5."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, int(1e6 * gain)])
     tokens = np.arange(100, 100 + DOCUMENTS)
-    noise = np.random.default_rng(99).normal(0, 0.2, DOCUMENTS) + rng.normal(0, 0.001)
+    noise = np.random.default_rng(99).normal(0, 0.2, DOCUMENTS) + rng.normal(0, sd)
     path.mkdir(parents=True)
-    np.savez(path / "documents_test.npz", document_nats=tokens * (5 - gain + noise),
-             document_tokens=tokens, document_bytes=4 * tokens)  # fmt: skip
-    (path / "metrics.json").write_text(json.dumps({"seed": seed, "tokenizer_sha256": tokenizer}))
+    losses = {"nats": tokens * (5 - gain + noise), "tokens": tokens, "bytes": 4 * tokens}
+    kept = {f"document_{name}": values[:documents] for name, values in losses.items()}
+    np.savez(path / "documents_test.npz", **kept)
+    metrics = {"seed": seed, "tokenizer_sha256": tokenizer * 64, "model_digest": str(gain)}
+    metrics |= {} if compute is None else {"compute_digest": compute}
+    (path / "metrics.json").write_text(json.dumps(metrics))
     return path
+
+
+def sides(folder: Path, seeds: int, gain: float = 0.1, **stated: Any) -> list[str]:
+    """Arguments that compare `seeds` runs with a gain against as many without."""
+    runs = {
+        name: [str(write_run(folder / f"{name}{seed}", seed, g, **stated)) for seed in range(seeds)]
+        for name, g in (("baseline", 0.0), ("ours", gain))
+    }
+    return ["--baseline", *runs["baseline"], "--ours", *runs["ours"]]
+
+
+def found(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert compare.main([*arguments, "--json"]) == OK
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert compare.main(arguments) == BAD_INPUT
+    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("measure", ["perplexity", "bits_per_byte"])
 def test_a_known_gain_is_found(tmp_path: Path, measure: str, capsys) -> None:
-    theirs = [write_run(tmp_path / f"a{seed}", seed) for seed in (0, 1, 2)]
-    ours = [write_run(tmp_path / f"b{seed}", seed, gain=0.1) for seed in (0, 1, 2)]
-    arguments = ["--baseline", *theirs, "--ours", *ours, "--measure", measure, "--json"]
-    assert compare.main([str(a) for a in arguments]) == OK
-    found = json.loads(capsys.readouterr().out)
+    says = found([*sides(tmp_path, 3), "--measure", measure], capsys)
     truth = 100 * (np.exp(-0.1) - 1) if measure == "perplexity" else -2.0
-    assert found["percent"] == pytest.approx(truth, abs=0.15)
-    assert found["low_percent"] <= found["percent"] <= found["high_percent"] < 0
-    assert (found["seeds"], found["documents"], found["verdict"]) == (3, DOCUMENTS, "different")
+    assert says["percent"] == pytest.approx(truth, abs=0.15)
+    assert says["low_percent"] <= says["percent"] <= says["high_percent"] < 0
+    assert (says["seeds"], says["documents"], says["verdict"]) == (3, DOCUMENTS, "different")
+    assert says["paired"] and says["seed_noise_df"] == 2
 
 
-def test_what_does_not_compare_is_refused(tmp_path: Path, capsys) -> None:
-    base = write_run(tmp_path / "base", 0)
-    other_seed = write_run(tmp_path / "seed", 1)
-    other_tokens = write_run(tmp_path / "tokens", 0, tokenizer="b" * 64)
+def test_one_seed_gets_no_verdict(tmp_path: Path, capsys) -> None:
+    """However far apart: the same model at two micro-batches used to be "different, p 0.001"."""
+    arguments = sides(tmp_path, 1)
+    says = found(arguments, capsys)
+    assert (says["verdict"], says["p"], says["seeds"]) == ("no verdict", None, 1)
+    assert compare.main(arguments) == OK
+    told = capsys.readouterr().out
+    assert "document noise only" in told and "different" not in told and ", p " not in told
+
+
+def test_runs_computed_otherwise_are_refused_or_compared_without_pairs(
+    tmp_path: Path, capsys
+) -> None:
+    arguments = sides(tmp_path, 2)
+    other = write_run(tmp_path / "elsewhere", 2, 0.1, compute="elsewhere")
+    there = write_run(tmp_path / "here", 2)
+    arguments = [*arguments[:3], str(there), *arguments[3:], str(other)]
+    told = refused(arguments, capsys)
+    assert "ours seed 2 (compute elsewher)" in told and "--unlike" in told
+    says = found([*arguments, "--unlike"], capsys)
+    assert not says["paired"] and says["seeds"] == 3
+    assert "without pairs" in says["sentence"]
+
+
+def test_runs_that_do_not_say_how_they_were_computed_are_no_pairs(tmp_path: Path, capsys) -> None:
+    arguments = sides(tmp_path, 2, compute=None)
+    assert "not recorded" in refused(arguments, capsys)
+    assert found([*arguments, "--unlike"], capsys)["seeds"] == 2
+
+
+def test_one_run_named_twice_counts_once(tmp_path: Path, capsys) -> None:
+    arguments = sides(tmp_path, 2)
+    plain = found(arguments, capsys)
+    copy = write_run(tmp_path / "copy", 1, 0.1)
+    again = found([*arguments, str(copy)], capsys)
+    assert again["seeds"] == 2 and again["p"] == plain["p"]
+    assert str(copy) in again["notes"][0] and "counts once" in again["sentence"]
+    other = write_run(tmp_path / "other", 1, 0.2)
+    assert "seed 1 again" in refused([*arguments, str(other)], capsys)
+
+
+def test_other_pairs_of_the_study_tell_the_seed_noise(tmp_path: Path, capsys) -> None:
+    arguments = sides(tmp_path, 2, sd=0.01)
+    more = [str(write_run(tmp_path / f"c{g}{seed}", seed, g / 100, sd=0.01))
+            for g in (3, 4, 5) for seed in range(2)]  # fmt: skip
+    alone, pooled = found(arguments, capsys), found([*arguments, "--pool", *more], capsys)
+    assert (alone["seed_noise_df"], pooled["seed_noise_df"]) == (1, 4)
+    assert pooled["percent"] == alone["percent"] and pooled["seeds"] == 2
+    assert pooled["seed_noise"] != alone["seed_noise"]
+
+
+def test_bits_per_byte_compares_the_documents_that_both_scored(tmp_path: Path, capsys) -> None:
+    """A limit in tokens keeps fewer documents under another tokenizer."""
+    runs = [str(write_run(tmp_path / f"base{seed}", seed)) for seed in range(2)]
+    fewer = [str(write_run(tmp_path / f"ours{seed}", seed, 0.1, tokenizer="b", documents=25))
+             for seed in range(2)]  # fmt: skip
+    arguments = ["--baseline", *runs, "--ours", *fewer]
+    assert "two tokenizers cannot be compared" in refused(arguments, capsys)
+    says = found([*arguments, "--measure", "bits_per_byte"], capsys)
+    assert says["documents"] == 25 and says["percent"] == pytest.approx(-2.0, abs=0.15)
+
+
+def test_what_is_no_finished_run_or_scored_other_documents_is_refused(
+    tmp_path: Path, capsys
+) -> None:
+    base, other = write_run(tmp_path / "base", 0), write_run(tmp_path / "other", 0)
     (tmp_path / "cut").mkdir()
-    for ours, says in (
-        (other_seed, "expected the baseline's [0]"),
-        (other_tokens, "token perplexities of two tokenizers cannot be compared"),
-        (tmp_path / "cut", "expected a finished run"),
-    ):
-        assert compare.main(["--baseline", str(base), "--ours", str(ours)]) == BAD_INPUT
-        assert says in capsys.readouterr().err
-    arguments = ["--baseline", str(base), "--ours", str(other_tokens)]
-    assert compare.main([*arguments, "--measure", "bits_per_byte"]) == OK
-    assert compare.main(["--baseline", str(base), "--ours", str(other_seed), "--unpaired"]) == OK
+    cut = ["--baseline", str(base), "--ours", str(tmp_path / "cut")]
+    assert "expected a finished run" in refused(cut, capsys)
+    seed = ["--baseline", str(base), "--ours", str(write_run(tmp_path / "seed", 1))]
+    assert "no run of this seed" in refused(seed, capsys)
+    with np.load(other / "documents_test.npz") as arrays:
+        shuffled = {name: values[::-1] for name, values in arrays.items()}
+    np.savez(other / "documents_test.npz", **shuffled)
+    told = refused(["--baseline", str(base), "--ours", str(other)], capsys)
+    assert "scored other documents" in told

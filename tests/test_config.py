@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from src.spec import config as cfg
-from src.spec.config import KillRuleConfig, ModelRequest, TrainingConfig, load_sweep
+from src.spec.config import KillRule, ModelRequest, TrainingConfig, load_sweep
 
 EMBED_RATIO = """\
 # configs/embed_ratio.yaml
@@ -164,7 +164,7 @@ def test_share_defaults_unless_a_width_decides_it(load):
 def test_the_kill_rule_is_on_where_stated_or_ranking(load):
     assert load(EMBED_RATIO).runs[0].kill_rule is None
     assert load(EMBED_RATIO + "kill_rule:\n").runs[0].kill_rule is None
-    default = KillRuleConfig()
+    default = KillRule()
     assert (default.margin_ppl, default.window_tokens) == (0.5, 1_000_000)
     assert load(EMBED_RATIO + "kill_rule: {}\n").runs[0].kill_rule == default
     assert load(EMBED_RATIO, phase="rank").runs[0].kill_rule == default
@@ -381,7 +381,7 @@ def test_files_that_cannot_be_read_are_refused(refusal, tmp_path):
 
 # ------------------------------------------------------------------------------------- mutations
 
-SECTIONS = {"model": ModelRequest, "training": TrainingConfig, "kill_rule": KillRuleConfig}
+SECTIONS = {"model": ModelRequest, "training": TrainingConfig, "kill_rule": KillRule}
 FULL = {
     **yaml.safe_load(EMBED_RATIO),
     "baseline": "emb35",

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from src.analysis import decisions
-from src.analysis.decisions import Noise
+from src.analysis.kill_replay import replay_kills
+from src.analysis.repeats import Noise
 from src.analysis.science import fits
-from src.spec import kill_rule
+from src.spec.config import KillRule
 from tests import simulated_studies
 
 X = np.array([0.25, 0.30, 0.35, 0.40, 0.45, 0.50])
@@ -259,10 +259,7 @@ def test_the_kill_grid_counts_false_kills_and_saved_tokens():
     }
 
     def rule(grace: float, margin: float):
-        stated = kill_rule.KillRule(
-            margin_ppl=margin, window_tokens=100, grace_tokens=int(grace * 500)
-        )
-        return lambda b, r: kill_rule.verdict(stated, b, r).tokens
+        return KillRule(margin_ppl=margin, window_tokens=100, grace_tokens=int(grace * 500))
 
     cells = fits.kill_grid([(base, runs), (base, runs)], rule, [0.0, 0.5], [0.5, 20.0])
     early, harmless, late, never = cells
@@ -275,4 +272,4 @@ def test_the_kill_grid_counts_false_kills_and_saved_tokens():
     assert stats.binom.sf(1, 4, early.false_rate_low) == pytest.approx(0.025)
     assert stats.binom.cdf(2, 4, early.false_rate_high) == pytest.approx(0.025)
     assert fits.exact_rate(0, 0) == (0.0, 1.0)
-    assert decisions.replay_kills(base, runs, rule(0.0, 0.5)).best_killed
+    assert replay_kills(base, runs, rule(0.0, 0.5)).best_killed

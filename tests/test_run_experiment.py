@@ -357,6 +357,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["--set", "kill_rule.window_tokens=5_000"],
         ["kill_rule", "never fire", "5,120"],
     ),
+    "a kill window shorter than the checks' spacing": (
+        ["--phase", "rank", "--set", "kill_rule.window_tokens=100"],
+        ["kill_rule.window_tokens: found 100 ", "eval_every_tokens"],
+    ),
     "a stated kill rule that never fires in a ranking run": (
         ["--phase", "rank", "--set", "kill_rule.window_tokens=5_000"],
         ["kill_rule", "never fire"],

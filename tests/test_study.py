@@ -48,6 +48,7 @@ def measured(job: Job, loss: float, **extra: Any) -> dict[str, Any]:
     """metrics.json of a finished run, as far as the plan reads it."""
     return {
         "status": "finished", "dev_loss": loss, "dev_bits_per_byte": loss / 3, "test_loss": loss,
+        "compute_digest": "alike",
         "latency_ms_p50_l128": 4.0, "latency_ms_p50_l512": 9.0, "peak_memory_mib": 50.0, **extra,
     }  # fmt: skip
 
@@ -116,6 +117,11 @@ def row(plan: Plan, rule: str) -> dict[str, str]:
     return found
 
 
+def readings(strict: str, margin: str | None = None) -> str:
+    """The winner under both readings; the same one where `margin` is left out."""
+    return f"strict: {strict}; with the 3 % margin: {margin or strict}"
+
+
 # --- the plan -------------------------------------------------------------------------------
 
 
@@ -173,7 +179,7 @@ def test_the_baseline_is_no_candidate_even_under_another_name(prd: Study) -> Non
         name for name in order if "-rank" not in name and "/" not in name and "sanity" not in name
     ]
     assert {name.split("-")[0] for name in full} == {"emb35", "glu4x"}  # the next best goes on
-    assert row(plan, "winner")["verdict"] == "no winner"
+    assert row(plan, "winner")["verdict"] == readings("no winner")
 
 
 def test_a_killed_run_lends_its_result_to_nobody(prd: Study) -> None:
@@ -270,19 +276,33 @@ def paper_documents(gain: float) -> Callable[[str, str], Documents]:
 
 def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
     plan, _ = simulate(prd, losses_with(0.1), documents=paper_documents(0.1))
-    assert row(plan, "winner")["verdict"] == "glu2x-emb25"
+    assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
     says = row(plan, "equivalence")
     assert says["verdict"] == "different" and "after Holm" in says["reason"]
     assert "3 seeds, 200 documents" in says["reason"]
     assert row(plan, "short against full")["verdict"] == "same leader"
 
 
+def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
+    """Two of the baseline's seeds come from another machine: one pair, so no verdict."""
+
+    def extra(job: Job) -> dict[str, Any]:
+        return {"compute_digest": "elsewhere"} if job.name in ("emb35-seed1", "emb35-seed2") else {}
+
+    plan, _ = simulate(prd, losses_with(0.1), extra=extra, documents=paper_documents(0.1))
+    says = row(plan, "equivalence")
+    assert says["verdict"] == "no verdict" and "document noise only" in says["numbers"]
+    assert (
+        "seed 1 (compute alike): the other side's run of this seed was computed" in says["reason"]
+    )
+
+
 def test_no_winner_is_a_result(prd: Study) -> None:
     plan, _ = simulate(prd, losses_with(0.1), speed=1.11)
-    assert row(plan, "winner")["verdict"] == "no winner"
+    assert row(plan, "winner")["verdict"] == readings("no winner")
     assert "latency at L=512 +11.00%" in row(plan, "5 % lower PPL")["reason"]
     within, _ = simulate(prd, losses_with(0.1), speed=1.02)
-    assert row(within, "winner")["verdict"] == "no winner; with the 3 % margin glu2x-emb25"
+    assert row(within, "winner")["verdict"] == readings("no winner", "glu2x-emb25")
 
 
 def test_speed_is_compared_in_one_process_and_decides_instead_of_the_runs_own(prd: Study) -> None:
@@ -293,7 +313,7 @@ def test_speed_is_compared_in_one_process_and_decides_instead_of_the_runs_own(pr
 
     plan, order = simulate(prd, losses_with(0.1), extra=slow_hour, speed=0.9)
     assert order[-1] == "latency/glu2x-emb25-against-emb35.json"
-    assert row(plan, "winner")["verdict"] == "glu2x-emb25"
+    assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
     says = row(plan, "interleaved")
     assert says["verdict"] == "faster"
     assert "l128 -10.00 % (-11.00 % to -9.00 %)" in says["numbers"]

@@ -3,35 +3,70 @@
     python -m src.analysis.compare --baseline logs/emb35 logs/emb35-seed1 \
         --ours logs/emb45 logs/emb45-seed1
 
-Prints ln PPL's difference as a percentage with its 95 % interval (documents x seeds), the p value
-and the equivalence statement at +-1 %; across tokenizers, bits per byte. Exit codes: 0, 78.
+Runs pair where their seed and everything else that changes bits (`compute_digest`) are equal; runs
+without such a partner are refused, or with --unlike compared as two groups. Prints the difference
+as a percentage with its 95 % interval (documents x seeds), the p value and the equivalence
+statement at +-1 %; one seed gets no verdict. Across tokenizers: --measure bits_per_byte, over the
+documents that all runs scored. Exit codes: 0, 78.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.analysis import decisions
+from src.analysis import intervals, repeats
 from src.evaluation import perplexity
 from src.spec.command_line import OK, Parser, refuse
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run's losses: nats, tokens and bytes by document (D)."""
+
+    path: Path
+    label: repeats.Label
+    configuration: str
+    perplexity: perplexity.TokenPerplexity
+    nats: intervals.Floats
+    tokens: intervals.Floats
+    bytes: intervals.Floats
+
+
+# Equal for runs of one configuration, whatever their names: what was built, and how it was trained.
+CONFIGURATION = (
+    "model_digest", "data_sha256", "tokens", "batch_size", "seq_len", "learning_rate",
+    "embedding_lr_ratio",
+)  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m src.analysis.compare", description=__doc__)
+    parser = Parser(
+        prog="python -m src.analysis.compare", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--baseline", type=Path, nargs="+", required=True, metavar="RUN")
     parser.add_argument("--ours", type=Path, nargs="+", required=True, metavar="RUN")
+    parser.add_argument(
+        "--pool", type=Path, nargs="+", default=[], metavar="RUN",
+        help="other runs of the study, whose pairs help to tell the seed noise",
+    )  # fmt: skip
     parser.add_argument("--split", default="test", choices=("test", "validation"))
     parser.add_argument(
         "--measure", default="perplexity", choices=("perplexity", "bits_per_byte"),
         help="bits_per_byte (across tokenizers) or perplexity (default; one tokenizer)",
     )  # fmt: skip
-    parser.add_argument("--unpaired", action="store_true", help="the seeds are not the same ones")
+    parser.add_argument(
+        "--unlike", action="store_true",
+        help="other seeds, or computed otherwise: compare as two groups, without pairs",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(arguments)
     try:
@@ -44,75 +79,138 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(asked: argparse.Namespace) -> dict[str, Any]:
     """The comparison's numbers and its sentence. Raises ValueError for runs that do not compare."""
-    theirs, ours = (_read(paths, asked.split) for paths in (asked.baseline, asked.ours))
-    paired = not asked.unpaired
-    if paired and [r["seed"] for r in ours] != [r["seed"] for r in theirs]:
-        raise ValueError(
-            f"--ours: found the seeds {[r['seed'] for r in ours]}, expected the baseline's "
-            f"{[r['seed'] for r in theirs]} in this order; or say --unpaired"
-        )
-    if asked.measure == "perplexity":
-        for run in (*ours, *theirs):  # raises across tokenizers
-            perplexity.compare_token_perplexity(run["perplexity"], theirs[0]["perplexity"])
-    weights = theirs[0]["tokens" if asked.measure == "perplexity" else "bytes"]
-    for run in (*ours, *theirs):
-        if not np.array_equal(run["bytes"], theirs[0]["bytes"]):
-            raise ValueError(f"{run['path']}: scored other documents than {theirs[0]['path']}")
-    interval = decisions.paired_bootstrap(
-        np.stack([run["nats"] for run in ours]),
-        np.stack([run["nats"] for run in theirs]),
-        weights,
+    notes: list[str] = []
+    runs = [_read(path, asked.split) for path in (*asked.baseline, *asked.ours, *asked.pool)]
+    runs, documents = _same_documents(runs, asked.measure)
+    cut = len(asked.baseline), len(asked.baseline) + len(asked.ours)
+    theirs, ours = (_side(some, notes) for some in (runs[: cut[0]], runs[cut[0] : cut[1]]))
+    noise = _noise(runs, asked.measure, asked.unlike)
+    if asked.unlike:
+        kept = list(ours.values()), list(theirs.values())
+    else:
+        found = repeats.pair(ours, theirs)
+        if found.left_out:
+            raise ValueError(
+                f"--ours and --baseline: found runs without a like one ({'; '.join(found.left_out)}"
+                "), expected pairs of equal seed and compute_digest; leave these out, or say "
+                "--unlike to compare the two groups without pairs"
+            )
+        kept = [a for a, _ in found.pairs], [b for _, b in found.pairs]
+    interval = intervals.paired_bootstrap(
+        np.stack([run.nats for run in kept[0]]),
+        np.stack([run.nats for run in kept[1]]),
+        documents,
         measure=asked.measure,
-        paired_seeds=paired,
+        paired_seeds=not asked.unlike,
+        noise=noise,
     )
-    says = decisions.equivalence(interval)
+    says = intervals.equivalence(interval)
     low, ratio, high = (100 * (value - 1) for value in interval.ratio)
-    name = asked.measure.replace("_", " ")
+    sentence = f"{asked.split} {asked.measure.replace('_', ' ')} {ratio:+.2f} % "
+    if interval.p is None:
+        sentence += f"({low:+.2f} to {high:+.2f} %, document noise only)"
+    else:
+        sentence += f"({low:+.2f} to {high:+.2f} %), p {interval.p:.4f}"
+    sentence += (
+        f", {interval.seeds} {'seed' if interval.seeds == 1 else 'seeds'}"
+        f"{' without pairs' if asked.unlike else ''}, {interval.documents} documents: "
+        f"{says.verdict}"
+    )
     return {
         "ours": [str(path) for path in asked.ours],
         "baseline": [str(path) for path in asked.baseline],
         "split": asked.split,
         "measure": asked.measure,
+        "paired": not asked.unlike,
         "percent": ratio,
         "low_percent": low,
         "high_percent": high,
         "p": interval.p,
         "seeds": interval.seeds,
         "documents": interval.documents,
+        "seed_noise": None if noise is None else noise.sd,
+        "seed_noise_df": None if noise is None else noise.df,
         "verdict": says.verdict,
-        "sentence": f"{asked.split} {name} {ratio:+.2f} % ({low:+.2f} to {high:+.2f} %), "
-        f"p {interval.p:.4f}, {interval.seeds} seeds, {interval.documents} documents: "
-        f"{says.verdict}",
+        "notes": notes,
+        "sentence": "; ".join([sentence, *notes]),
     }
 
 
-def _read(paths: Sequence[Path], split: str) -> list[dict[str, Any]]:
-    return [_run(path, split) for path in paths]
+def _same_documents(runs: list[Run], measure: str) -> tuple[list[Run], intervals.Floats]:
+    """The runs over the documents that all of them scored, and those documents' weights.
+
+    A limit in tokens (`evaluation.perplexity_tokens`) keeps fewer documents under a finer
+    tokenizer; the first ones are common to all.
+    """
+    first = runs[0]
+    if measure == "perplexity":
+        for run in runs:  # raises across tokenizers
+            perplexity.compare_token_perplexity(run.perplexity, first.perplexity)
+    count = min(len(run.bytes) for run in runs)
+    for run in runs:
+        if not np.array_equal(run.bytes[:count], first.bytes[:count]):
+            raise ValueError(f"{run.path}: scored other documents than {first.path}")
+    weights = first.tokens if measure == "perplexity" else first.bytes
+    cut = [
+        replace(run, nats=run.nats[:count], tokens=run.tokens[:count], bytes=run.bytes[:count])
+        for run in runs
+    ]
+    return cut, weights[:count]
 
 
-def _run(path: Path, split: str) -> dict[str, Any]:
+def _side(runs: Sequence[Run], notes: list[str]) -> dict[repeats.Label, Run]:
+    """Runs by seed and digest; one run found twice is one run."""
+    found: dict[repeats.Label, Run] = {}
+    for run in runs:
+        same = found.setdefault(run.label, run)
+        if same is run:
+            continue
+        if run.label[1] is None or not np.array_equal(run.nats, same.nats):
+            raise ValueError(
+                f"{run.path}: found seed {run.label[0]} again (it is {same.path}'s) with other "
+                "losses, expected each seed once; name one of them"
+            )
+        notes.append(f"{run.path} is {same.path} again and counts once")
+    return found
+
+
+def _noise(runs: Sequence[Run], measure: str, unlike: bool) -> repeats.Noise | None:
+    """The seed noise that all given runs tell together, in the unit of the comparison."""
+    losses: dict[str, dict[repeats.Label, float]] = {}
+    for run in runs:
+        value = run.nats.sum()
+        value = value / run.tokens.sum() if measure == "perplexity" else math.log(value)
+        losses.setdefault(run.configuration, {})[run.label] = float(value)
+    if unlike:
+        return repeats.pooled_noise({name: list(s.values()) for name, s in losses.items()})
+    return repeats.paired_noise(losses)
+
+
+def _read(path: Path, split: str) -> Run:
     try:
         metrics = json.loads((path / "metrics.json").read_bytes())
         with np.load(path / f"documents_{split}.npz") as arrays:
             nats, tokens, size = (
-                arrays[f"document_{name}"] for name in ("nats", "tokens", "bytes")
+                arrays[f"document_{name}"].astype(np.float64)
+                for name in ("nats", "tokens", "bytes")
             )
     except FileNotFoundError as error:
         raise ValueError(
             f"{path}: found no {Path(error.filename).name}, expected a finished run with "
             f"per-document losses of {split}"
         ) from None
-    return {
-        "path": path,
-        "seed": metrics["seed"],
-        "perplexity": perplexity.TokenPerplexity(
+    return Run(
+        path=path,
+        label=(metrics["seed"], metrics.get("compute_digest")),
+        configuration=json.dumps([metrics.get(key) for key in CONFIGURATION]),
+        perplexity=perplexity.TokenPerplexity(
             value=perplexity.perplexity(float(nats.sum()), int(tokens.sum())),
             tokenizer_sha256=metrics["tokenizer_sha256"],
         ),
-        "nats": nats,
-        "tokens": tokens,
-        "bytes": size,
-    }
+        nats=nats,
+        tokens=tokens,
+        bytes=size,
+    )
 
 
 if __name__ == "__main__":

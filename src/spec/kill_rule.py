@@ -10,40 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from src.spec.config import KillRule
+
 Curve = Sequence[tuple[int, float]]
 """Dev checks of one run in training order: (training tokens seen, dev perplexity)."""
 
 Kind = Literal["kill", "keep", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class KillRule:
-    """PRD section 4: stop when dev PPL is >= 0.5 worse than the baseline for 1M consecutive tokens.
-
-    margin_ppl: perplexity points above the baseline's perplexity that count as worse.
-    window_tokens: training tokens from the first to the last bad check of an unbroken streak.
-    grace_tokens: checks before this many training tokens start no streak. Repeats of one 124M
-        configuration differ by 0.5 PPL in the bad direction at a third of the checks in the first
-        8 % of training and at under 5 % of them after 30 %, so the shipped ranking configs set
-        30 % of the budget; 0 is the PRD's own rule.
-    """
-
-    margin_ppl: float = 0.5
-    window_tokens: int = 1_000_000
-    grace_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.margin_ppl) and self.margin_ppl >= 0):
-            raise ValueError(
-                f"kill_rule.margin_ppl is {self.margin_ppl!r}; expected a finite number of "
-                f"perplexity points >= 0, such as 0.5."
-            )
-        for key in ("window_tokens", "grace_tokens"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(
-                    f"kill_rule.{key} is {value!r}; expected a whole number of tokens >= 0."
-                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +52,14 @@ class _Streak:
 def verdict(rule: KillRule, baseline: Curve, run: Curve) -> Verdict:
     """Apply the rule to a run, given the baseline's curve up to at least the same point.
 
+    rule: with its grace as a number (`KillRule.in_run`).
     Perplexities are compared only where both runs were checked at exactly the same token count:
     runs of one sweep share their batch size and check interval, so interpolating would invent
-    numbers where none are needed. A check before any training (0 tokens) is skipped: it compares
-    two random initialisations. The first streak that reaches the window kills; a later recovery
-    does not undo it, because a live run would not have reached that recovery.
+    numbers where none are needed. A check that only one of the two has breaks a streak: of a hole
+    nobody knows that the run was worse there, and the rule says "at every check". A check before
+    any training (0 tokens) is skipped: it compares two random initialisations. The first streak
+    that reaches the window kills; a later recovery does not undo it, because a live run would not
+    have reached that recovery.
 
     Returns "none" while the run's newest check has no counterpart in the baseline, unless an
     earlier stretch already decided. Raises ValueError for a curve that is out of order, counts
@@ -92,9 +67,9 @@ def verdict(rule: KillRule, baseline: Curve, run: Curve) -> Verdict:
     """
     _check_curve("baseline", baseline)
     _check_curve("run", run)
-    reference = dict(baseline)
-    gaps = [(tokens, ppl - reference[tokens]) for tokens, ppl in run if tokens in reference]
-    covered = bool(run) and run[-1][0] in reference and run[-1][0] > 0
+    assert rule.grace_tokens is not None, "a rule without its run's grace: use KillRule.in_run"
+    gaps = _gaps(baseline, run)
+    covered = bool(gaps) and gaps[-1][1] is not None
     streak = _first_streak(gaps, rule.margin_ppl, rule.window_tokens, rule.grace_tokens)
     literal = _first_streak(gaps, rule.margin_ppl, rule.window_tokens, 0)
     kind = _kind(streak, covered)
@@ -125,10 +100,11 @@ def can_ever_fire(rule: KillRule, total_tokens: int, eval_every_tokens: int) -> 
             f"total_tokens is {total_tokens} and eval_every_tokens is {eval_every_tokens}; "
             f"expected both > 0."
         )
-    first = -(-max(rule.grace_tokens, 1) // eval_every_tokens) * eval_every_tokens
+    grace = rule.grace(total_tokens)
+    first = -(-max(grace, 1) // eval_every_tokens) * eval_every_tokens
     if first > total_tokens:
         first = total_tokens
-    return first >= rule.grace_tokens and total_tokens - first >= rule.window_tokens
+    return first >= grace and total_tokens - first >= rule.window_tokens
 
 
 def _check_curve(name: str, curve: Curve) -> None:
@@ -143,13 +119,20 @@ def _check_curve(name: str, curve: Curve) -> None:
         previous = tokens
 
 
+def _gaps(baseline: Curve, run: Curve) -> list[tuple[int, float | None]]:
+    """Run minus baseline at every check of either up to the run's last; None where one has none."""
+    ours, theirs = ({t: ppl for t, ppl in curve if t > 0} for curve in (run, baseline))
+    checks = sorted({*ours, *(t for t in theirs if t <= max(ours, default=0))})
+    return [(t, ours[t] - theirs[t] if t in ours and t in theirs else None) for t in checks]
+
+
 def _first_streak(
-    gaps: Sequence[tuple[int, float]], margin: float, window: int, grace: int
+    gaps: Sequence[tuple[int, float | None]], margin: float, window: int, grace: int
 ) -> _Streak | None:
     """The first streak of gaps >= margin that spans the window; inf - inf counts as not worse."""
     streak: _Streak | None = None
     for tokens, gap in gaps:
-        if tokens <= 0 or tokens < grace or not gap >= margin:
+        if gap is None or tokens < grace or not gap >= margin:
             streak = None
             continue
         first = tokens if streak is None else streak.first
@@ -170,7 +153,7 @@ def _reason(
     rule: KillRule,
     kind: Kind,
     streak: _Streak | None,
-    gaps: Sequence[tuple[int, float]],
+    gaps: Sequence[tuple[int, float | None]],
     run: Curve,
 ) -> str:
     if streak is not None:
@@ -182,9 +165,12 @@ def _reason(
         )
     if kind == "keep":
         tokens, gap = gaps[-1]
+        holes = [at for at, found in gaps if found is None]
+        told = f", and a streak ends at a hole ({len(holes)} checks are in one curve only)"
         return (
             f"at {tokens:,} tokens dev perplexity is {gap:+.3f} against the baseline; no streak of "
-            f">= {rule.margin_ppl:g} has lasted {rule.window_tokens:,} tokens."
+            f">= {rule.margin_ppl:g} has lasted {rule.window_tokens:,} tokens"
+            f"{told if holes else ''}."
         )
     where = f"at {run[-1][0]:,} tokens" if run else "yet"
     return f"the baseline has no dev check to compare with {where}."

@@ -77,7 +77,7 @@ def sections() -> dict[str, type]:
         "training": config.TrainingConfig,
         "data": config.DataConfig,
         "evaluation": config.EvaluationConfig,
-        "kill_rule": config.KillRuleConfig,
+        "kill_rule": config.KillRule,
     }
 
 

@@ -16,7 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from src.analysis.decisions import Curve, Noise, replay_kills
+from src.analysis.kill_replay import replay_kills
+from src.analysis.repeats import Noise
+from src.spec.config import KillRule
+from src.spec.kill_rule import Curve
 
 Floats = NDArray[np.float64]
 
@@ -530,12 +533,9 @@ class KillCell:
     saved: float
 
 
-KillAt = Callable[[Curve, Curve], int | None]
-
-
 def kill_grid(
     studies: Sequence[tuple[Curve, Mapping[str, Curve]]],
-    rule: Callable[[float, float], KillAt],
+    rule: Callable[[float, float], KillRule],
     graces: Sequence[float],
     margins: Sequence[float],
     *,
@@ -545,7 +545,7 @@ def kill_grid(
     """False kills and tokens saved for every grace and margin.
 
     studies: (the baseline's complete curve, the runs' by name), one a seed or sweep.
-    rule(grace, margin): the rule as `decisions.replay_kills` takes it. best_killed: in how many
+    rule(grace, margin): the rule to replay. best_killed: in how many
     studies the rule stopped the run that would have ended lowest of all.
     Raises ValueError as `replay_kills` does.
     """
@@ -580,10 +580,10 @@ def kill_grid(
 
 def exact_rate(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Clopper and Pearson's (1934) interval of a rate; 0 to 1 where nothing was counted."""
-    tail = (1 - level) / 2
-    low = float(stats.beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
-    high = float(stats.beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
-    return low, high
+    if n == 0:
+        return 0.0, 1.0
+    found = stats.binomtest(hits, n).proportion_ci(level, method="exact")
+    return float(found.low), float(found.high)
 
 
 # --- does a prediction hold? --------------------------------------------------------------------

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.analysis import decisions
+from src.analysis import rankings, repeats
 from src.analysis.science import fits
-from src.spec import kill_rule
 from src.spec.command_line import OK, Parser, refuse
+from src.spec.config import KillRule
 
 SCHEMA = 1
 Row = dict[str, Any]
@@ -255,7 +255,7 @@ def _curve_of(rows: Sequence[Row], rate: str, predictions: Mapping[str, Any]) ->
             curves[name] = _or_why(
                 functools.partial(fits.quadratic, x, y, log=log, blocks=_blocks(rows))
             )
-    noise = decisions.pooled_noise(_by_cell(rows, y))
+    noise = repeats.pooled_noise(_by_cell(rows, y))
     return {
         **_facts(rows),
         "rate": rate,
@@ -411,31 +411,39 @@ def _surface(name: str, terms: Sequence[str], rows: Sequence[Row], rate: Any) ->
 
 
 def _rank_agreement(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each shorter budget of a sweep against its longest, by mean dev loss of the cells of both."""
+    """Each shorter budget of a sweep against its longest, by mean dev loss over equal seeds."""
     found = []
     alike = ("sweep", "corpus", "tokenizer_sha256", "asked_total_params")
     for sweep in _groups(rows, alike):
         budgets = sorted(_groups(sweep, ("tokens", "phase")), key=lambda runs: runs[0]["tokens"])
         for short in budgets[:-1]:
-            a, b = (_means(runs) for runs in (short, budgets[-1]))
-            if short[0]["tokens"] == budgets[-1][0]["tokens"] or len(set(a) & set(b)) < 2:
+            a, b = (_by_seed(runs) for runs in (short, budgets[-1]))
+            both = [name for name in a if set(a[name]) & set(b.get(name, ()))]
+            if short[0]["tokens"] == budgets[-1][0]["tokens"] or len(both) < 2:
                 continue
-            agreement = decisions.rank_agreement(a, b)
-            found.append(
-                {
-                    **_facts(short),
-                    "short_tokens": short[0]["tokens"],
-                    "full_tokens": budgets[-1][0]["tokens"],
-                    "cells": {name: [a[name], b[name]] for name in a if name in b},
-                    **dataclasses.asdict(agreement),
-                }
-            )
+            budget = {
+                **_facts(short),
+                "short_tokens": short[0]["tokens"],
+                "full_tokens": budgets[-1][0]["tokens"],
+            }
+            agreement = _or_why(functools.partial(rankings.rank_agreement, a, b))
+            if "unavailable" not in agreement:
+                agreement["n"] = len(agreement["names"])
+                agreement["cells"] = {
+                    name: [sum(s[name][k] for k in agreement["seeds"]) / len(agreement["seeds"])
+                           for s in (a, b)]
+                    for name in agreement["names"]
+                }  # fmt: skip
+            found.append({**budget, **agreement})
     return found
 
 
-def _means(rows: Sequence[Row]) -> dict[str, float]:
-    cells = _by_cell(rows, [float(row["dev_loss"]) for row in rows])
-    return {name: sum(losses) / len(losses) for name, losses in cells.items()}
+def _by_seed(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Dev loss by experiment and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        found.setdefault(str(row["experiment"]), {})[int(row["seed"])] = float(row["dev_loss"])
+    return found
 
 
 # --- the kill rule, replayed --------------------------------------------------------------------
@@ -460,13 +468,12 @@ def _kill_replay(rows: Sequence[Row]) -> dict[str, Any] | None:
         return None
     tokens = studies[0][0][-1][0]
 
-    def rule(grace: float, margin: float) -> fits.KillAt:
-        stated = kill_rule.KillRule(
+    def rule(grace: float, margin: float) -> KillRule:
+        return KillRule(
             margin_ppl=margin,
             window_tokens=int(WINDOW * tokens),
             grace_tokens=int(grace * tokens),
         )
-        return lambda baseline, run: kill_rule.verdict(stated, baseline, run).tokens
 
     grid = fits.kill_grid(studies, rule, GRACES, MARGINS)
     return {
@@ -501,12 +508,18 @@ def summary(content: Mapping[str, Any]) -> str:
             lines.append(f"  best share, all else equal: {best['value']:.1%} ({ends})")
         lines += [f"  {warning}" for warning in surface.get("warnings", ())]
     for found in content["rank_agreement"]:
+        where = (
+            f"{found['sweep']}: {found['short_tokens']:,} against {found['full_tokens']:,} tokens"
+        )
+        if "unavailable" in found:
+            lines.append(f"{where}: not ranked: {found['unavailable']}")
+            continue
         rho = "unknown" if found["spearman"] is None else f"{found['spearman']:+.2f}"
         lines.append(
-            f"{found['sweep']}: {found['short_tokens']:,} against {found['full_tokens']:,} tokens: "
-            f"rank correlation {rho} over {found['n']} cells, top-1 regret "
-            f"{found['top1_regret']:.4f} nats"
+            f"{where}: rank correlation {rho} over {found['n']} cells of "
+            f"{len(found['seeds'])} seeds, top-1 regret {found['top1_regret']:.4f} nats"
         )
+        lines += [f"  left out: {what}" for what in found["missing"]]
     for replay in content["kill_replay"]:
         shipped = next(c for c in replay["grid"] if (c["grace"], c["margin"]) == (0.3, 0.5))
         lines.append(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from src.analysis import decisions
+from src.analysis import decisions, intervals, rankings, repeats
 from src.spec.config import Sweep
 from src.study.phases.cells import STAGES, Cell
 from src.study.phases.ledger import Ledger, mean_text
@@ -152,31 +153,48 @@ def _final_decisions(ledger: Ledger, baseline: list[Cell], chosen: Chosen) -> No
         )  # fmt: skip
         return
     left = {name: chosen[name] for name in found}
-    _interval_decisions(ledger, baseline, left, split, key)
+    noise = repeats.paired_noise(
+        {
+            str(i): _labelled(ledger, cells, key)
+            for i, cells in enumerate((baseline, *left.values()))
+        }
+    )
+    _interval_decisions(ledger, baseline, left, split, key, noise)
     for name, cells in left.items():
         if speeds := _speeds(ledger, cells, baseline):
             found[name] = _relative(found[name], reference, speeds)
             _speed_decision(ledger, name, reference.name, speeds)
-    _winner_decision(ledger, reference, found, _ties(ledger, left, split, key))
+    _winner_decision(ledger, reference, found, _ties(ledger, left, split, key, noise))
 
 
 def _interval_decisions(
-    ledger: Ledger, baseline: list[Cell], chosen: Chosen, split: str, key: str
+    ledger: Ledger,
+    baseline: list[Cell],
+    chosen: Chosen,
+    split: str,
+    key: str,
+    noise: repeats.Noise | None,
 ) -> None:
     reference = baseline[0].run.experiment
-    intervals = {
-        name: _interval(ledger, cells, baseline, split, key) for name, cells in chosen.items()
+    found = {
+        name: _interval(ledger, cells, baseline, split, key, noise)
+        for name, cells in chosen.items()
     }
-    held = decisions.holm({name: interval.p for name, interval in intervals.items()})
-    for name, interval in intervals.items():
-        says = decisions.equivalence(interval)
+    held = intervals.holm({name: one.p for name, (one, _) in found.items() if one.p is not None})
+    for name, (interval, left_out) in found.items():
+        says = intervals.equivalence(interval)
         low, ratio, high = (_percent(value) for value in interval.ratio)
+        bounds = f"{low} to {high}" + ("" if interval.seeds > 1 else ", document noise only")
+        told = f"{says.statement} {interval.seeds} seeds, {interval.documents} documents"
+        if name in held:
+            told += f"; p {held[name].p:.4f}, {held[name].adjusted_p:.4f} after Holm"
+            if noise is not None:
+                told += f"; seed noise {noise.sd:.4f} from all pairs ({noise.df} df)"
+        if left_out:
+            told += f"; left out: {'; '.join(left_out)}"
         ledger.decide(
             "2", "95 % interval and equivalence at +-1 %",
-            [f"{name} against {reference}: PPL {ratio} ({low} to {high})"],
-            says.verdict,
-            f"{says.statement} {interval.seeds} seeds, {interval.documents} documents; "
-            f"p {held[name].p:.4f}, {held[name].adjusted_p:.4f} after Holm.",
+            [f"{name} against {reference}: PPL {ratio} ({bounds})"], says.verdict, f"{told}.",
         )  # fmt: skip
 
 
@@ -234,10 +252,8 @@ def _winner_decision(
             else "qualifies within the 3 % margin" if verdict.qualifies_margin else "does not",
             "; ".join(verdict.reasons),
         )  # fmt: skip
-    strict, margin = (name or "no winner" for name in (result.winner_strict, result.winner_margin))
-    told = strict if strict == margin else f"{strict}; with the 3 % margin {margin}"
-    tied = [" = ".join(sorted(pair)) for pair in ties]
-    ledger.decide("2", "winner", tied or ["no ties"], told, result.reason)
+    tied = [f"{' and '.join(sorted(pair))} not told apart" for pair in ties]
+    ledger.decide("2", "winner", tied or ["no ties"], result.readings, result.reason)
 
 
 def _measured(ledger: Ledger, cells: list[Cell], key: str) -> decisions.Measured | None:
@@ -258,62 +274,75 @@ def _measured(ledger: Ledger, cells: list[Cell], key: str) -> decisions.Measured
     )
 
 
-def _interval(
-    ledger: Ledger, ours: Sequence[Cell], theirs: Sequence[Cell], split: str, key: str
-) -> decisions.Interval:
-    """Over documents and the seeds that both finished; over seeds alone without documents."""
-    pairs = [
-        (a, b)
-        for a, b in zip(ours, theirs, strict=True)
-        if ledger.losses([a], key) and ledger.losses([b], key)
-    ]
-    if not pairs:  # no common seed: unpaired means, and nothing follows from them
-        gap = np.mean(ledger.losses(ours, key)) - np.mean(ledger.losses(theirs, key))
-        return decisions.Interval(float(gap), -math.inf, math.inf, 0.95, 1.0, 0, 0)
-    mine, other = [a for a, _ in pairs], [b for _, b in pairs]
-    ours_found, theirs_found = (
-        [found for cell in side if (found := ledger.documents(cell, split)) is not None]
-        for side in (mine, other)
-    )
-    if min(len(ours_found), len(theirs_found)) < len(pairs):
-        return decisions.seed_interval(ledger.losses(mine, key), ledger.losses(other, key))
-    return decisions.paired_bootstrap(
-        np.stack([found.nats for found in ours_found]),
-        np.stack([found.nats for found in theirs_found]),
-        ours_found[0].tokens,
-    )
-
-
-def _ties(ledger: Ledger, chosen: Chosen, split: str, key: str) -> set[frozenset[str]]:
-    names = list(chosen)
+def _labelled(ledger: Ledger, cells: Sequence[Cell], key: str) -> dict[repeats.Label, float]:
+    """`key` of the finished ones by seed and by everything else that changes bits."""
     return {
-        frozenset((a, b))
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-        if decisions.equivalence(_interval(ledger, chosen[a], chosen[b], split, key)).verdict
-        == "equivalent"
+        (cell.run.seed, (ledger.result(cell) or {}).get("compute_digest")): loss
+        for cell in cells
+        for loss in ledger.losses([cell], key)
     }
+
+
+def _interval(
+    ledger: Ledger,
+    ours: Sequence[Cell],
+    theirs: Sequence[Cell],
+    split: str,
+    key: str,
+    noise: repeats.Noise | None,
+) -> tuple[intervals.Interval, tuple[str, ...]]:
+    """Over documents and the pairs of runs that differ in the configuration alone; over seeds
+    without documents. Also what was left out."""
+    pairs = repeats.pair(*(_labelled(ledger, side, key) for side in (ours, theirs)))
+    if not pairs.labels:  # unpaired means, and nothing follows from them
+        gap = np.mean(ledger.losses(ours, key)) - np.mean(ledger.losses(theirs, key))
+        nothing = intervals.Interval(float(gap), -math.inf, math.inf, 0.95, None, 0, 0)
+        return nothing, pairs.left_out
+    seeds = [seed for seed, _ in pairs.labels]
+    kept = [[c for seed in seeds for c in side if c.run.seed == seed] for side in (ours, theirs)]
+    documents = [[ledger.documents(cell, split) for cell in side] for side in kept]
+    stacks = [[found.nats for found in side if found is not None] for side in documents]
+    first = documents[0][0]
+    if first is None or any(len(stack) < len(seeds) for stack in stacks):
+        a, b = ([pair[side] for pair in pairs.pairs] for side in (0, 1))
+        return intervals.seed_interval(a, b, noise=noise), pairs.left_out
+    ours_nats, theirs_nats = (np.stack(stack) for stack in stacks)
+    found = intervals.paired_bootstrap(ours_nats, theirs_nats, first.tokens, noise=noise)
+    return found, pairs.left_out
+
+
+def _ties(
+    ledger: Ledger, chosen: Chosen, split: str, key: str, noise: repeats.Noise | None
+) -> set[frozenset[str]]:
+    """Pairs of finalists that the runs do not tell apart."""
+    found = {
+        frozenset((a, b)): _interval(ledger, chosen[a], chosen[b], split, key, noise)[0]
+        for a, b in itertools.combinations(chosen, 2)
+    }
+    return {names for names, one in found.items() if not intervals.equivalence(one).told_apart}
 
 
 def _rank_decision(ledger: Ledger, cells: Sequence[Cell], expansions: Expansions) -> None:
     """Do short runs and full runs agree on the order? Seed 0 of both, each model once."""
-    short, full, stopped = {}, {}, []
+    short: dict[str, dict[int, float]] = {}
+    full: dict[str, dict[int, float]] = {}
+    stopped = []
     for cell in ledger.different(cells):
         name = cell.run.experiment
         sweep = ledger.embedding if name in ledger.embedding.names else expansions.sweep
         ranked, finished = ledger.losses(ledger.cells(sweep, [name], [0])), ledger.losses([cell])
         if ranked and finished:
-            short[name], full[name] = ranked[0], finished[0]
+            short[name], full[name] = {0: ranked[0]}, {0: finished[0]}
         elif finished:
             stopped.append(f"{name}: stopped -> {finished[0]:.4f}")
     if len(short) < 2:
         return
-    found = decisions.rank_agreement(short, full)
+    found = rankings.rank_agreement(short, full)
     rho = "too few cells" if found.spearman is None else f"{found.spearman:.2f}"
     chance = "" if found.p is None else f" (p {found.p:.3f} by chance)"
     ledger.decide(
         "2", "short against full ranking",
-        [*(f"{name}: {short[name]:.4f} -> {full[name]:.4f}" for name in short), *stopped],
+        [*(f"{name}: {short[name][0]:.4f} -> {full[name][0]:.4f}" for name in short), *stopped],
         "same leader" if found.top1_same else "another leader",
         f"Spearman {rho}{chance} over {found.n} cells, dev loss of seed 0; finishing the short "
         f"runs' best alone would have cost {found.top1_regret:.4f} nats.",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.analysis import decisions
+from src.analysis import repeats
 from src.spec import config, kill_rule
 from src.spec.config import Sweep
 from src.study.phases.cells import (
@@ -244,5 +244,5 @@ def mean_text(values: Sequence[float]) -> str:
     """Mean +- sd for people; a single value has no sd."""
     if not values:
         return "unknown"
-    found = decisions.mean_sd(values)
+    found = repeats.mean_sd(values)
     return f"{found.mean:.4f}" + ("" if found.sd is None else f" +- {found.sd:.4f}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from src.analysis import decisions
-from src.spec import config, kill_rule
+from src.analysis import decisions, kill_replay, rankings, repeats
+from src.spec import kill_rule
 from src.spec.config import Sweep
 from src.study.phases.cells import STAGES, Cell, Metrics, Source, model_keys
 from src.study.phases.ledger import Ledger, mean_text
@@ -21,7 +21,7 @@ SANITY_STEPS = 160
 class Floor:
     """The noise floor: None where it is unknown; `measured` once all of its runs have ended."""
 
-    noise: decisions.Noise | None
+    noise: repeats.Noise | None
     measured: bool
 
 
@@ -66,7 +66,7 @@ def sanity(ledger: Ledger) -> Floor:
     if not complete:
         return Floor(None, False)
     losses = ledger.losses(seeds)
-    noise = decisions.pooled_noise({baseline: losses}) if losses else None
+    noise = repeats.pooled_noise({baseline: losses}) if losses else None
     told = [f"{baseline}: {len(losses)} seeds, dev loss {mean_text(losses)}"]
     sd = "unknown" if noise is None else f"{noise.sd:.4f} nats"
     ledger.decide(
@@ -199,7 +199,7 @@ def _kill_decisions(ledger: Ledger, phase: str, cells: Sequence[Cell]) -> None:
         if result is not None and result["status"] == "failed":
             ledger.decide(phase, "diverged", [name], "out", str(result.get("reason")))
         elif stated is not None and name != cell.run.baseline:
-            rule = _rule(stated, stated.grace(cell.run.training.tokens))
+            rule = stated.in_run(cell.run.training.tokens)
             found = kill_rule.verdict(rule, curves[cell.run.baseline], curves[name])
             verdict = f"{found.kind}; to the PRD's letter {found.literal_kind}"
             ledger.decide(
@@ -224,8 +224,12 @@ def _replay_decision(ledger: Ledger, phase: str, cells: Sequence[Cell]) -> None:
     if stated is None or not complete:
         return
     told = []
-    for label, grace in (("letter", 0), ("grace", stated.grace(baseline.run.training.tokens))):
-        found = decisions.replay_kills(reference, complete, _kills_at(stated, grace))
+    literal = replace(stated, grace_tokens=0)
+    for label, rule in (
+        ("letter", literal),
+        ("grace", stated.in_run(baseline.run.training.tokens)),
+    ):
+        found = kill_replay.replay_kills(reference, complete, rule)
         told.append(
             f"{label}: {found.kills} kills, {found.false_kills} false, "
             f"{found.tokens_saved:,} of {found.tokens_total:,} tokens saved"
@@ -237,23 +241,10 @@ def _replay_decision(ledger: Ledger, phase: str, cells: Sequence[Cell]) -> None:
     )  # fmt: skip
 
 
-def _rule(stated: config.KillRuleConfig, grace: int) -> kill_rule.KillRule:
-    return kill_rule.KillRule(
-        margin_ppl=stated.margin_ppl, window_tokens=stated.window_tokens, grace_tokens=grace
-    )
-
-
-def _kills_at(
-    stated: config.KillRuleConfig, grace: int
-) -> Callable[[kill_rule.Curve, kill_rule.Curve], int | None]:
-    rule = _rule(stated, grace)
-    return lambda baseline, run: kill_rule.verdict(rule, baseline, run).tokens
-
-
 def _baseline_first(sweep: Sweep) -> list[str]:
     return sorted(sweep.names, key=lambda name: name != sweep.baseline)
 
 
 def _slope(curve: kill_rule.Curve) -> str:
-    found = decisions.log_slope(curve)
+    found = rankings.log_slope(curve)
     return "unknown" if found is None else f"{found:+.3f}"

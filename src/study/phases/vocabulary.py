@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from src.analysis import decisions
+from src.analysis import decisions, repeats
 from src.spec.config import Sweep
 from src.study.phases.cells import STAGES, Cell, Source, feasible, model_keys
 from src.study.phases.ledger import Ledger
@@ -172,8 +172,8 @@ def _bits_per_byte(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, list[floa
     return bits
 
 
-def _bits_noise(ledger: Ledger) -> decisions.Noise | None:
+def _bits_noise(ledger: Ledger) -> repeats.Noise | None:
     baseline = ledger.embedding.baseline
     seeds = ledger.cells(ledger.embedding, [baseline], range(ledger.config.noise_seeds))
     found = ledger.losses(seeds, "dev_bits_per_byte")
-    return decisions.pooled_noise({baseline: found}) if len(found) > 1 else None
+    return repeats.pooled_noise({baseline: found}) if len(found) > 1 else None

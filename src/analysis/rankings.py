@@ -1,0 +1,121 @@
+"""Is a short ranking worth anything? Short runs against full runs over the same configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from src.analysis.repeats import need_finite
+
+EXACT = 8  # configurations up to which all orders are counted: 8! = 40,320
+
+
+@dataclass(frozen=True, slots=True)
+class RankAgreement:
+    """Short runs against full runs over the same configurations and the same seeds.
+
+    seeds: those that every ranked configuration finished at both budgets; means are over them.
+    missing: a sentence for each run that one budget has and the other has not, or that is left
+        out because another configuration lacks its seed.
+    spearman: rank correlation (ties share their mean rank), None below 3 configurations or where
+        a side is constant. p: its exact one-sided permutation p up to 8 (agreement by luck).
+    top1_regret: loss given up by finishing the short runs' best instead of the best (>= 0); of
+        several short leaders that tie, the worst.
+    """
+
+    names: tuple[str, ...]
+    seeds: tuple[int, ...]
+    missing: tuple[str, ...]
+    spearman: float | None
+    p: float | None
+    top1_same: bool
+    top1_regret: float
+
+    @property
+    def n(self) -> int:
+        """Configurations ranked."""
+        return len(self.names)
+
+
+def rank_agreement(
+    short: Mapping[str, Mapping[int, float]], full: Mapping[str, Mapping[int, float]]
+) -> RankAgreement:
+    """Compare rankings by loss (lower is better), given by configuration and seed.
+
+    A mean over whichever runs survived would compare one configuration's good seeds with all of
+    another's, so only seeds count that all have on both sides.
+    Raises ValueError where no seed is left.
+    """
+    both = {name: set(short.get(name, ())) & set(full.get(name, ())) for name in {**short, **full}}
+    names = tuple(name for name, seeds in both.items() if seeds)
+    common = set.intersection(*(both[name] for name in names)) if names else set()
+    missing = _missing(short, full, names, common)
+    if not common:
+        raise ValueError(
+            "no seed was run by every configuration at both budgets, so their rankings cannot be "
+            f"compared: {'; '.join(missing)}."
+        )
+    seeds = tuple(sorted(common))
+    x, y = (
+        np.array([np.mean([side[name][seed] for seed in seeds]) for name in names])
+        for side in (short, full)
+    )
+    need_finite("short losses", x)
+    need_finite("full losses", y)
+    rho = p = None
+    if len(names) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
+        rho = float(stats.spearmanr(x, y).statistic)
+        p = _permutation_p(x, y) if len(names) <= EXACT else None
+    reached = float(y[x == x.min()].max())
+    return RankAgreement(
+        names, seeds, missing, rho, p, reached == y.min(), reached - float(y.min())
+    )
+
+
+def _missing(
+    short: Mapping[str, Mapping[int, float]],
+    full: Mapping[str, Mapping[int, float]],
+    names: Sequence[str],
+    common: set[int],
+) -> tuple[str, ...]:
+    told = []
+    for name in {**short, **full}:
+        a, b = set(short.get(name, ())), set(full.get(name, ()))
+        told += [f"{name} seed {seed}: no full run" for seed in sorted(a - b)]
+        told += [f"{name} seed {seed}: no short run" for seed in sorted(b - a)]
+        left = (a & b) - common if name in names else set()
+        told += [f"{name} seed {seed}: not run by all" for seed in sorted(left)]
+    return tuple(told)
+
+
+def _permutation_p(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Share of orderings of y that correlate with x at least as well."""
+    ranks = stats.rankdata(y)
+    found = stats.permutation_test(
+        (stats.rankdata(x),),
+        lambda orders, axis: (orders * ranks).sum(axis=axis),
+        permutation_type="pairings",
+        alternative="greater",
+        n_resamples=50_000,  # above 8!, so that it counts all orders
+        vectorized=True,
+    )
+    return float(found.pvalue)
+
+
+def log_slope(curve: Sequence[tuple[int, float]], fraction: float = 0.5) -> float | None:
+    """Slope d ln PPL / d ln tokens by least squares over the curve's last `fraction` of tokens.
+
+    The "dev PPL slope" of the ranking runs: -0.1 means that doubling the tokens lowers perplexity
+    by about 7 %. None with fewer than two checks there.
+    """
+    points = [(t, p) for t, p in curve if t > 0]
+    if points:
+        points = [(t, p) for t, p in points if t >= points[-1][0] * (1 - fraction)]
+    if len(points) < 2:
+        return None
+    tokens, ppl = np.log(np.array(points, dtype=np.float64)).T
+    return float(stats.linregress(tokens, ppl).slope)
