@@ -86,9 +86,9 @@ def paired_bootstrap(
     chunk = max(1, 4_000_000 // w.size)  # bounds the count matrix to 32 MB
     for start in range(0, draws, chunk):
         rows = min(chunk, draws - start)
-        uniform = np.full(w.size, 1 / w.size)
-        counts = rng.multinomial(w.size, uniform, size=rows).astype(np.float64)
-        samples[start : start + rows] = _contrast(counts, a, b, w, measure)
+        drawn = rng.integers(w.size, size=(rows, w.size)) + w.size * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * w.size).astype(np.float64)
+        samples[start : start + rows] = _contrast(counts.reshape(rows, w.size), a, b, w, measure)
     if w.size == 1:
         samples[:] = estimate
     seeds = min(len(a), len(b))
