@@ -70,10 +70,8 @@ def rank_agreement(
     if len(names) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
         rho = float(stats.spearmanr(x, y).statistic)
         p = _permutation_p(x, y) if len(names) <= EXACT else None
-    reached = float(y[x == x.min()].max())
-    return RankAgreement(
-        names, seeds, missing, rho, p, reached == y.min(), reached - float(y.min())
-    )
+    reached, best = float(y[x == x.min()].max()), float(y.min())
+    return RankAgreement(names, seeds, missing, rho, p, reached == best, reached - best)
 
 
 def _missing(

@@ -15,15 +15,15 @@ import argparse
 import csv
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from src.analysis import intervals, repeats
-from src.command_line import OK, Parser, at_least, refuse
-from src.decisions import Measured, WinnerDecision, promote, winner
+from src.analysis.decisions import Measured, WinnerDecision, promote, winner
+from src.spec.command_line import OK, Parser, at_least, refuse
 
 EFFECTS = (0.0, 0.02, 0.05, 0.08)  # perplexity of the better rival below the baseline's
 SEEDS = (1, 2, 3, 5)
@@ -242,7 +242,7 @@ def ties(run_sd: float, studies: int, seed: int = 0) -> TieRates:
     return TieRates(run_sd, studies, before / studies, after / studies)
 
 
-def _share(values: Iterator[bool] | Sequence[bool]) -> float:
+def _share(values: Iterable[bool]) -> float:
     return float(np.mean(list(values)))
 
 
