@@ -28,6 +28,8 @@ class RankAgreement:
     """
 
     names: tuple[str, ...]
+    short: tuple[float, ...]  # mean losses in the order of names
+    full: tuple[float, ...]
     seeds: tuple[int, ...]
     missing: tuple[str, ...]
     spearman: float | None
@@ -71,7 +73,17 @@ def rank_agreement(
         rho = float(stats.spearmanr(x, y).statistic)
         p = _permutation_p(x, y) if len(names) <= EXACT else None
     reached, best = float(y[x == x.min()].max()), float(y.min())
-    return RankAgreement(names, seeds, missing, rho, p, reached == best, reached - best)
+    return RankAgreement(
+        names=names,
+        short=tuple(x.tolist()),
+        full=tuple(y.tolist()),
+        seeds=seeds,
+        missing=missing,
+        spearman=rho,
+        p=p,
+        top1_same=reached == best,
+        top1_regret=reached - best,
+    )
 
 
 def _missing(

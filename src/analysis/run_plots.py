@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from src.analysis.plots import (
     heading,
     hide_unused,
     mean,
-    mean_of,
     save,
     stem,
     sweep_of,
     tokens_text,
     words,
 )
+from src.analysis.rankings import RankAgreement, rank_agreement
 from src.analysis.run_table import Curve, Row, number
 
 # --- learning curves ----------------------------------------------------------------------------
@@ -308,48 +308,54 @@ def _beats(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 def rank_agreement_figure(rows: Sequence[Row], output: Path) -> bool:
     """Dev perplexity of cells after the ranking and the full budget; False if none has both.
 
-    Spearman's correlation stands in each panel's title: whether short rankings foretell long ones.
+    Means are over equal seeds of both budgets; Spearman's correlation stands in each panel's title.
     """
-    means: dict[str, dict[str, dict[str, list[Row]]]] = {}
+    runs: dict[str, dict[str, dict[str, dict[int, Row]]]] = {}
     for row in rows:
         if row.get("status") == "finished" and number(row, "dev_perplexity") is not None:
-            phases = means.setdefault(sweep_of(row), {})
+            phases = runs.setdefault(sweep_of(row), {})
             cells = phases.setdefault(str(row.get("phase")), {})
-            cells.setdefault(str(row.get("experiment")), []).append(row)
-    both = {
-        sweep: [name for name in phases.get("rank", {}) if name in phases.get("full", {})]
-        for sweep, phases in means.items()
-    }
-    both = {sweep: names for sweep, names in both.items() if len(names) >= 2}
+            cells.setdefault(str(row.get("experiment")), {})[int(row["seed"])] = row
+    found = {sweep: _agreement(phases) for sweep, phases in sorted(runs.items())}
+    both = {sweep: one for sweep, one in found.items() if one is not None and one.n >= 2}
     if not both:
         return False
     with plt.rc_context(STYLE):
         figure, axes = grid_of(len(both))
         used = []
-        for ax, (sweep, names) in zip(axes, sorted(both.items()), strict=False):
-            short, full = means[sweep]["rank"], means[sweep]["full"]
-            xs = [mean_of(short[name], "dev_perplexity") for name in names]
-            ys = [mean_of(full[name], "dev_perplexity") for name in names]
-            styles = _cell_styles({(sweep, name): full[name] for name in names})
-            for (label, colour, marker), x, y in zip(styles, xs, ys, strict=True):
-                told = label if len(names) <= 10 or "(baseline)" in label else "_hidden"
+        for ax, (sweep, one) in zip(axes, both.items(), strict=False):
+            short, full = runs[sweep]["rank"], runs[sweep]["full"]
+            kept = {name: [full[name][seed] for seed in one.seeds] for name in one.names}
+            styles = _cell_styles({(sweep, name): group for name, group in kept.items()})
+            for (label, colour, marker), x, y in zip(styles, one.short, one.full, strict=True):
+                told = label if one.n <= 10 or "(baseline)" in label else "_hidden"
                 ax.plot(x, y, marker, color=colour, ms=6, label=told, linestyle="none")
-            rho = "" if len(names) < 3 else f", Spearman {_spearman(xs, ys):+.2f}"
-            ax.set_title(f"{stem(sweep)}: {len(names)} cells{rho}", loc="left", color="#222222")
+            title = f"{stem(sweep)}: {one.n} cells"
+            title += "" if one.spearman is None else f", Spearman {one.spearman:+.2f}"
+            title += f", {len(one.missing)} runs without partner" if one.missing else ""
+            ax.set_title(title, loc="left", color="#222222")
             ax.set_xlabel("Dev perplexity after the ranking budget")
             ax.set_ylabel("Dev perplexity after the full budget")
             ax.margins(0.15)
             ax.legend(loc="best", edgecolor="#CCCCCC", framealpha=1.0)
-            used += [row for name in names for row in [*short[name], *full[name]]]
+            used += [r for name in one.names for s in one.seeds
+                     for r in (short[name][s], full[name][s])]  # fmt: skip
         hide_unused(axes, len(both))
         heading(figure, "Do short rankings foretell full ones?", used)
         save(figure, output)
     return True
 
 
-def _spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Rank correlation; means of floats have no ties to speak of."""
-    ranks = [[sorted(side).index(value) for value in side] for side in (xs, ys)]
-    middle = (len(xs) - 1) / 2
-    products = sum((a - middle) * (b - middle) for a, b in zip(*ranks, strict=True))
-    return products / sum((a - middle) ** 2 for a in range(len(xs)))
+def _agreement(phases: Mapping[str, Mapping[str, Mapping[int, Row]]]) -> RankAgreement | None:
+    """Dev perplexity of ranking against full runs over equal seeds; None where none are equal."""
+    short, full = (
+        {
+            name: {seed: float(row["dev_perplexity"]) for seed, row in cells.items()}
+            for name, cells in phases.get(phase, {}).items()
+        }
+        for phase in ("rank", "full")
+    )
+    try:
+        return rank_agreement(short, full)
+    except ValueError:
+        return None

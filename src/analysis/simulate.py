@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -260,15 +261,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tied = [ties(sd, asked.studies, asked.seed) for sd in TIE_SDS]
     try:
         asked.output.mkdir(parents=True, exist_ok=True)
-        _write(asked.output / "procedure.csv", rows)
-        _write(asked.output / "ties.csv", tied)
+        _write(asked.output / "procedure.csv", [asdict(row) for row in rows])
+        _write(asked.output / "ties.csv", [asdict(row) for row in tied])
     except OSError as error:
         return refuse(error)
+    print(named_table([asdict(row) for row in rows]))
+    print(ties_table([asdict(row) for row in tied]))
     return OK
 
 
-def _write(path: Path, rows: Sequence[Rates] | Sequence[TieRates]) -> None:
-    content = [asdict(row) for row in rows]
+def named_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """procedure.csv for docs/SCIENCE.md: a line for each noise and number of seeds, percent."""
+    lines = ["| run sd | seeds | null | 2 % | 5 % | 8 % | shown: null / 2 / 5 / 8 % | coverage |"]
+    kinds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault((str(row["run_sd"]), str(row["seeds"])), []).append(row)
+    for (run_sd, seeds), kind in kinds.items():
+        named = [f"{_percent(r['winner_named'])} ({_percent(r['named_rightly'])})" for r in kind]
+        shown = " / ".join(_percent(r["named_and_different"]) for r in kind)
+        ends = [100 * float(r["coverage"]) for r in kind]
+        coverage = f"{min(ends):.0f} to {max(ends):.0f} %"
+        if seeds == "1":
+            named = [f"none; point {_percent(r['named_by_point_alone'])}" for r in kind]
+            shown, coverage = "none", f"{coverage}, documents alone"
+        lines.append(f"| {' | '.join((run_sd, seeds, *named, shown, coverage))} |")
+    lines.insert(1, "|---|---|---|---|---|---|---|---|")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def ties_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """ties.csv for docs/SCIENCE.md, percent."""
+    lines = ["| run sd, nats | tie by proof (before) | not told apart (now) |", "|---|---|---|"]
+    for row in rows:
+        before, now = (_percent(row[key]) for key in ("equivalent", "not_told_apart"))
+        lines.append(f"| {row['run_sd']} | {before} % | {now} % |")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _percent(share: float | str) -> str:
+    return f"{100 * float(share):.1f}"
+
+
+def _write(path: Path, content: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(content[0]), lineterminator="\n")
         writer.writeheader()

@@ -429,11 +429,13 @@ def _rank_agreement(rows: Sequence[Row]) -> list[dict[str, Any]]:
             agreement = _or_why(functools.partial(rankings.rank_agreement, a, b))
             if "unavailable" not in agreement:
                 agreement["n"] = len(agreement["names"])
+                short_means, full_means = agreement.pop("short"), agreement.pop("full")
                 agreement["cells"] = {
-                    name: [sum(s[name][k] for k in agreement["seeds"]) / len(agreement["seeds"])
-                           for s in (a, b)]
-                    for name in agreement["names"]
-                }  # fmt: skip
+                    name: means
+                    for name, *means in zip(
+                        agreement["names"], short_means, full_means, strict=True
+                    )
+                }
             found.append({**budget, **agreement})
     return found
 
