@@ -41,13 +41,13 @@ def test_value_and_gradients_equal_the_plain_loss(chunk, z_loss):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_rows_equal_eager_ones(dtype):
-    """Chunks of 16: two compiled, the last 5 rows eager."""
+    """Chunks of 16: two compiled, the last 5 rows eager. Compiled, sums in bf16 are of values that
+    are not rounded yet."""
     eager = run(chunked_cross_entropy, problem(), 1e-2, chunk=16, dtype=dtype)
     compiled = run(chunked_cross_entropy, problem(), 1e-2, chunk=16, dtype=dtype, compiled=True)
     for ours, theirs in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(
-            ours, theirs, atol=2e-6, rtol=2e-5 if dtype.itemsize > 2 else 5e-3
-        )
+        bound = 2e-5 if dtype.itemsize > 2 else 3e-3
+        assert float((ours - theirs).norm()) <= bound * float(theirs.norm())
 
 
 def test_the_plain_loss_is_torchs():

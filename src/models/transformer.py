@@ -9,6 +9,7 @@ and keys before RoPE, silu(gate) * up) are those of Qwen3, or Llama without QK-n
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,20 +49,19 @@ class KVCache:
 
 
 def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """(2, T, K): cosines and sines of Su et al. 2021 (arXiv 2104.09864), halves repeated."""
+    """(2, T, K / 2): cosines and sines of Su et al. 2021 (arXiv 2104.09864)."""
     inverse = theta ** (
         -torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     )
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)
-    angles = torch.cat((angles, angles), dim=-1)
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply RoPE to (B, H, T, K) with tables (2, T, K)."""
+    """Apply RoPE to (B, H, T, K) with tables (2, T, K / 2)."""
     cos, sin = rope.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -91,17 +91,47 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+class _BlockwiseAttention(torch.autograd.Function):
+    """The gradients are written out too: left to autograd, compiled code computes the softmax
+    twice, keeps the scores beside the weights, and gets the keys' gradient transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outputs, saved = [], []
+        for start in range(0, q.shape[2], QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, q.shape[2])
+            scores = q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)  # (B, H, block, end)
+            scores = scores.float() * q.shape[3] ** -0.5 + _CAUSAL[start:end, :end]
+            # Divided by their sum after the product, where they are K wide.
+            weights = (scores - scores.amax(dim=-1, keepdim=True)).exp().to(v.dtype)
+            total = weights.sum(dim=-1, keepdim=True, dtype=torch.float32)
+            outputs.append(((weights @ v[:, :, :end]) / total).to(v.dtype))
+            saved += [weights, total]
+        ctx.save_for_backward(q, k, v, *saved)
+        return torch.cat(outputs, dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, *saved = ctx.saved_tensors
+        grad_q = []
+        grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        for start in range(0, q.shape[2], QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, q.shape[2])
+            weights, total = saved[2 * (start // QUERY_BLOCK) :][:2]
+            grad = (grad_y[:, :, start:end] / total).to(v.dtype)
+            grad_v[:, :, :end] += weights.transpose(2, 3) @ grad
+            slope = (grad @ v[:, :, :end].transpose(2, 3)).float()
+            mean = (weights * slope).sum(dim=-1, keepdim=True) / total
+            grad_scores = (weights * (slope - mean) * q.shape[3] ** -0.5).to(v.dtype)
+            grad_q.append(grad_scores @ k[:, :, :end])
+            grad_k[:, :, :end] += grad_scores.transpose(2, 3) @ q[:, :, start:end]
+        return torch.cat(grad_q, dim=2), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, (B, H, T, K) each, `QUERY_BLOCK` queries at a time against their past;
     products in the inputs' type, softmax in float32. At most `CPU_SHORT_SEQUENCE` tokens."""
-    length, blocks = q.shape[2], []
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        scores = q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)  # (B, H, block, end)
-        scores = scores.float() * q.shape[3] ** -0.5 + _CAUSAL[start:end, :end]
-        weights = scores.softmax(dim=-1)
-        blocks.append(weights.to(v.dtype) @ v[:, :, :end])
-    return torch.cat(blocks, dim=2)
+    return _BlockwiseAttention.apply(q, k, v)
 
 
 class Attention(nn.Module):
@@ -122,7 +152,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, _ = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.n_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, K)
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each (B, H, T, K)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
@@ -228,7 +258,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=sd)
 
     def rope(self, start: int, length: int, device: torch.device) -> Tensor:
-        """(2, T, K) tables of positions start..start + length, grown when a longer one comes."""
+        """(2, T, K / 2) tables of positions start..start + length, grown for a longer one."""
         end = start + length
         if self._rope.device != device or self._rope.shape[1:2] < (end,):
             size = max(end, 512)
