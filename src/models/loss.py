@@ -30,22 +30,23 @@ def plain_cross_entropy(
 def _row_gradient(
     logits: Tensor, target: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(chunk, V) of any type, (chunk, 1) -> rows in that type, factors, summed nats and log_z^2.
+    """(chunk, V) of any type, (chunk, 1) -> unscaled gradient in that type, the float32 scale
+    (chunk, 1) of its rows, summed nats, summed log_z^2. Float32 logits are overwritten.
 
-    N * d objective / d logits = softmax * (1 + 2 z log_z) - onehot = factors * rows. The division
-    by the softmax's sum is left to the (chunk, 1) float32 factors: one exponential and one pass
-    fewer over the chunk, and nothing small to underflow in float16.
+    N * d objective / d logits = softmax * (1 + 2 z log_z) - onehot = scale * unscaled. The caller
+    multiplies by the scale where tensors are E wide: one exponential and one pass fewer over the
+    chunk, and nothing small to underflow in float16.
     """
     values = logits.float()
     largest = values.amax(dim=-1, keepdim=True)
-    rows = (values - largest).exp().to(logits.dtype)
-    total = rows.sum(dim=-1, keepdim=True, dtype=torch.float32)
+    picked = values.gather(1, target)
+    unscaled = values.sub_(largest).exp_().to(logits.dtype)
+    total = unscaled.sum(dim=-1, keepdim=True, dtype=torch.float32)
     log_z = largest + total.log()
-    factors = (1 + 2 * z_loss * log_z) / total
-    picked = logits.gather(1, target).float()
-    of_target = (picked - largest).exp() - 1 / factors
-    rows.scatter_(1, target, of_target.to(rows.dtype))
-    return rows, factors, (log_z - picked).sum(), log_z.square().sum()
+    scale = (1 + 2 * z_loss * log_z) / total
+    of_target = (picked - largest).exp() - 1 / scale
+    unscaled.scatter_(1, target, of_target.to(unscaled.dtype))
+    return unscaled, scale, (log_z - picked).sum(), log_z.square().sum()
 
 
 @cache
@@ -79,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight = table.to(dtype)
         hidden_low = hidden.to(dtype)
         grad_hidden = torch.empty_like(hidden_low)
-        grad_table = torch.zeros_like(table, dtype=torch.float32)
+        grad_table = torch.empty(0)
         objective = torch.zeros((), device=hidden.device)
         nats = torch.zeros((), device=hidden.device)
         for start in range(0, n, chunk):
@@ -88,11 +89,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # A shorter last chunk runs eager: its shape would be compiled for itself alone.
             whole = compiled and part.shape[0] == chunk
             row_gradient = _compiled_row_gradient() if whole else _row_gradient
-            rows, factors, part_nats, squares = row_gradient(F.linear(part, weight), target, z_loss)
+            logits = F.linear(part, weight)
+            unscaled, scale, part_nats, squares = row_gradient(logits, target, z_loss)
             nats += part_nats
             objective += part_nats + z_loss * squares
-            grad_hidden[start : start + chunk] = (rows @ weight) * factors
-            grad_table += rows.T @ (part * factors).to(dtype)
+            grad_hidden[start : start + chunk] = (unscaled @ weight) * scale
+            product = unscaled.T @ (part * scale).to(dtype)
+            grad_table = grad_table.add_(product) if start else product.float()
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_table.to(table.dtype))
         ctx.rows = n  # type: ignore[attr-defined]
         nats /= n
@@ -103,7 +106,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_objective, _grad_nats):
         grad_hidden, grad_table = ctx.saved_tensors
         scale = grad_objective / ctx.rows
-        return grad_hidden * scale, grad_table * scale, None, None, None, None, None
+        # In place: the table's is as large as the weight. So backward runs once.
+        return grad_hidden.mul_(scale), grad_table.mul_(scale), None, None, None, None, None
 
 
 def chunked_cross_entropy(
