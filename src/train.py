@@ -25,6 +25,7 @@ from src.compute.compute_config import Machine
 from src.compute.process_group import Team
 from src.data.tokens import TokenData, Windows, consecutive_windows
 from src.evaluation import perplexity
+from src.evaluation.stability import Stability
 from src.models.loss import chunked_cross_entropy
 from src.models.transformer import Transformer
 from src.spec import kill_rule
@@ -64,6 +65,7 @@ class Outcome:
     processes: int  # that shared each batch
     kill_verdict: str | None  # "kill", "keep", "none"; None where the rule is not on
     kill_verdict_literal: str | None  # the PRD's rule without grace
+    largest_rises: dict[str, float | int | None]  # of loss and gradient norm, as in metrics.json
     model: Transformer
 
 
@@ -198,6 +200,7 @@ class Trainer:
         )
         self.step = 0
         self.skipped = 0  # consecutive fp16 steps without an update
+        self.stability = Stability()
         self.seconds_before = 0.0  # of earlier attempts
         self.begun = time.perf_counter()
         runtime.reset_peak_memory(machine.device)
@@ -220,6 +223,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
+            "stability": self.stability.state(),
             "rng": checkpoint.pack_rng(),
             "metrics_offset": self.directory.offset(),
             "seconds": self.seconds,
@@ -254,6 +258,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped = state["step"], state["skipped"]
+        self.stability.load(state["stability"])
         self.seconds_before = state["seconds"]
         checkpoint.restore_rng(state["rng"])
         self.directory.truncate(state["metrics_offset"])
@@ -414,6 +419,7 @@ def train(
             begun = time.perf_counter()
             loss, norm = trainer.update(trainer.accumulate())
             trainer.step += 1
+            trainer.stability.see(trainer.step, loss, norm)
             if trainer.step % log_every == 0 or trainer.step == steps:
                 row = _train_row(trainer, loss, norm, time.perf_counter() - begun)
                 directory.append(row)
@@ -454,6 +460,7 @@ def _outcome(
         processes=trainer.processes,
         kill_verdict=verdict.kind if verdict else None,
         kill_verdict_literal=verdict.literal_kind if verdict else None,
+        largest_rises=trainer.stability.metrics(),
         model=trainer.model,
     )
 

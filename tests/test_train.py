@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -198,6 +199,14 @@ def test_a_run_learns_and_leaves_its_record(reference):
     assert dev[-1]["dev_loss"] < dev[0]["dev_loss"] - 0.3
     assert all(row["dev_perplexity"] == math.exp(row["dev_loss"]) for row in dev)
     assert list((reference.path() / "tensorboard").iterdir())
+
+
+def test_the_outcome_names_the_largest_one_step_rise(lab):
+    outcome = lab.train()
+    losses = [row["train_loss"] for row in lab.rows() if row["kind"] == "train"]
+    rises = [after - before for before, after in itertools.pairwise(losses)]
+    assert outcome.largest_rises["loss_largest_rise_nats"] == max(rises)
+    assert outcome.largest_rises["loss_largest_rise_step"] == rises.index(max(rises)) + 2
 
 
 def test_a_rerun_is_equal_to_the_last_bit(reference, lab):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -36,6 +37,7 @@ from src.analysis.plots import (
 )
 from src.analysis.rankings import RankAgreement, rank_agreement
 from src.analysis.run_table import Curve, Row, number
+from src.evaluation.stability import JUMP_NATS
 
 # --- learning curves ----------------------------------------------------------------------------
 
@@ -128,7 +130,7 @@ def _draw_curves(
     names, others = _told_apart(rows, curves)
     longest = max(curves[str(row["path"])][-1][0] for row in rows)
     unit, factor = ("M", 1e6) if longest >= 2e6 else ("k", 1e3)
-    tops, bottoms = [], []
+    tops, bottoms, jumps = [], [], []
     styles: dict[str, tuple[str, Any]] = {}
     for row in rows:
         curve, name = curves[str(row["path"])], str(row.get("experiment"))
@@ -144,6 +146,8 @@ def _draw_curves(
         ax.plot(x, y, color=colour, lw=width, linestyle=dash, alpha=0.9, zorder=above)
         if row.get("status") == "killed":
             ax.plot(x[-1:], y[-1:], "x", color=colour, ms=6, mew=1.6, zorder=5)
+        if (jump := jump_mark(row, curve)) is not None:
+            jumps.append((jump[0] / factor, jump[1], colour))
         late = [p for t, p in curve if t >= 0.1 * longest] or [curve[-1][1]]
         tops.append(late[0])
         bottoms.append(min(p for _, p in curve))
@@ -160,10 +164,26 @@ def _draw_curves(
     ax.set_ylabel("Dev perplexity per token")
     if any(row.get("status") == "killed" for row in rows):
         ax.plot([], [], "x", color="#444444", ms=6, mew=1.6, label="killed")
+    for tokens, perplexity, colour in jumps:  # early ones lie above the axis: at its edge then
+        at = min(perplexity, ax.get_ylim()[1])
+        ax.plot(tokens, at, "^", color=colour, mfc="none", ms=5, zorder=5, clip_on=False)
+    if jumps:
+        told = f"train loss jumped > {JUMP_NATS:g} nat"
+        ax.plot([], [], "^", color="#444444", mfc="none", ms=5, linestyle="none", label=told)
     if any(row.get("status") in ("failed", "unfinished") for row in rows):
         ax.plot([], [], color="#444444", lw=1.2, linestyle=(0, (1, 1.2)), label="not finished")
     ax.legend(frameon=False, loc="upper right")
     return styles
+
+
+def jump_mark(row: Row, curve: Curve) -> tuple[float, float] | None:
+    """(tokens, dev perplexity between checks) where the training loss jumped in one step."""
+    rise, step = number(row, "loss_largest_rise_nats"), number(row, "loss_largest_rise_step")
+    size, length = number(row, "batch_size"), number(row, "seq_len")
+    if rise is None or step is None or size is None or length is None or rise <= JUMP_NATS:
+        return None
+    tokens = step * size * length
+    return tokens, float(np.interp(tokens, [t for t, _ in curve], [p for _, p in curve]))
 
 
 # --- Pareto fronts ------------------------------------------------------------------------------

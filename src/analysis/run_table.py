@@ -29,7 +29,9 @@ COLUMNS: tuple[str, ...] = tuple(
     params_embedding params_projection params_attention params_ffn params_norm flops_per_token
     tokens steps epochs batch_size seq_len learning_rate embedding_lr_ratio
     kill_verdict kill_verdict_literal
-    train_loss dev_loss dev_perplexity dev_bits_per_byte dev_word_perplexity
+    train_loss loss_largest_rise_nats loss_largest_rise_step
+    grad_norm_largest_rise grad_norm_largest_rise_step
+    dev_loss dev_perplexity dev_bits_per_byte dev_word_perplexity
     dev_perplexity_nonoverlapping dev_tokens_scored
     test_loss test_perplexity test_bits_per_byte test_word_perplexity
     test_perplexity_nonoverlapping test_tokens_scored

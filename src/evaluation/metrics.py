@@ -176,6 +176,7 @@ def metrics(
         "tokens": tokens,
         "steps": outcome.step,
         "train_loss": outcome.train_loss,
+        **outcome.largest_rises,
         **_dev_of_training(outcome),
         **measured,
         "train_seconds": outcome.train_seconds,

@@ -1,0 +1,69 @@
+"""The largest one-step rises: which step they name, what is no rise, and that they are carried."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from src.analysis.run_plots import jump_mark
+from src.evaluation.stability import Stability
+
+
+def seen(losses: list[float], norms: list[float] | None = None) -> Stability:
+    stability = Stability()
+    for step, (loss, norm) in enumerate(zip(losses, norms or losses, strict=True), start=1):
+        stability.see(step, loss, norm)
+    return stability
+
+
+def test_loss_and_norm_have_a_rise_and_a_step_each():
+    found = seen([9.0, 7.5, 11.0, 8.0, 8.5], [1.0, 0.5, 0.75, 40.0, 2.0]).metrics()
+    assert found == {
+        "loss_largest_rise_nats": 3.5,
+        "loss_largest_rise_step": 3,
+        "grad_norm_largest_rise": 39.25,
+        "grad_norm_largest_rise_step": 4,
+    }
+
+
+def test_a_loss_that_only_falls_has_a_rise_below_zero():
+    found = seen([9.0, 8.0, 7.75]).metrics()
+    assert (found["loss_largest_rise_nats"], found["loss_largest_rise_step"]) == (-0.25, 3)
+
+
+@pytest.mark.parametrize("losses", [[], [9.0]])
+def test_fewer_than_two_steps_have_no_rise(losses):
+    assert set(seen(losses).metrics().values()) == {None}
+
+
+def test_a_step_left_out_by_the_scaler_is_no_rise():
+    found = seen([9.0, 8.0, 8.5, 8.0], [1.0, math.inf, 5.0, 6.0]).metrics()
+    assert (found["grad_norm_largest_rise"], found["grad_norm_largest_rise_step"]) == (1.0, 4)
+    assert found["loss_largest_rise_nats"] == 0.5
+
+
+def test_a_rise_across_a_cut_counts():
+    """Step 3 comes after the cut: it must know the loss of step 2."""
+    losses = [9.0, 7.5, 11.0, 8.0]
+    whole = seen(losses)
+    resumed = Stability()
+    resumed.load(seen(losses[:2]).state())
+    for step in (3, 4):
+        resumed.see(step, losses[step - 1], losses[step - 1])
+    assert resumed.state() == whole.state()
+    assert resumed.metrics()["loss_largest_rise_step"] == 3
+
+
+def test_a_jump_is_marked_on_the_curve_where_it_was():
+    """Step 3 of 32 tokens lies between two dev checks; a rise below 1 nat has no mark."""
+    row = {
+        "loss_largest_rise_nats": 2.5,
+        "loss_largest_rise_step": 3,
+        "batch_size": 4,
+        "seq_len": 8,
+    }
+    curve = [(0, 300.0), (64, 200.0), (128, 100.0)]
+    assert jump_mark(row, curve) == (96.0, 150.0)
+    assert jump_mark(row | {"loss_largest_rise_nats": 0.9}, curve) is None
+    assert jump_mark({}, curve) is None
