@@ -1,0 +1,116 @@
+"""What a change of the recipe does to the loss's early jump: seeds x configurations x remedies.
+
+    python -m benchmarks.recipe --config configs/miniature_embed.yaml --exp mini-emb35 mini-emb25 \
+        --seed 0 1 2 3 4 --remedy none center --output results/recipe/miniature.csv
+
+Trains at the ranking budget, on the CPU, and writes a row a run: dev loss, the largest one-step
+rises of loss and gradient norm, and how much of the output embedding was one common direction (the
+largest share, over the steps, of its squared norm that lies in its mean row). Runs that the file
+holds already are not made again. Prints mean, sd and jumps (a rise above 1 nat) of all its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from src.evaluation.stability import JUMP_NATS
+from src.spec.allocation import allocate
+from src.spec.command_line import Parser, at_least
+from src.spec.config import load_sweep
+
+KEYS = ["experiment", "seed", "remedy"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remedy:
+    """A change of the recipe that leaves the trained model a stock Qwen3 or Llama."""
+
+    overrides: tuple[str, ...] = ()  # as for --set
+    norm_eps: float | None = None  # of every RMSNorm; exported as rms_norm_eps
+    center: bool = False  # subtract the output embedding's mean row after each step (2601.02031)
+
+
+REMEDIES = {
+    "none": Remedy(),
+    "center": Remedy(center=True),
+    "warmup_half": Remedy(overrides=("training.warmup_fraction=0.5",)),
+    "norm_eps_1e-4": Remedy(norm_eps=1e-4),
+    "norm_eps_1e-3": Remedy(norm_eps=1e-3),
+    "warmup_half_norm_eps_1e-3": Remedy(
+        overrides=("training.warmup_fraction=0.5",), norm_eps=1e-3
+    ),
+}
+
+
+def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str, Any]:
+    """One run by the training loop's own step, without its evaluations, checkpoints and log."""
+    import torch
+
+    from src.compute import runtime
+    from src.compute.compute_config import Machine
+    from src.data import tokens
+    from src.train import Trainer
+
+    sweep = load_sweep(file, remedy.overrides, "rank")
+    model = allocate({run.experiment: run.model for run in sweep.runs})[experiment].model
+    model = replace(model, norm_eps=remedy.norm_eps or model.norm_eps)
+    run = sweep.run(experiment, seed)
+    machine = Machine(
+        device=torch.device("cpu"), precision="bf16", micro_batch=16, compile=True,
+        threads=runtime.pin_threads(run.training.threads),
+    )  # fmt: skip
+    corpus = tokens.load(run.token_dir, run.model.vocab_size)
+    # Nothing is saved, so the run has no directory.
+    trainer = Trainer(run, model, corpus, None, machine, {}, None)  # type: ignore[arg-type]
+    trainer.compile()
+    table, common = trainer.model.head.table, 0.0
+    while trainer.step < run.training.steps:
+        loss, norm = trainer.update(trainer.accumulate())
+        trainer.step += 1
+        trainer.stability.see(trainer.step, loss, norm)
+        with torch.no_grad():
+            if remedy.center:
+                table.sub_(table.mean(dim=0))
+            share = table.mean(dim=0).square().sum() * len(table) / table.square().sum()
+        common = max(common, float(share))
+    rises = trainer.stability.metrics()
+    return {"dev_loss": trainer.dev_loss(), **rises, "common_share_largest": common}
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """Per configuration and remedy: runs, mean and sd of the dev loss, jumps."""
+    jumps = rows.assign(jump=rows.loss_largest_rise_nats > JUMP_NATS)
+    table = jumps.groupby(["experiment", "remedy"]).agg(
+        runs=("seed", "size"), dev_loss=("dev_loss", "mean"), sd=("dev_loss", "std"),
+        jumps=("jump", "sum"), largest_norm_rise=("grad_norm_largest_rise", "max"),
+        common_share=("common_share_largest", "mean"),
+    )  # fmt: skip
+    return table.round(4).to_string()
+
+
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--exp", nargs="+", required=True)
+    parser.add_argument("--seed", nargs="+", type=at_least(0), required=True)
+    parser.add_argument("--remedy", nargs="+", choices=REMEDIES, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    asked = parser.parse_args()
+    rows = pd.read_csv(asked.output) if asked.output.exists() else pd.DataFrame(columns=KEYS)
+    done = set(rows[KEYS].itertuples(index=False, name=None))
+    for run in [(e, s, r) for e in asked.exp for r in asked.remedy for s in asked.seed]:
+        if run not in done:
+            row = dict(zip(KEYS, run, strict=True))
+            row |= measure(asked.config, run[0], run[1], REMEDIES[run[2]])
+            rows = pd.DataFrame([*rows.to_dict("records"), row])
+            asked.output.parent.mkdir(parents=True, exist_ok=True)
+            rows.to_csv(asked.output, index=False)
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    main()
