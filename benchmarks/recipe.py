@@ -40,9 +40,7 @@ REMEDIES = {
     "warmup_half": Remedy(overrides=("training.warmup_fraction=0.5",)),
     "norm_eps_1e-4": Remedy(norm_eps=1e-4),
     "norm_eps_1e-3": Remedy(norm_eps=1e-3),
-    "warmup_half_norm_eps_1e-3": Remedy(
-        overrides=("training.warmup_fraction=0.5",), norm_eps=1e-3
-    ),
+    "warmup_half_norm_eps_1e-3": Remedy(overrides=("training.warmup_fraction=0.5",), norm_eps=1e-3),
 }
 
 
