@@ -37,6 +37,7 @@ class Remedy:
 REMEDIES = {
     "none": Remedy(),
     "center": Remedy(center=True),
+    "center_embedding_lr_x3": Remedy(overrides=("training.embedding_lr_ratio=3",), center=True),
     "warmup_half": Remedy(overrides=("training.warmup_fraction=0.5",)),
     "norm_eps_1e-4": Remedy(norm_eps=1e-4),
     "norm_eps_1e-3": Remedy(norm_eps=1e-3),
@@ -58,9 +59,12 @@ def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str,
     model = replace(model, norm_eps=remedy.norm_eps or model.norm_eps)
     run = sweep.run(experiment, seed)
     machine = Machine(
-        device=torch.device("cpu"), precision="bf16", micro_batch=16, compile=True,
+        device=torch.device("cpu"),
+        precision=runtime.resolve_precision(run.training.precision, torch.device("cpu")),
+        micro_batch=min(16, run.training.batch_size),
+        compile=run.training.compile == "on",
         threads=runtime.pin_threads(run.training.threads),
-    )  # fmt: skip
+    )
     corpus = tokens.load(run.token_dir, run.model.vocab_size)
     # Nothing is saved, so the run has no directory.
     trainer = Trainer(run, model, corpus, None, machine, {}, None)  # type: ignore[arg-type]

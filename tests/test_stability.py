@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
+from benchmarks.recipe import REMEDIES, measure
 from src.analysis.run_plots import jump_mark
 from src.evaluation.stability import Stability
 
@@ -67,3 +69,11 @@ def test_a_jump_is_marked_on_the_curve_where_it_was():
     assert jump_mark(row, curve) == (96.0, 150.0)
     assert jump_mark(row | {"loss_largest_rise_nats": 0.9}, curve) is None
     assert jump_mark({}, curve) is None
+
+
+def test_the_benchmark_of_remedies_trains_what_it_names(tiny_sweep: Path):
+    """Centred, the output embedding keeps no common direction; untouched, it has one."""
+    found = {name: measure(tiny_sweep, "base", 0, REMEDIES[name]) for name in ("none", "center")}
+    assert found["center"]["common_share_largest"] < 1e-6
+    assert found["none"]["common_share_largest"] > 0.01
+    assert len({row["dev_loss"] for row in found.values()}) == 2
