@@ -55,7 +55,8 @@ def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str,
     from src.train import Trainer
 
     sweep = load_sweep(file, remedy.overrides, "rank")
-    model = allocate({run.experiment: run.model for run in sweep.runs})[experiment].model
+    requests = {run.experiment: run.model for run in sweep.runs}
+    model = allocate(requests, sweep.baseline)[experiment].model
     model = replace(model, norm_eps=remedy.norm_eps or model.norm_eps)
     run = sweep.run(experiment, seed)
     machine = Machine(
