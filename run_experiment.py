@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         codes = [
             execution.execute_together(
                 run,
-                answers[run.experiment],
+                answers,
                 sweep,
                 data,
                 log_dir=Path(arguments.log_dir),

@@ -20,6 +20,7 @@ from benchmarks.peers import Work
 from src.spec.allocation import allocate, flops_per_token
 from src.spec.command_line import Parser, at_least
 from src.spec.config import ModelRequest
+from src.spec.metric_keys import TOTAL_PARAMS
 
 SIZES = ((3_000_000, 8_192), (10_000_000, 16_000), (30_000_000, 16_000), (100_000_000, 16_000))
 # 35 % of 100M in a table of 16,000 would be d = 2,188 and one layer: the larger ones spend less.
@@ -68,7 +69,7 @@ def _point(asked: Any, size: int, vocab: int, length: int) -> dict[str, Any]:
     best = min(child.seconds(1) for _ in range(asked.turns))
     flops = flops_per_token(answer.model, length)
     return {
-        "total_params": answer.params.total,
+        TOTAL_PARAMS.built: answer.params.total,
         "d_model": answer.model.d_model,
         "n_layers": answer.model.n_layers,
         "vocab_size": vocab,
@@ -90,7 +91,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {r['total_params']:,} | {r['d_model']} | {r['n_layers']} | {r['seq_len']} "
+        f"| {r[TOTAL_PARAMS.built]:,} | {r['d_model']} | {r['n_layers']} | {r['seq_len']} "
         f"| {r['tokens_per_s']:,.0f} | {r['us_per_token']:.0f} | {r['mflop_per_token']:.1f} "
         f"| {r['us_per_token'] / r['mflop_per_token']:.2f} "
         f"| {r['gflops_per_s']:.0f} | {r['peak_mib']:,.0f} |"

@@ -35,6 +35,7 @@ from src.models.export import export
 from src.models.transformer import Transformer
 from src.spec import config, costs
 from src.spec.config import TrainingConfig
+from src.spec.metric_keys import REQUESTS, complete
 from src.spec.progress import Progress
 from src.storage import checkpoint
 from src.storage.run_dir import Held, Preemption, RunDir, write_json
@@ -377,10 +378,11 @@ def _tuning_json(
 
 
 _SHAPE_KEYS = (
-    "schema corpus total_params embedding_ratio glu_expansion vocab_size d_model n_layers n_heads "
-    "head_dim d_ff embedding_dim tie_embeddings qk_norm attention_width_ratio params_embedding "
-    "params_projection params_attention params_ffn params_norm flops_per_token"
-).split()
+    *(quantity.built for quantity in REQUESTS),
+    *"schema corpus vocab_size d_model n_layers n_heads head_dim d_ff embedding_dim".split(),
+    *"tie_embeddings qk_norm attention_width_ratio flops_per_token".split(),
+    *(f"params_{block}" for block in "embedding projection attention ffn norm".split()),
+)
 
 
 def _metrics(
@@ -399,36 +401,38 @@ def _metrics(
     stamp = runtime.environment_stamp(chosen.device)
     trained = [row["train_loss"] for row in loop.directory.rows("train")]
     training = loop.training
-    return {
-        **{key: before.get(key) for key in _SHAPE_KEYS},
-        "run": resolved["experiment"],
-        "experiment": resolved["experiment"],
-        "sweep": "instruction_tuning",
-        "baseline": False,
-        "phase": "tuning",
-        "seed": resolved["seed"],
-        "status": "finished",
-        "config_digest": digest,
-        "tokenizer_sha256": resolved["tokenizer_sha256"],
-        "data_sha256": resolved["data_sha256"],
-        "git_sha": stamp.get("git_sha"),
-        "git_dirty": stamp.get("git_dirty"),
-        "device": chosen.device.type,
-        "device_name": device_name,
-        "precision": chosen.precision,
-        "threads": chosen.threads,
-        "tokens": loop.step * training.step_tokens,
-        "steps": loop.step,
-        "batch_size": training.batch_size,
-        "seq_len": training.seq_len,
-        "learning_rate": training.learning_rate,
-        "embedding_lr_ratio": training.embedding_lr_ratio,
-        "train_loss": float(np.mean(trained[-max(1, len(trained) // 20) :])),
-        "train_seconds": loop.seconds,
-        "wall_seconds": wall,
-        "gpu_hours": wall / 3600 if chosen.device.type == "cuda" else None,
-        "cost_usd": None if price is None else wall / 3600 * price,
-    }
+    return complete(
+        {
+            **{key: before.get(key) for key in _SHAPE_KEYS},
+            "run": resolved["experiment"],
+            "experiment": resolved["experiment"],
+            "sweep": "instruction_tuning",
+            "baseline": False,
+            "phase": "tuning",
+            "seed": resolved["seed"],
+            "status": "finished",
+            "config_digest": digest,
+            "tokenizer_sha256": resolved["tokenizer_sha256"],
+            "data_sha256": resolved["data_sha256"],
+            "git_sha": stamp.get("git_sha"),
+            "git_dirty": stamp.get("git_dirty"),
+            "device": chosen.device.type,
+            "device_name": device_name,
+            "precision": chosen.precision,
+            "threads": chosen.threads,
+            "tokens": loop.step * training.step_tokens,
+            "steps": loop.step,
+            "batch_size": training.batch_size,
+            "seq_len": training.seq_len,
+            "learning_rate": training.learning_rate,
+            "embedding_lr_ratio": training.embedding_lr_ratio,
+            "train_loss": float(np.mean(trained[-max(1, len(trained) // 20) :])),
+            "train_seconds": loop.seconds,
+            "wall_seconds": wall,
+            "gpu_hours": wall / 3600 if chosen.device.type == "cuda" else None,
+            "cost_usd": None if price is None else wall / 3600 * price,
+        }
+    )
 
 
 def _tell(found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Preempted(BaseException):
 
 def execute(
     run: RunConfig,
-    answer: Allocation,
+    answers: Mapping[str, Allocation],
     sweep: Sweep,
     data: TokenData,
     *,
@@ -39,11 +39,12 @@ def execute(
     remote_uri: str | None = None,
     team: Team | None = None,
 ) -> int:
-    """Bring `run` to its end, or find it there; returns the exit code.
+    """Bring `run` to its end, or find it there; returns the exit code. `answers` of all `sweep`.
 
     Raises ValueError (bad input), OSError (could not read or write), Preempted, PeerLost.
     """
-    resolved, digest = record.resolved(run, answer, sweep, data)
+    answer = answers[run.experiment]
+    resolved, digest = record.resolved(run, answers, sweep, data)
     digests = record.digests(digest, data)
     try:
         with (
@@ -74,7 +75,7 @@ def execute(
 
 def execute_together(
     run: RunConfig,
-    answer: Allocation,
+    answers: Mapping[str, Allocation],
     sweep: Sweep,
     data: TokenData,
     *,
@@ -88,16 +89,16 @@ def execute_together(
     """
     if size() == 1:
         return execute(
-            run, answer, sweep, data, log_dir=log_dir, device=device, remote_uri=remote_uri
+            run, answers, sweep, data, log_dir=log_dir, device=device, remote_uri=remote_uri
         )
     try:
         with Team.join(device) as team:
             if team.rank:
                 from src.worker_rank import assist
 
-                return assist(run, answer.model, data, team)
+                return assist(run, answers[run.experiment].model, data, team)
             code = execute(
-                run, answer, sweep, data, log_dir=log_dir, device=str(team.device),
+                run, answers, sweep, data, log_dir=log_dir, device=str(team.device),
                 remote_uri=remote_uri, team=team,
             )  # fmt: skip
             team.dismiss(code)
@@ -228,6 +229,9 @@ def _train_and_measure(
         run, answer.model, data, directory, chosen,
         digests=digests, on_saved=remote.saved(directory), fenced=remote.fenced, team=team,
     )  # fmt: skip
+    write_json(
+        directory.path / "environment.json", environment | {"computed": list(outcome.conditions)}
+    )
     if outcome.status == "preempted":
         # Not a return: the other runs of this command must not begin.
         raise Preempted(f"{outcome.reason} at step {outcome.step} of {run.run_name}")

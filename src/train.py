@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from src.compute import runtime
+from src.compute import conditions, runtime
 from src.compute.compute_config import Machine
 from src.compute.process_group import Team
 from src.data.tokens import TokenData, Windows, consecutive_windows
@@ -63,6 +63,7 @@ class Outcome:
     device_name: str
     machine: Machine  # as computed with: a resumed run goes on as it began
     processes: int  # that shared each batch
+    conditions: tuple[dict[str, Any], ...]  # several where a resume changed them
     kill_verdict: str | None  # "kill", "keep", "none"; None where the rule is not on
     kill_verdict_literal: str | None  # the PRD's rule without grace
     largest_rises: dict[str, float | int | None]  # of loss and gradient norm, as in metrics.json
@@ -202,6 +203,7 @@ class Trainer:
         self.skipped = 0  # consecutive fp16 steps without an update
         self.stability = Stability()
         self.seconds_before = 0.0  # of earlier attempts
+        self.conditions_before: list[dict[str, Any]] = []  # likewise
         self.begun = time.perf_counter()
         runtime.reset_peak_memory(machine.device)
 
@@ -212,6 +214,12 @@ class Trainer:
     @property
     def processes(self) -> int:
         return 1 if self.team is None else self.team.size
+
+    @property
+    def conditions(self) -> list[dict[str, Any]]:
+        """What the bits depend on, now and at earlier attempts, each once."""
+        now = conditions.found(self.machine, self.processes)
+        return [*self.conditions_before, *([] if now in self.conditions_before else [now])]
 
     def save(self) -> None:
         """One checkpoint of this instant; metrics.jsonl is made durable first."""
@@ -227,6 +235,7 @@ class Trainer:
             "rng": checkpoint.pack_rng(),
             "metrics_offset": self.directory.offset(),
             "seconds": self.seconds,
+            "conditions": self.conditions,
             "machine": {
                 "device": self.machine.device.type,
                 "precision": self.machine.precision,
@@ -260,6 +269,7 @@ class Trainer:
         self.step, self.skipped = state["step"], state["skipped"]
         self.stability.load(state["stability"])
         self.seconds_before = state["seconds"]
+        self.conditions_before = state.get("conditions", [{}])  # {}: an older build did not say
         checkpoint.restore_rng(state["rng"])
         self.directory.truncate(state["metrics_offset"])
         return True
@@ -458,6 +468,7 @@ def _outcome(
         device_name=runtime.device_name(device),
         machine=trainer.machine,
         processes=trainer.processes,
+        conditions=tuple(trainer.conditions),
         kill_verdict=verdict.kind if verdict else None,
         kill_verdict_literal=verdict.literal_kind if verdict else None,
         largest_rises=trainer.stability.metrics(),

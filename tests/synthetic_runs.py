@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from src.spec.config import digest
+from src.spec.metric_keys import complete
+
 CHECKS = 20
 
 
@@ -100,27 +103,28 @@ def write_run(
     ran: the fraction of the budget after which the kill rule stopped it; 1 is a finished run.
     """
     path.mkdir(parents=True)
-    config = {
-        "config_digest": "0" * 64,
+    config: dict[str, Any] = {
         "experiment": cell.name,
         "baseline": sweep["baseline"],
         "seed": seed,
         "phase": phase,
         "asked": {
-            "total_params": 10_000_000,
+            "total_params_asked": 10_000_000,
             "vocab_size": cell.vocab_size,
-            "embedding_ratio": cell.share,
-            "glu_expansion": cell.glu,
+            "embedding_ratio_asked": cell.share,
+            "glu_expansion_asked": cell.glu,
         },
-        "realised": {
-            "total_params": 10_012_345,
-            "embedding_ratio": cell.share,
-            "glu_expansion": cell.glu,
+        "built": {
+            "total_params_built": 10_012_345,
+            "embedding_ratio_built": cell.share,
+            "glu_expansion_built": cell.glu,
         },
         "model": {"vocab_size": cell.vocab_size, "tie_embeddings": cell.tied},
         "training": {"tokens": tokens, "batch_size": 256, "seq_len": 128, "learning_rate": 4e-3},
         "sweep": dict(sweep),
     }
+    decisive = ("experiment", "baseline", "seed", "phase", "model", "training")
+    config["config_digest"] = digest({key: config[key] for key in decisive})
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     curve = loss_curve(cell, seed, tokens)
     curve = curve[: max(1, round(ran * CHECKS))]
@@ -138,7 +142,8 @@ def write_run(
     if failure is not None:
         (path / "failure.json").write_text(json.dumps(failure))
     if metrics_json and failure is None:
-        metrics = _metrics(path.name, cell, sweep, phase, seed, curve[-1], ran < 1.0) | overrides
+        metrics = _metrics(path.name, cell, sweep, phase, seed, curve[-1], ran < 1.0)
+        metrics |= {"config_digest": config["config_digest"], **overrides}
         (path / "metrics.json").write_text(json.dumps(metrics))
 
 
@@ -181,113 +186,116 @@ def _metrics(
         }
 
     missing = {key: None for key in evaluated("test", 1.0)}
-    return {
-        "schema": 1,
-        "run": run,
-        "experiment": cell.name,
-        "sweep": sweep["file"],
-        "baseline": cell.name == sweep["baseline"],
-        "baseline_name": sweep["baseline"],
-        "phase": phase,
-        "seed": seed,
-        "init_seed": seed,
-        "data_seed": seed,
-        "status": "killed" if killed else "finished",
-        "reason": "dev perplexity was 2.1 above the baseline." if killed else None,
-        "kill_verdict": "kill" if killed else None,
-        "kill_verdict_literal": "kill" if killed else None,
-        "config_digest": "0" * 64,
-        "model_digest": f"{table + d_ff:064x}",
-        "micro_batch": 256,
-        "loss_chunk": 8_192,
-        "compile": True,
-        "tokenizer_sha256": f"{cell.vocab_size:064x}",
-        "data_sha256": "d" * 64,
-        "corpus": "wikitext-2-v1",
-        "git_sha": "1234567",
-        "git_dirty": False,
-        "device": "cuda",
-        "device_name": "NVIDIA A100-SXM4-40GB",
-        "precision": "bf16",
-        "threads": 8,
-        "asked_total_params": 10_000_000,
-        "asked_embedding_ratio": cell.share,
-        "asked_glu_expansion": cell.glu,
-        "total_params": 10_012_345,
-        "embedding_ratio": table / 10_012_345,
-        "glu_expansion": d_ff / d_model,
-        "vocab_size": cell.vocab_size,
-        "d_model": d_model,
-        "n_layers": cell.depth,
-        "n_heads": 4,
-        "head_dim": 32,
-        "d_ff": d_ff,
-        "embedding_dim": None,
-        "tie_embeddings": cell.tied,
-        "qk_norm": True,
-        "attention_width_ratio": 128 / d_model,
-        "params_embedding": table,
-        "params_projection": 0,
-        "params_attention": 2_000_000,
-        "params_ffn": 10_012_345 - table - 2_000_000 - 9_000,
-        "params_norm": 9_000,
-        "flops_per_token": 2 * (10_012_345 - table)
-        + 2 * cell.vocab_size * d_model
-        + cell.depth * 9e4,
-        "tokens": tokens,
-        "steps": tokens // 32_768,
-        "epochs": tokens / 2_800_000,
-        "batch_size": 256,
-        "seq_len": 128,
-        "learning_rate": 0.004,
-        "embedding_lr_ratio": 1.0,
-        "train_loss": loss - 0.1,
-        "loss_largest_rise_nats": 0.08,
-        "loss_largest_rise_step": 40,
-        "grad_norm_largest_rise": 0.5,
-        "grad_norm_largest_rise_step": 41,
-        **evaluated("dev", loss),
-        **(missing if killed else evaluated("test", loss + 0.02)),
-        "outside_corpus": None if killed else "tests/elsewhere",
-        **{
-            f"outside_{split}_{key}": None if killed else evaluated(split, loss)[f"{split}_{key}"]
-            for split in ("dev", "test")
-            for key in ("bits_per_byte", "word_perplexity", "tokens_scored")
-        },
-        "smallbench_accuracy": None if killed else 0.52 - 0.1 * cell.gain,
-        "smallbench_accuracy_se": None if killed else 0.011,
-        "smallbench_tasks": None if killed else 2,
-        "smallbench_missing_tasks": None if killed else "lambada rte",
-        "smallbench_limit": None,
-        "smallbench": {}
-        if killed
-        else {
-            "blimp": {"accuracy": 0.61 - 0.2 * cell.gain, "accuracy_se": 0.006, "n": 6700},
-            "arc_easy": {"accuracy": 0.29, "accuracy_se": 0.02, "n": 500},
-        },
-        "smallbench_contaminated_items": 3,
-        "latency_ms_p50_l128": latency,
-        "latency_ms_p95_l128": latency * 1.1,
-        "latency_ms_p50_l512": latency * 1.5,
-        "latency_ms_p95_l512": latency * 1.7,
-        "decode_ms_per_token_p50": latency * 0.8,
-        "decode_ms_per_token_p95": latency * 0.9,
-        **_intervals(latency),
-        "weights_mib": 19.1,
-        "kv_cache_mib": cell.depth * 0.06,
-        "activations_mib": 8.0 + d_model / 32,
-        "activations_full_logits_mib": 39.0 + d_model / 32,
-        "process_peak_memory_mib": 4_300.0,
-        "peak_memory_mib": 36.0 + d_model / 32 + cell.depth * 0.06,
-        "train_seconds": 900.0 * tokens / 5e7,
-        "eval_seconds": 60.0,
-        "wall_seconds": 60.0 + 900.0 * tokens / 5e7,
-        "tokens_per_s": 55_000.0,
-        "gpu_utilisation_percent": 71.0,
-        "train_peak_memory_mib": 4_100.0,
-        "gpu_hours": (60.0 + 900.0 * tokens / 5e7) / 3600,
-        "cost_usd": (60.0 + 900.0 * tokens / 5e7) / 3600 * 1.29,
-    }
+    return complete(
+        {
+            "schema": 2,
+            "run": run,
+            "experiment": cell.name,
+            "sweep": sweep["file"],
+            "baseline": cell.name == sweep["baseline"],
+            "baseline_name": sweep["baseline"],
+            "phase": phase,
+            "seed": seed,
+            "init_seed": seed,
+            "data_seed": seed,
+            "status": "killed" if killed else "finished",
+            "reason": "dev perplexity was 2.1 above the baseline." if killed else None,
+            "kill_verdict": "kill" if killed else None,
+            "kill_verdict_literal": "kill" if killed else None,
+            "model_digest": f"{table + d_ff:064x}",
+            "micro_batch": 256,
+            "loss_chunk": 8_192,
+            "compile": True,
+            "tokenizer_sha256": f"{cell.vocab_size:064x}",
+            "data_sha256": "d" * 64,
+            "corpus": "wikitext-2-v1",
+            "git_sha": "1234567",
+            "git_dirty": False,
+            "device": "cuda",
+            "device_name": "NVIDIA A100-SXM4-40GB",
+            "precision": "bf16",
+            "threads": 8,
+            "total_params_asked": 10_000_000,
+            "embedding_ratio_asked": cell.share,
+            "glu_expansion_asked": cell.glu,
+            "total_params_built": 10_012_345,
+            "embedding_ratio_built": table / 10_012_345,
+            "glu_expansion_built": d_ff / d_model,
+            "vocab_size": cell.vocab_size,
+            "d_model": d_model,
+            "n_layers": cell.depth,
+            "n_heads": 4,
+            "head_dim": 32,
+            "d_ff": d_ff,
+            "embedding_dim": None,
+            "tie_embeddings": cell.tied,
+            "qk_norm": True,
+            "attention_width_ratio": 128 / d_model,
+            "params_embedding": table,
+            "params_projection": 0,
+            "params_attention": 2_000_000,
+            "params_ffn": 10_012_345 - table - 2_000_000 - 9_000,
+            "params_norm": 9_000,
+            "flops_per_token": 2 * (10_012_345 - table)
+            + 2 * cell.vocab_size * d_model
+            + cell.depth * 9e4,
+            "tokens": tokens,
+            "steps": tokens // 32_768,
+            "epochs": tokens / 2_800_000,
+            "batch_size": 256,
+            "seq_len": 128,
+            "learning_rate": 0.004,
+            "embedding_lr_ratio": 1.0,
+            "train_loss": loss - 0.1,
+            "loss_largest_rise_nats": 0.08,
+            "loss_largest_rise_step": 40,
+            "grad_norm_largest_rise": 0.5,
+            "grad_norm_largest_rise_step": 41,
+            **evaluated("dev", loss),
+            **(missing if killed else evaluated("test", loss + 0.02)),
+            "outside_corpus": None if killed else "tests/elsewhere",
+            **{
+                f"outside_{split}_{key}": None
+                if killed
+                else evaluated(split, loss)[f"{split}_{key}"]
+                for split in ("dev", "test")
+                for key in ("bits_per_byte", "word_perplexity", "tokens_scored")
+            },
+            "smallbench_accuracy": None if killed else 0.52 - 0.1 * cell.gain,
+            "smallbench_accuracy_se": None if killed else 0.011,
+            "smallbench_tasks": None if killed else 2,
+            "smallbench_missing_tasks": None if killed else "lambada rte",
+            "smallbench_limit": None,
+            "smallbench": {}
+            if killed
+            else {
+                "blimp": {"accuracy": 0.61 - 0.2 * cell.gain, "accuracy_se": 0.006, "n": 6700},
+                "arc_easy": {"accuracy": 0.29, "accuracy_se": 0.02, "n": 500},
+            },
+            "smallbench_contaminated_items": 3,
+            "latency_ms_p50_l128": latency,
+            "latency_ms_p95_l128": latency * 1.1,
+            "latency_ms_p50_l512": latency * 1.5,
+            "latency_ms_p95_l512": latency * 1.7,
+            "decode_ms_per_token_p50": latency * 0.8,
+            "decode_ms_per_token_p95": latency * 0.9,
+            **_intervals(latency),
+            "weights_mib": 19.1,
+            "kv_cache_mib": cell.depth * 0.06,
+            "activations_mib": 8.0 + d_model / 32,
+            "activations_full_logits_mib": 39.0 + d_model / 32,
+            "process_peak_memory_mib": 4_300.0,
+            "peak_memory_mib": 36.0 + d_model / 32 + cell.depth * 0.06,
+            "train_seconds": 900.0 * tokens / 5e7,
+            "eval_seconds": 60.0,
+            "wall_seconds": 60.0 + 900.0 * tokens / 5e7,
+            "tokens_per_s": 55_000.0,
+            "gpu_utilisation_percent": 71.0,
+            "train_peak_memory_mib": 4_100.0,
+            "gpu_hours": (60.0 + 900.0 * tokens / 5e7) / 3600,
+            "cost_usd": (60.0 + 900.0 * tokens / 5e7) / 3600 * 1.29,
+        }
+    )
 
 
 def _intervals(latency: float) -> dict[str, float]:

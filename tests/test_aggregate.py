@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
 import yaml
 
-from src.analysis import plots, run_table
+from src.analysis import plots, run_csv, run_table
+from src.spec import metric_keys
 from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, Cell, write_run, write_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -41,8 +45,13 @@ def tabulate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def rows_of(path: Path) -> dict[str, dict[str, str]]:
-    with path.open(newline="") as file:
-        return {row["run"]: row for row in csv.DictReader(file)}
+    """A summary and its details, cell by cell as they are written."""
+    tables = []
+    for file in (path, run_csv.details_path(path)):
+        with file.open(newline="") as lines:
+            tables.append({row["run"]: row for row in csv.DictReader(lines)})
+    assert list(tables[0]) == list(tables[1])
+    return {run: tables[0][run] | tables[1][run] for run in tables[0]}
 
 
 def is_png(path: Path) -> bool:
@@ -110,7 +119,7 @@ def test_values_arrive_unchanged_and_missing_ones_stay_empty(study: Path) -> Non
     rows = rows_of(study / "results/results_summary.csv")
     metrics = json.loads((study / "logs/emb25-seed1/metrics.json").read_text())
     row = rows["emb25-seed1"]
-    for key in ("test_perplexity", "embedding_ratio", "flops_per_token", "cost_usd"):
+    for key in ("test_perplexity", "embedding_ratio_built", "flops_per_token", "cost_usd"):
         assert float(row[key]) == metrics[key]
     assert row["baseline"] == "false"
     assert float(row["smallbench_blimp_accuracy"]) == metrics["smallbench"]["blimp"]["accuracy"]
@@ -125,19 +134,19 @@ def test_the_figures_stand_beside_the_csv(study: Path) -> None:
         assert is_png(study / "results" / name), name
 
 
-def test_the_columns_are_the_documented_list() -> None:
-    page = (ROOT / "docs/METRICS.md").read_text(encoding="utf-8")
-    documented = re.findall(r"^\| `(\w+)` \|", page, re.M)
-    assert len(documented) == len(set(documented))
-    assert set(run_table.COLUMNS) == set(documented)
-    assert len(run_table.COLUMNS) == len(set(run_table.COLUMNS))
+def test_every_key_is_a_column_of_one_table_and_no_column_is_unlisted(study: Path) -> None:
+    summary = study / "results/results_summary.csv"
+    first, second = (
+        pandas.read_csv(file).columns for file in (summary, run_csv.details_path(summary))
+    )
+    assert set(first) & set(second) == {"run"} and 30 < len(first) < 50
+    tasks = {column for column in second if re.match(r"smallbench_(blimp|arc_easy)_", column)}
+    assert set(first) | set(second) == set(metric_keys.KEYS) | tasks and len(tasks) == 6
 
 
-def test_the_synthetic_runs_write_exactly_the_documented_keys(study: Path) -> None:
-    page = (ROOT / "docs/METRICS.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+def test_the_synthetic_runs_write_exactly_the_keys_of_the_list(study: Path) -> None:
     metrics = json.loads((study / "logs/emb25/metrics.json").read_text())
-    assert set(metrics) - {"smallbench"} == documented - {"path"}
+    assert set(metrics) == metric_keys.STORED
 
 
 def test_runs_of_a_phase_that_was_begun_are_missing_by_experiment_and_seed(tmp_path: Path) -> None:
@@ -196,11 +205,27 @@ def test_the_bundle_has_what_repeats_every_run_and_is_the_same_each_time(
     assert (tmp_path / "results_bundle.json").read_bytes() == path.read_bytes()
 
 
-def test_text_of_a_csv_comes_back_as_text(tmp_path: Path) -> None:
+def test_what_a_csv_holds_comes_back_with_its_type(tmp_path: Path) -> None:
     write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:1], smallbench_missing_tasks="12")
     assert tabulate(tmp_path).returncode == 0
-    [row] = run_table.read_csv(tmp_path / "results_summary.csv")
-    assert row["smallbench_missing_tasks"] == "12"
+    (row,) = run_csv.read_csv(tmp_path / "results_summary.csv")
+    metrics = json.loads((tmp_path / "logs/emb35/metrics.json").read_text())
+    for key in ("smallbench_missing_tasks", "seed", "baseline", "test_loss", "git_sha", "epochs"):
+        assert row[key] == metrics[key] and type(row[key]) is type(metrics[key])
+    assert row["smallbench_blimp_accuracy"] == metrics["smallbench"]["blimp"]["accuracy"]
+    assert "gpu_hours" in row and "embedding_dim" not in row and "reason" not in row
+
+
+def test_the_reading_line_of_the_page_keeps_names_and_hashes(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:1], git_sha="1234567", corpus="007")
+    assert tabulate(tmp_path).returncode == 0
+    (code,) = re.findall(r"```python\n(.*?)```", metric_keys.reading(), re.S)
+    names: dict[str, Any] = {"pandas": pandas}
+    with contextlib.chdir(tmp_path):
+        exec(code, names)  # the page's own lines
+    row = names["every"].iloc[0]
+    assert (row["git_sha"], row["corpus"], row["run"]) == ("1234567", "007", "emb35")
+    assert row["embedding_ratio_asked"] == 0.35 and row["seed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -405,7 +430,7 @@ def panels(logs: Path) -> dict[str, list[list[object]]]:
 
 def test_phases_sweeps_and_budgets_never_share_a_panel(study: Path) -> None:
     found = panels(study / "logs")
-    assert found["embedding_ratio"] == [
+    assert found["embedding_ratio_built"] == [
         [SHARE_FILE, "rank", 5.0e6, ["emb25-rank", "emb35-rank"], ["emb45-rank"]],
         [
             SHARE_FILE,
@@ -415,7 +440,7 @@ def test_phases_sweeps_and_budgets_never_share_a_panel(study: Path) -> None:
             [],
         ],
     ]
-    assert found["glu_expansion"] == [
+    assert found["glu_expansion_built"] == [
         [GLU_FILE, "full", 5.0e7, ["glu266x", "glu2x", "glu3x", "glu4x"], []]
     ]
 
@@ -423,7 +448,7 @@ def test_phases_sweeps_and_budgets_never_share_a_panel(study: Path) -> None:
 def test_runs_of_two_budgets_are_two_panels(tmp_path: Path) -> None:
     write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:2], tokens=50_000_000)
     write_run(tmp_path / "logs/emb45", SHARE_SWEEP[2], sweep=SWEEP, tokens=1_000_000)
-    assert [p[2] for p in panels(tmp_path / "logs")["embedding_ratio"]] == [1.0e6, 5.0e7]
+    assert [p[2] for p in panels(tmp_path / "logs")["embedding_ratio_built"]] == [1.0e6, 5.0e7]
 
 
 # --- prices -------------------------------------------------------------------------------------

@@ -541,15 +541,18 @@ def test_the_dry_run_for_machines_has_exactly_the_documented_keys():
     assert [cell["name"] for cell in cells] == ["glu2x", "glu266x", "glu3x", "glu4x"]
     ask = {"total_params", "embedding_ratio", "glu_expansion"}
     for cell in cells:
-        assert set(cell) == {"name", "asked", "realised", "model", "params"}
-        assert set(cell["asked"]) == set(cell["realised"]) == ask
+        assert set(cell) == {"name", "asked", "built", "model", "params"}
+        assert set(cell["asked"]) == {f"{key}_asked" for key in ask}
+        assert set(cell["built"]) == {f"{key}_built" for key in ask}
         assert set(cell["model"]) == {
             "vocab_size", "d_model", "n_layers", "n_heads", "head_dim", "d_ff", "embedding_dim",
             "tie_embeddings", "qk_norm",
         }  # fmt: skip
         assert set(cell["params"]) == {"embedding", "projection", "attention", "ffn", "norm"}
-        assert sum(cell["params"].values()) == cell["realised"]["total_params"]
-        assert cell["model"]["d_ff"] / cell["model"]["d_model"] == cell["realised"]["glu_expansion"]
+        assert sum(cell["params"].values()) == cell["built"]["total_params_built"]
+        assert (
+            cell["model"]["d_ff"] / cell["model"]["d_model"] == cell["built"]["glu_expansion_built"]
+        )
         built = built_params(ModelConfig(**cell["model"]))
-        assert built == cell["realised"]["total_params"]
-    assert [cell["asked"]["glu_expansion"] for cell in cells] == [2.0, 2.66, 3.0, 4.0]
+        assert built == cell["built"]["total_params_built"]
+    assert [cell["asked"]["glu_expansion_asked"] for cell in cells] == [2.0, 2.66, 3.0, 4.0]

@@ -462,3 +462,15 @@ def test_ranking_runs_measure_dev_perplexity_unless_told_otherwise(tmp_path: Pat
     assert rank.metrics == ("perplexity",)
     told = load_sweep(path, ["evaluation.latency=true"], "rank").run("a", 0).evaluation
     assert told.latency and not told.test
+
+
+@pytest.mark.parametrize(
+    "name", ["NA", "nan", "'007'", "'1e5'", "null1", "'null'", "inf", "'TRUE'"]
+)
+def test_a_name_that_readers_of_tables_retype_is_refused(load, refusal, name):
+    text = EMBED_RATIO.replace("name: emb25", f"name: {name}")
+    assert text != EMBED_RATIO
+    if name == "null1":
+        assert load(text).runs[1].experiment == "null1"
+    else:
+        assert "readers of tables" in refusal(text)

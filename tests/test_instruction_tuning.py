@@ -144,14 +144,14 @@ def test_a_tuned_run_learns_the_answers_and_leaves_its_record(
     assert (metrics["phase"], metrics["status"], metrics["steps"]) == ("tuning", "finished", 30)
     assert metrics["cost_usd"] > 0 and metrics["wall_seconds"] >= metrics["train_seconds"]
     assert (
-        metrics["total_params"]
-        == json.loads((base_path / "metrics.json").read_text())["total_params"]
+        metrics["total_params_built"]
+        == json.loads((base_path / "metrics.json").read_text())["total_params_built"]
     )
     assert "before" in capsys.readouterr().out
     from transformers import AutoModelForCausalLM
 
     exported = AutoModelForCausalLM.from_pretrained(folder / "final")
-    assert sum(p.numel() for p in exported.parameters()) == metrics["total_params"]
+    assert sum(p.numel() for p in exported.parameters()) == metrics["total_params_built"]
     assert tune(base_path, data, tmp_path, "--epochs", "6", *fast) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert tune(base_path, data, tmp_path, "--epochs", "5", *fast) == 78

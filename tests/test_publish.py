@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
+from tests.synthetic_runs import SHARE_SWEEP, write_sweep
 
 
 def publish(log_dir: Path, output: Path, code: int = 0, cwd: Path = ROOT) -> str:
@@ -53,3 +54,22 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     (other / "thesis.tex").write_text("")
     assert "found a folder without" in publish(tmp_path, other, code=78)
     assert "found no such directory" in publish(tmp_path / "none", tmp_path / "new", code=78)
+
+
+def test_a_tuned_and_a_foreign_directory_and_folders_of_this_machine(tmp_path: Path) -> None:
+    logs, output = tmp_path / "logs", tmp_path / "published"
+    write_sweep(logs, "embed_ratio.yaml", SHARE_SWEEP)
+    for name, rows in {"tuned": {"answer_loss": 1.0}, "other": {}}.items():
+        (logs / name).mkdir()
+        (logs / name / "metrics.json").write_text(json.dumps({"phase": "tuning"} | rows))
+        line = {"kind": "dev", "step": 1, "tokens": 8} | rows
+        (logs / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (logs / "emb45/metrics.json").unlink()
+    (logs / "emb45/failure.json").write_text(json.dumps({"message": f"no {tmp_path}/data"}))
+    publish(logs, output, cwd=tmp_path)
+    with (output / "results_details.csv").open(newline="") as file:
+        paths = {row["run"]: row["path"] for row in csv.DictReader(file)}
+    assert paths["emb25"] == "runs/emb25" and (output / "runs/emb25/metrics.json").is_file()
+    for path in output.rglob("*"):
+        assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
+    assert not list(tmp_path.glob(".published*"))

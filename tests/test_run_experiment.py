@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +20,9 @@ import yaml
 
 import run_experiment
 from src import train
+from src.evaluation import metrics as record
 from src.evaluation.trained_run import load_run
+from src.spec import metric_keys
 from src.storage.run_dir import RunDir, read_rows
 from tests.conftest import ROOT, SWEEP, VOCAB
 from tests.test_train import assert_same, newest_state, timeless
@@ -83,7 +84,7 @@ def test_a_run_leaves_what_the_prd_asks_for(finished):
     environment = json.loads((run / "environment.json").read_text())
     found = metrics(run)
     assert stored["tokenizer_sha256"] == found["tokenizer_sha256"]
-    assert stored["asked"]["total_params"] == 70_000 and stored["model"]["d_model"] == 48
+    assert stored["asked"]["total_params_asked"] == 70_000 and stored["model"]["d_model"] == 48
     assert {"git_sha", "git_dirty", "torch", "threads", "device"} <= set(environment)
     assert (found["seed"], found["status"], found["reason"]) == (0, "finished", None)
     assert (found["device"], found["precision"], found["threads"]) == ("cpu", "fp32", 1)
@@ -92,20 +93,30 @@ def test_a_run_leaves_what_the_prd_asks_for(finished):
     assert not (run / "failure.json").exists()
 
 
-def test_the_metrics_are_the_documented_keys(finished):
-    page = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| `([a-z0-9_]+)` \|", page, re.M))
-    assert len(documented) > 60
-    assert set(metrics(finished / "base")) <= documented
+def test_the_config_says_what_every_run_of_the_sweep_is_and_an_edit_shows(finished):
+    stored = yaml.safe_load((finished / "base" / "config.yaml").read_text(encoding="utf-8"))
+    found, own = metrics(finished / "base"), stored["sweep"]["built"]["base"]
+    for key in ("model_digest", "training_digest", "embedding_ratio_built", "total_params_asked"):
+        assert own[key] == found[key]
+    assert not record.edited(stored)
+    assert record.edited({**stored, "sweep": {**stored["sweep"], "baseline": "deep"}})
+    stored["training"]["learning_rate"] = 0.1
+    assert record.edited(stored)
+
+
+def test_every_run_has_exactly_the_keys_of_the_list(finished):
+    assert set(metrics(finished / "base")) == metric_keys.STORED
 
 
 def test_the_metrics_agree_with_each_other(finished):
     found = metrics(finished / "base")
     blocks = ("embedding", "projection", "attention", "ffn", "norm")
-    assert sum(found[f"params_{block}"] for block in blocks) == found["total_params"] == 70_000
+    assert (
+        sum(found[f"params_{block}"] for block in blocks) == found["total_params_built"] == 70_000
+    )
     share = (found["params_embedding"] + found["params_projection"]) / 70_000
-    assert found["embedding_ratio"] == share
-    assert found["glu_expansion"] == found["d_ff"] / found["d_model"]
+    assert found["embedding_ratio_built"] == share
+    assert found["glu_expansion_built"] == found["d_ff"] / found["d_model"]
     assert (found["steps"], found["tokens"]) == (20, 5_120)
     for split in ("dev", "test"):
         loss = found[f"{split}_loss"]

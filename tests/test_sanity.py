@@ -82,8 +82,8 @@ def test_the_phase_checks_then_measures_the_noise_and_does_neither_twice(
     assert found["passed"] is True and all(found["checks"].values())
     assert found["overfit_loss"] < sanity_training.OVERFIT_LOSS and found["overfit_tokens"] == 256
     assert abs(found["initial_loss"] - math.log(300)) < 0.1
-    assert sum(found["params"].values()) == found["total_params"]
-    assert "embedding" in told and f"{found['total_params']:,}" in told
+    assert sum(found["params"].values()) == found["total_params_built"]
+    assert "embedding" in told and f"{found['total_params_built']:,}" in told
     ramp = json.loads((folder / "learning_rates.json").read_text())
     assert ramp["suggested"] == found["suggested_learning_rate"] and ramp["rule"]
     assert [r["learning_rate"] for r in ramp["rows"]] == sorted(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from src.analysis.run_table import read_rows, write_csv
+from src.analysis.run_csv import write_csv
+from src.analysis.run_table import read_rows
 from src.analysis.science import report as science
 from tests import planted_study
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,17 +41,17 @@ class Lab:
 
     def plan(self, name: str = "base", *overrides: str) -> tuple[RunConfig, Any, Any, Any]:
         sweep = config.load_sweep(self.sweep_file, overrides)
-        answers = allocation.allocate(
+        self.answers = allocation.allocate(
             {run.experiment: run.model for run in sweep.runs}, sweep.baseline
         )
         run = sweep.run(name, 0)
-        return run, answers[name], sweep, data.load(run.token_dir, run.model.vocab_size)
+        return run, self.answers[name], sweep, data.load(run.token_dir, run.model.vocab_size)
 
     def train(
         self, name: str = "base", *overrides: str, machine: Machine = CPU, under: str = "logs"
     ) -> Outcome:
         run, answer, sweep, tokens = self.plan(name, *overrides)
-        resolved, digest = record.resolved(run, answer, sweep, tokens)
+        resolved, digest = record.resolved(run, self.answers, sweep, tokens)
         with RunDir.open(self.log_dir / under, run.run_name) as directory:
             directory.claim_config(resolved, digest)
             return train.train(
@@ -300,7 +301,7 @@ def test_a_preempted_run_saves_where_it_stands(reference, lab, at_step, monkeypa
 def test_a_checkpoint_of_another_config_is_refused(lab):
     lab.train("base", "training.tokens=512")
     run, answer, sweep, tokens = lab.plan()
-    _, digest = record.resolved(run, answer, sweep, tokens)
+    _, digest = record.resolved(run, lab.answers, sweep, tokens)
     with (
         RunDir.open(lab.log_dir / "logs", "base") as directory,
         pytest.raises(ValueError, match="config"),
@@ -396,3 +397,30 @@ def test_without_a_baseline_curve_there_is_no_verdict(lab):
 def test_a_baseline_of_another_budget_judges_nobody(lab):
     lab.train("base", *RULE, "training.tokens=10_240")
     assert lab.train("idle", *RULE).status == "trained"
+
+
+def test_a_resume_keeps_the_compute_digest_and_another_machine_adds_its_own(lab, monkeypatch):
+    whole = lab.train().conditions
+    assert len(whole) == 1 and whole[0]["processes"] == 1 and len(whole[0]["source_sha256"]) == 64
+    cut = ("training.checkpoint_every_steps=4",)
+    assert lab.train("base", *cut, under="again").conditions == whole  # resumed at its end
+    monkeypatch.setattr(train.conditions.np, "__version__", "0.1")
+    both = lab.train(under="again").conditions
+    assert both[0] == whole[0] and [found["numpy"] for found in both][1:] == ["0.1"]
+
+
+def test_the_source_digest_follows_what_training_imports_and_nothing_else(tmp_path):
+    package = Path(train.__file__).parent
+    copy = tmp_path / "src"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    found = train.conditions.source_sha256
+    found.cache_clear()
+    first = found(copy)
+    assert first == found(package)
+    (copy / "science.py").write_text("")
+    found.cache_clear()
+    assert found(copy) == first
+    inner = next(copy.rglob("transformer.py"))
+    inner.write_text(inner.read_text() + "\n# a comment is bytes too\n")
+    found.cache_clear()
+    assert found(copy) != first

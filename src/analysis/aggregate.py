@@ -25,15 +25,9 @@ from typing import Any
 
 from src.analysis import bundle
 from src.analysis.report_tables import fill, tables
-from src.analysis.run_table import (
-    STATUSES,
-    Row,
-    read_csv,
-    read_curve,
-    read_rows,
-    undocumented,
-    write_csv,
-)
+from src.analysis.run_csv import Row, details_path, read_csv, unlisted, write_csv
+from src.analysis.run_joins import STATUSES
+from src.analysis.run_table import read_curve, read_rows
 from src.storage.files import BAD_INPUT, IO_FAILURE, Parser, write_atomic, write_json
 
 OUTPUT = Path("results_summary.csv")
@@ -144,12 +138,12 @@ def _metric_names() -> set[str]:
 def _summarise(rows: Sequence[Row], output: Path) -> None:
     counts = Counter(str(row["status"]) for row in rows)
     told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
-    print(f"{output}: {len(rows)} rows ({told})")
+    print(f"{output}, {details_path(output).name}: {len(rows)} rows ({told})")
     for row in rows:
         if row["status"] != "finished":
             print(f"  {row['status']}: {row['run']}: {row.get('reason', '')}")
-    if extra := undocumented(rows):
-        print(f"  columns that docs/METRICS.md does not list: {', '.join(extra)}")
+    if extra := unlisted(rows):
+        print(f"  columns that src/spec/metric_keys.py does not list: {', '.join(extra)}")
 
 
 def _draw(rows: Sequence[Row], folder: Path, metric: str) -> int:

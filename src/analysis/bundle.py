@@ -13,12 +13,13 @@ from typing import Any
 
 import yaml
 
-from src.analysis.run_table import Row, read_config, read_json
+from src.analysis.run_csv import Row
+from src.analysis.run_table import read_config, read_json
 
 SCHEMA = 1
 NAME = "results_bundle.json"
 _TOKENS = ("corpus", "vocab_size", "tokenizer_sha256", "data_sha256")
-_CODE = ("git_sha", "git_dirty")
+_CODE = ("git_sha", "git_dirty", "compute_digest")
 
 
 def bundle(rows: Sequence[Row], log_dir: Path) -> dict[str, Any]:
@@ -31,13 +32,32 @@ def bundle(rows: Sequence[Row], log_dir: Path) -> dict[str, Any]:
         "tokens": _different(runs, _TOKENS),
         "seeds": _seeds(runs),
         "environments": _environments(runs),
-        "runs": {str(row["run"]): read_config(Path(row["path"])) for row in runs},
+        "runs": {str(row["run"]): _config(Path(row["path"])) for row in runs},
         "sweeps": {
-            path.name: yaml.safe_load(path.read_bytes())
+            path.name: portable(yaml.safe_load(path.read_bytes()))
             for path in sorted((log_dir / "configs").glob("*.yaml"))
         },
-        "study": _study(log_dir / "study.json"),
+        "study": portable(_study(log_dir / "study.json")),
     }
+
+
+def portable(value: Any) -> Any:
+    """JSON values without this machine's folders: relative below the working directory, `~` for the
+    home, else the last name alone."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = value.replace(f"{Path.cwd()}/", "").replace(str(Path.home()), "~")
+    return f".../{Path(text).name}" if text.startswith("/") else text
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """A run's config.yaml; of one that was edited after the run began, only that it was."""
+    config, problem = read_config(path)
+    return portable(config) if problem is None else {"not_read": problem}
 
 
 def _different(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]:

@@ -25,7 +25,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
 
-from src.analysis.run_table import Row, number
+from src.analysis.run_csv import Row, number
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B")
 MARKERS = ("o", "s", "^", "v", "P", "X", "<", ">")
@@ -73,17 +74,17 @@ class Axis:
 
 
 SHARE = Axis(
-    key="embedding_ratio",
-    asked="asked_embedding_ratio",
-    other="asked_glu_expansion",
+    key=EMBEDDING_RATIO.built,
+    asked=EMBEDDING_RATIO.asked,
+    other=GLU_EXPANSION.asked,
     label="Embedding share of all parameters (%), realised (asked)",
     title="embedding share",
     write=lambda value: f"{100 * value:.1f}".removesuffix(".0"),
 )
 GLU = Axis(
-    key="glu_expansion",
-    asked="asked_glu_expansion",
-    other="asked_embedding_ratio",
+    key=GLU_EXPANSION.built,
+    asked=GLU_EXPANSION.asked,
+    other=EMBEDDING_RATIO.asked,
     label="GLU expansion d_ff / d_model, realised (asked)",
     title="GLU expansion",
     write=lambda value: f"{value:.2f}",
@@ -416,7 +417,7 @@ def _finish(
 
 def heading(figure: Figure, title: str, rows: Sequence[Row], note: str = "") -> None:
     """Title, and under it what the runs share: corpus, parameters, device."""
-    sizes = [v for v in (number(row, "total_params") for row in rows) if v]
+    sizes = [v for v in (number(row, TOTAL_PARAMS.built) for row in rows) if v]
     shared = [_shared(rows, "corpus"), _shared(rows, "device_name")]
     if sizes:
         low, high = f"{min(sizes) / 1e6:.2f}", f"{max(sizes) / 1e6:.2f}"

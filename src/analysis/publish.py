@@ -16,10 +16,12 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from src.analysis import aggregate as aggregate_results
-from src.analysis.run_table import find_runs
-from src.storage.files import Parser, Refusal, write_atomic
+from src.analysis.bundle import portable
+from src.analysis.run_csv import read_csv, write_csv
+from src.storage.files import Parser, Refusal, workshop, write_atomic
 
 TRAIN_ROWS = 200
 MARK = "results_bundle.json"
@@ -43,17 +45,33 @@ def main() -> None:
             f"--output {output}: found a folder without {MARK}, expected none, an empty one or an "
             "earlier publication of this study; name another"
         )
-    output.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with workshop(output.with_name(f".{output.name}.part")) as made:  # all of it, or nothing
+        gather(log_dir, made)
+        if (output / MARK).is_file():
+            shutil.copytree(made, output, dirs_exist_ok=True)
+        else:
+            made.rename(output)  # where nothing is, or an empty folder
+    print(f"{output}: published")
+
+
+def gather(log_dir: Path, output: Path) -> None:
+    """Make the publication in `output`; leaves by SystemExit where the aggregator refuses."""
     for pattern in WHOLE:
         for path in sorted(log_dir.glob(pattern)):
             place = output / path.relative_to(log_dir)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
-    for run in find_runs(log_dir):
-        publish_run(run, output / "runs" / run.relative_to(log_dir))
     table = output / "results_summary.csv"
     if code := aggregate_results.main(["--log_dir", str(log_dir), "--output", str(table)]):
         raise SystemExit(code)
+    rows = read_csv(table)
+    for row in rows:
+        if "path" in row:
+            place = Path("runs", str(row["run"]))
+            publish_run(Path(row["path"]), output / place)
+            row["path"] = str(place)
+    write_csv([portable(row) for row in rows], table)
 
 
 def publish_run(run: Path, place: Path) -> None:
@@ -68,12 +86,14 @@ def publish_run(run: Path, place: Path) -> None:
 
 def curve(record: Path) -> str:
     """tokens, train_loss, dev_loss (nats a token) of a run's record as CSV."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in record.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             break  # cut in the middle of its last line: the run is still going
+    # A tuned run's rows have losses of its answers, which stand in its tuning.json.
+    rows = [row for row in rows if {"tokens", "step", f"{row.get('kind')}_loss"} <= set(row)]
     train = [row for row in rows if row["kind"] == "train"]
     every = max(1, -(-len(train) // TRAIN_ROWS))
     kept = [row for row in train if row["step"] % every == 0 or row is train[-1]]

@@ -12,7 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from src.analysis.run_table import STATUSES, Row, number
+from src.analysis.run_csv import Row, number
+from src.analysis.run_joins import STATUSES
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS, Request
 
 _MARKER = re.compile(r"<!-- table:(?P<name>[\w-]+) -->(?P<body>.*?)<!-- /table:(?P=name) -->", re.S)
 _OPEN = re.compile(r"<!-- table:([\w-]+) -->")
@@ -73,8 +75,8 @@ def metrics_table(rows: Sequence[Row]) -> str:
                 _text(first.get("phase")),
                 f"{_text(first.get('experiment'))}{mark}",
                 _count(first, "vocab_size"),
-                _realised(runs, "embedding_ratio", 100, "{:.1f} %"),
-                _realised(runs, "glu_expansion", 1, "{:.2f}"),
+                _built(runs, EMBEDDING_RATIO, 100, "{:.1f} %"),
+                _built(runs, GLU_EXPANSION, 1, "{:.2f}"),
                 _text(first.get("n_layers")),
                 _tokens(number(first, "tokens")),
                 str(len(runs)),
@@ -98,7 +100,7 @@ def allocation_table(rows: Sequence[Row]) -> str:
         "embedding | projection | attention | FFN | norms | MFLOPs/token"
     )
     body, seen = [], set()
-    for runs in _cells([row for row in rows if number(row, "total_params") is not None]):
+    for runs in _cells([row for row in rows if number(row, TOTAL_PARAMS.built) is not None]):
         row = runs[0]
         key = (row.get("sweep"), row.get("experiment"))
         if key in seen:
@@ -115,7 +117,7 @@ def allocation_table(rows: Sequence[Row]) -> str:
                 f"{_text(row.get('n_heads'))} x {_text(row.get('head_dim'))}",
                 _text(row.get("d_ff")),
                 _plain(number(row, "attention_width_ratio"), 2),
-                _count(row, "total_params"),
+                _count(row, TOTAL_PARAMS.built),
                 *(
                     _count(row, f"params_{part}")
                     for part in ("embedding", "projection", "attention", "ffn", "norm")
@@ -218,8 +220,8 @@ def _cells(rows: Sequence[Row]) -> list[list[Row]]:
         key = (
             0 if row.get("phase") == "rank" else 1,
             str(row.get("sweep")),
-            number(row, "asked_embedding_ratio") or 0.0,
-            number(row, "asked_glu_expansion") or 0.0,
+            number(row, EMBEDDING_RATIO.asked) or 0.0,
+            number(row, GLU_EXPANSION.asked) or 0.0,
             str(row.get("experiment")),
             float(f"{number(row, 'tokens') or 0:.1e}"),
             number(row, "learning_rate") or 0.0,
@@ -239,8 +241,8 @@ def _mean_sd(rows: Sequence[Row], key: str, digits: int, scale: float = 1.0) -> 
     return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
-def _realised(rows: Sequence[Row], key: str, scale: float, form: str) -> str:
-    value, asked = number(rows[0], key), number(rows[0], f"asked_{key}")
+def _built(rows: Sequence[Row], quantity: Request, scale: float, form: str) -> str:
+    value, asked = number(rows[0], quantity.built), number(rows[0], quantity.asked)
     if value is None:
         return _DASH
     told = form.format(value * scale)

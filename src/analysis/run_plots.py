@@ -36,7 +36,8 @@ from src.analysis.plots import (
     words,
 )
 from src.analysis.rankings import RankAgreement, rank_agreement
-from src.analysis.run_table import Curve, Row, number
+from src.analysis.run_csv import Row, number
+from src.analysis.run_table import Curve
 from src.evaluation.stability import JUMP_NATS
 
 # --- learning curves ----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What is written of a run: the resolved configuration and the keys of metrics.json.
+"""What is written of a run: the resolved configuration and the values of metrics.json.
 
-The list of keys is docs/METRICS.md; a missing value stays None, never 0.0.
+The list of keys is src/spec/metric_keys.py; a missing value stays None, never 0.0.
 """
 
 from __future__ import annotations
@@ -13,21 +13,28 @@ from typing import Any
 
 from src.data.tokens import TokenData
 from src.spec import config as cfg
-from src.spec import costs
+from src.spec import costs, metric_keys, run_identity
 from src.spec.allocation import Allocation, flops_per_token
-from src.spec.config import RunConfig, Sweep
+from src.spec.config import ModelRequest, RunConfig, Sweep
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, REQUESTS, TOTAL_PARAMS
 
-SCHEMA = 1
+SCHEMA = 2
+_DECISIVE = (
+    "experiment", "baseline", "phase", "seed", "model", "training", "evaluation", "kill_rule",
+    "tokenizer_sha256", "data_sha256",
+)  # fmt: skip
+_CONTENT = "content_sha256"  # of everything else in config.yaml: what the table reads
 
 
 def resolved(
-    run: RunConfig, answer: Allocation, sweep: Sweep, data: TokenData
+    run: RunConfig, answers: Mapping[str, Allocation], sweep: Sweep, data: TokenData
 ) -> tuple[dict[str, Any], str]:
-    """(config.yaml's content, its digest). Asked and realised values side by side.
+    """(config.yaml's content, its digest). Asked and built values side by side.
 
     The digest covers what decides the result: final integers, training, evaluation, kill rule,
     tokens; not where the sweep file lies or which other experiments it names.
     """
+    answer = answers[run.experiment]
     decisive = {
         "experiment": run.experiment,
         "baseline": run.baseline,
@@ -47,18 +54,64 @@ def resolved(
             "baseline": sweep.baseline,
             "phase": sweep.phase,
             "seeds": list(sweep.seeds),
+            # What each would be, so that a run of another name that is the same stands for it.
+            "built": {
+                other.experiment: identity(other, answers[other.experiment]) for other in sweep.runs
+            },
         },
-        "asked": cfg.to_dict(run.model),
-        "realised": {
-            "total_params": answer.params.total,
-            "embedding_ratio": answer.params.share,
-            "glu_expansion": answer.glu_expansion,
-        },
+        "asked": asked(run.model),
+        "built": built(answer),
         "params": cfg.to_dict(answer.params),
         "data_dir": run.data.dir,
         "corpus": corpus_name(data.corpus),
     }
-    return {**decisive, **around}, cfg.digest(decisive)
+    content = {**decisive, **around}
+    return {**content, _CONTENT: _sha256(content)}, cfg.digest(decisive)
+
+
+def edited(config: Mapping[str, Any]) -> bool:
+    """Whether config.yaml is not what its run wrote; a tuned run's says too little to tell."""
+    if config.get("phase") not in cfg.PHASES or "config_digest" not in config:
+        return False
+    content = {k: v for k, v in config.items() if k not in ("config_digest", _CONTENT)}
+    decisive = {key: content[key] for key in _DECISIVE if key in content}
+    stored = config.get(_CONTENT)
+    return cfg.digest(decisive) != config["config_digest"] or (
+        stored is not None and stored != _sha256(content)
+    )
+
+
+def _sha256(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity(run: RunConfig, answer: Allocation) -> dict[str, Any]:
+    """What a run is, whatever it is called: what was asked, built, and how it is trained."""
+    return {
+        **{quantity.asked: getattr(run.model, quantity.request) for quantity in REQUESTS},
+        **built(answer),
+        "vocab_size": answer.model.vocab_size,
+        "init_seed": run.training.init_seed,
+        "data_seed": run.training.data_seed,
+        "model_digest": model_digest(answer),
+        "training_digest": run_identity.training_digest(run.training),
+    }
+
+
+def asked(request: ModelRequest) -> dict[str, Any]:
+    """The YAML's `model` section; what the allocator then builds is named so (`..._asked`)."""
+    named = {quantity.request: quantity.asked for quantity in REQUESTS}
+    return {named.get(key, key): value for key, value in cfg.to_dict(request).items()}
+
+
+def built(answer: Allocation) -> dict[str, Any]:
+    """What became of the three quantities that are asked for."""
+    return {
+        TOTAL_PARAMS.built: answer.params.total,
+        EMBEDDING_RATIO.built: answer.params.share,
+        GLU_EXPANSION.built: answer.glu_expansion,
+    }
 
 
 def corpus_name(source: Mapping[str, Any]) -> str:
@@ -78,8 +131,7 @@ def digests(config_digest: str, data: TokenData) -> dict[str, str]:
 
 def model_digest(answer: Allocation) -> str:
     """Equal for cells that are the same integers (emb35 and glu266x, say)."""
-    content = json.dumps(cfg.to_dict(answer.model), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return _sha256(cfg.to_dict(answer.model))
 
 
 def facts(
@@ -91,7 +143,7 @@ def facts(
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The keys of metrics.json that are known before training."""
-    model, params, asked, training = answer.model, answer.params, run.model, run.training
+    model, params, training = answer.model, answer.params, run.training
     windows = (len(data.train.tokens) - 1) // training.seq_len
     return {
         "schema": SCHEMA,
@@ -102,22 +154,13 @@ def facts(
         "baseline_name": run.baseline,
         "phase": run.phase,
         "seed": run.seed,
-        "init_seed": training.init_seed,
-        "data_seed": training.data_seed,
         "config_digest": config_digest,
-        "model_digest": model_digest(answer),
+        **identity(run, answer),
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_sha256": data.sha256,
         "corpus": corpus_name(data.corpus),
         "git_sha": environment.get("git_sha"),
         "git_dirty": environment.get("git_dirty"),
-        "asked_total_params": asked.total_params,
-        "asked_embedding_ratio": asked.embedding_ratio,
-        "asked_glu_expansion": asked.glu_expansion,
-        "total_params": params.total,
-        "embedding_ratio": params.share,
-        "glu_expansion": answer.glu_expansion,
-        "vocab_size": model.vocab_size,
         "d_model": model.d_model,
         "n_layers": model.n_layers,
         "n_heads": model.n_heads,
@@ -160,34 +203,37 @@ def metrics(
     on_gpu = machine.device.type == "cuda"
     hours = wall / 3600 * (outcome.processes if on_gpu else 1)  # a GPU each; one CPU for all
     price = costs.price_per_hour(machine.device.type, outcome.device_name)
-    return {
-        **facts,
-        "status": "killed" if outcome.status == "killed" else "finished",
-        "reason": outcome.reason,
-        "kill_verdict": outcome.kill_verdict,
-        "kill_verdict_literal": outcome.kill_verdict_literal,
-        "device": machine.device.type,
-        "device_name": outcome.device_name,
-        "precision": machine.precision,
-        "micro_batch": machine.micro_batch,
-        "loss_chunk": machine.loss_chunk,
-        "compile": machine.compile,
-        "threads": machine.threads,
-        "tokens": tokens,
-        "steps": outcome.step,
-        "train_loss": outcome.train_loss,
-        **outcome.largest_rises,
-        **_dev_of_training(outcome),
-        **measured,
-        "train_seconds": outcome.train_seconds,
-        "eval_seconds": eval_seconds,
-        "wall_seconds": wall,
-        "tokens_per_s": outcome.tokens_per_s,
-        "gpu_utilisation_percent": outcome.gpu_utilisation_percent,
-        "train_peak_memory_mib": outcome.peak_memory_mib,
-        "gpu_hours": hours if on_gpu else None,
-        "cost_usd": None if price is None else hours * price,
-    }
+    return metric_keys.complete(
+        {
+            **facts,
+            "status": "killed" if outcome.status == "killed" else "finished",
+            "reason": outcome.reason,
+            "kill_verdict": outcome.kill_verdict,
+            "kill_verdict_literal": outcome.kill_verdict_literal,
+            "device": machine.device.type,
+            "device_name": outcome.device_name,
+            "compute_digest": run_identity.compute_digest(outcome.conditions),
+            "precision": machine.precision,
+            "micro_batch": machine.micro_batch,
+            "loss_chunk": machine.loss_chunk,
+            "compile": machine.compile,
+            "threads": machine.threads,
+            "tokens": tokens,
+            "steps": outcome.step,
+            "train_loss": outcome.train_loss,
+            **outcome.largest_rises,
+            **_dev_of_training(outcome),
+            **measured,
+            "train_seconds": outcome.train_seconds,
+            "eval_seconds": eval_seconds,
+            "wall_seconds": wall,
+            "tokens_per_s": outcome.tokens_per_s,
+            "gpu_utilisation_percent": outcome.gpu_utilisation_percent,
+            "train_peak_memory_mib": outcome.peak_memory_mib,
+            "gpu_hours": hours if on_gpu else None,
+            "cost_usd": None if price is None else hours * price,
+        }
+    )
 
 
 def _dev_of_training(outcome: Any) -> dict[str, Any]:

@@ -9,24 +9,25 @@ from itertools import combinations
 
 from src.spec.allocation import DEEP_LAYERS, STRICT, Allocation, allocate, groups
 from src.spec.config import ModelConfig, ModelRequest
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS
 
 NOT_ALLOCATED = ("rope_theta", "norm_eps")  # of ModelConfig: the same in every model
 
 
 def as_json(name: str, found: Allocation) -> dict[str, object]:
-    """One machine-readable object an experiment: asked, realised, model, parameters by block."""
+    """One machine-readable object an experiment: asked, built, model, parameters by block."""
     request, model, params = found.request, found.model, found.params
     return {
         "name": name,
         "asked": {
-            "total_params": request.total_params,
-            "embedding_ratio": request.embedding_ratio,
-            "glu_expansion": request.glu_expansion,
+            TOTAL_PARAMS.asked: request.total_params,
+            EMBEDDING_RATIO.asked: request.embedding_ratio,
+            GLU_EXPANSION.asked: request.glu_expansion,
         },
-        "realised": {
-            "total_params": params.total,
-            "embedding_ratio": params.share,
-            "glu_expansion": found.glu_expansion,
+        "built": {
+            TOTAL_PARAMS.built: params.total,
+            EMBEDDING_RATIO.built: params.share,
+            GLU_EXPANSION.built: found.glu_expansion,
         },
         "model": {key: v for key, v in asdict(model).items() if key not in NOT_ALLOCATED},
         "params": asdict(params),

@@ -439,6 +439,11 @@ def _experiment_entries(where: str, entries: Any) -> list[dict[str, Any]]:
             )
         if name == "all":
             raise ValueError(f"{here}.name: found 'all', which --exp keeps for every experiment")
+        if _is_retyped(name):
+            raise ValueError(
+                f"{here}.name: found {name!r}, expected a name that readers of tables (pandas' "
+                "read_csv, say) do not take for a number or a missing value"
+            )
         if RUN_SUFFIX.search(name):
             raise ValueError(
                 f"{here}.name: found {name!r}, expected a name that does not end like the "
@@ -451,6 +456,17 @@ def _experiment_entries(where: str, entries: Any) -> list[dict[str, Any]]:
             )
         folded[name.casefold()] = name
     return [dict(entry) for entry in entries]
+
+
+def _is_retyped(name: str) -> bool:
+    """Whether a reader of tables turns the name into something else: 007, 1e5, NA, true."""
+    if name.casefold() in ("na", "null", "none", "true", "false"):
+        return True
+    try:
+        float(name)  # nan, inf and 1_000 too
+    except ValueError:
+        return False
+    return True
 
 
 def _seeds(where: str, seeds: Any) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from src.data.tokens import TokenData
 from src.spec import config, costs
 from src.spec.allocation import Allocation
 from src.spec.config import RunConfig
+from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
 from src.storage.run_dir import Preemption, locked, write_json
 
 
@@ -67,7 +68,7 @@ def _same(found: dict[str, Any], digest: str, path: Path) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> str:
     """The findings for people, parameters by block among them."""
-    total = found["total_params"]
+    total = found[TOTAL_PARAMS.built]
     lines = [
         f"{found['experiment']}: {'ok  ' if fine else 'FAIL'} {name}"
         for name, fine in found["checks"].items()
@@ -76,7 +77,8 @@ def report(found: dict[str, Any]) -> str:
         f"  {block:<11} {count:>12,} {count / total:>8.2%}"
         for block, count in found["params"].items()
     ]
-    lines.append(f"  {'total':<11} {total:>12,}, embedding_ratio {found['embedding_ratio']:.4f}")
+    share = found[EMBEDDING_RATIO.built]
+    lines.append(f"  {'total':<11} {total:>12,}, {EMBEDDING_RATIO.built} {share:.4f}")
     overfit_loss = found["overfit_loss"]
     last = "not a number" if overfit_loss is None else f"{overfit_loss:.3f}"
     lines.append(

@@ -24,6 +24,7 @@ from src.models.transformer import Transformer
 from src.spec import config
 from src.spec.allocation import Allocation
 from src.spec.config import RunConfig, TrainingConfig
+from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
 from src.spec.progress import Progress
 from src.storage import checkpoint
 from src.storage.run_dir import Preemption, write_json
@@ -207,8 +208,8 @@ class Measuring:
             "learning_rate": configured,
             "learning_rate_rule": RANGE_RULE,
             "params": wiring["params"],
-            "total_params": self.answer.params.total,
-            "embedding_ratio": self.answer.params.share,
+            TOTAL_PARAMS.built: self.answer.params.total,
+            EMBEDDING_RATIO.built: self.answer.params.share,
             "tokens_per_s": len(ramp["rows"]) * self.training.step_tokens / ramp["seconds"],
             "wall_seconds": wiring["seconds"] + ramp["seconds"],
             "device": self.chosen.device.type,

@@ -30,6 +30,7 @@ class Reader:
         self.baseline = sweep.baseline
         self.token_dir = Path(sweep.runs[0].data.dir)
         self._results: dict[str, Mapping[str, Any]] = {}
+        self._beside: dict[str, Mapping[str, Any]] = {}  # cost money, and judge nothing
         self._curves: dict[str, Curve] = {}
         self._documents: dict[tuple[str, str], Documents | None] = {}
 
@@ -39,7 +40,11 @@ class Reader:
         for path in sorted(self.log_dir.glob("*/*.json")):
             name = path.parent.name
             if path.name == "metrics.json" and name not in self._results:
-                self._results[name] = read_json(path)
+                metrics = read_json(path)
+                if metrics.get("phase") not in config.PHASES:  # tuned, or not a run of ours
+                    self._beside[name] = metrics
+                    continue
+                self._results[name] = metrics
                 rows = read_rows(path.parent / "metrics.jsonl", "dev")
                 self._curves[name] = [(row["tokens"], row["dev_perplexity"]) for row in rows]
             elif path.name == "failure.json" and diverged(path.parent):
@@ -90,11 +95,7 @@ class Reader:
 
     def rate(self, known: Rate | None = None) -> Rate:
         """From finished runs here, else `known`, else the study file's speed, else a probe."""
-        done = [
-            m
-            for m in self._results.values()
-            if m.get("phase") in config.PHASES and m.get("train_seconds") and m.get("tokens")
-        ]
+        done = [m for m in self._results.values() if m.get("train_seconds") and m.get("tokens")]
         if done:
             last = done[-1]
             return Rate(
@@ -152,7 +153,8 @@ class Reader:
     def runbook_spent(self) -> float:
         """Dollars of everything in the log directory, tuning and runs by hand included."""
         checks = [read_json(path) for path in sorted(self.log_dir.glob("*-sanity/sanity.json"))]
-        return sum(float(m.get("cost_usd") or 0.0) for m in (*self._results.values(), *checks))
+        every = (*self._results.values(), *self._beside.values(), *checks)
+        return sum(float(m.get("cost_usd") or 0.0) for m in every)
 
 
 def diverged(path: Path) -> bool:
@@ -166,6 +168,9 @@ def diverged(path: Path) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of the log directory; raises ValueError for one that is none."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: found no JSON ({error}); delete it to go on") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: found no JSON object, expected one; delete it to go on")
+    return found

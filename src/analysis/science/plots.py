@@ -35,6 +35,7 @@ from src.analysis.plots import (
     stem,
     tokens_text,
 )
+from src.spec.metric_keys import TOTAL_PARAMS
 from src.storage.files import BAD_INPUT, IO_FAILURE, Parser
 
 Found = Mapping[str, Any]
@@ -79,7 +80,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _study(arm: Found) -> tuple[Any, ...]:
-    keys = ("corpus", "tokenizer_sha256", "asked_total_params", "tokens", "batch_size", "phase")
+    keys = ("corpus", "tokenizer_sha256", TOTAL_PARAMS.asked, "tokens", "batch_size", "phase")
     return tuple(arm[key] for key in keys)
 
 
@@ -93,7 +94,7 @@ def _studies(arms: Sequence[Found]) -> list[list[Found]]:
 def _head(figure: Any, title: str, parts: Sequence[Found], note: str = "") -> None:
     rows = [
         {"corpus": p["corpus"], "device_name": p["device_name"],
-         "total_params": p["asked_total_params"]}
+         TOTAL_PARAMS.built: p[TOTAL_PARAMS.asked]}
         for p in parts
     ]  # fmt: skip
     budgets = dict.fromkeys(tokens_text(p["tokens"]) for p in parts)
@@ -183,7 +184,7 @@ def share_arms(found: Found, output: Path) -> list[Path]:
         top.set_ylabel(f"{'/'.join(sorted(splits)).capitalize()} bits per byte")
         kind = "Ranking runs" if arms[0]["phase"] == "rank" else "Full runs"
         top.set_title(f"{kind}, {tokens_text(arms[0]['tokens'])} tokens, "
-                      f"{arms[0]['asked_total_params'] / 1e6:.1f} M", loc="left")  # fmt: skip
+                      f"{arms[0][TOTAL_PARAMS.asked] / 1e6:.1f} M", loc="left")  # fmt: skip
         bottom.set_ylabel("Layers")
         bottom.set_xlabel("Embedding share of all parameters (%), realised")
         _percent(bottom, "x")
@@ -295,7 +296,7 @@ def glu_arms(found: Found, output: Path) -> list[Path]:
         ax.set_xlabel("GLU expansion d_ff / d_model, realised")
         ax.set_ylabel(f"{arms[0]['split'].capitalize()} bits per byte")
         ax.set_title(f"{tokens_text(arms[0]['tokens'])} tokens, "
-                     f"{arms[0]['asked_total_params'] / 1e6:.1f} M", loc="left")  # fmt: skip
+                     f"{arms[0][TOTAL_PARAMS.asked] / 1e6:.1f} M", loc="left")  # fmt: skip
     hide_unused(axes, len(groups))
     _head(figure, "GLU expansion against depth or attention", [a for g in groups for a in g],
           "numbers: layers")  # fmt: skip

@@ -20,6 +20,7 @@ from src.analysis.science import published_laws
 from src.spec import allocation, config
 from src.spec.allocation import Allocation
 from src.spec.command_line import BAD_INPUT, OK, Parser, refuse
+from src.spec.metric_keys import TOTAL_PARAMS
 
 SCHEMA = 1
 
@@ -78,7 +79,7 @@ def _sweep(file: Path) -> dict[str, Any]:
     width = levine * first.total_params / first.vocab_size
     return {
         "baseline": sweep.baseline,
-        "total_params": first.total_params,
+        TOTAL_PARAMS.asked: first.total_params,
         "vocab_size": first.vocab_size,
         "tao_best_share": published_laws.tao_best_share(first.total_params),
         "levine_best_share": levine,

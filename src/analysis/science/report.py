@@ -11,7 +11,6 @@ tokenizer, head, budget, batch and phase stand beside each other; docs/SCIENCE.m
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
 import json
@@ -19,26 +18,25 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.analysis import rankings, repeats
+from src.analysis import rankings, repeats, run_table
+from src.analysis.run_csv import Row, number, read_csv
+from src.analysis.run_joins import each_once
 from src.analysis.science import fits
+from src.spec import config
 from src.spec.command_line import OK, Parser, refuse
 from src.spec.config import KillRule
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS
 
 SCHEMA = 1
-Row = dict[str, Any]
 SHARED = (
-    "corpus", "tokenizer_sha256", "tie_embeddings", "asked_total_params", "tokens", "batch_size",
+    "corpus", "tokenizer_sha256", "tie_embeddings", TOTAL_PARAMS.asked, "tokens", "batch_size",
     "seq_len", "phase",
 )  # fmt: skip
 RATE_SUFFIX = re.compile(r"-lr[0-9.]+e-?[0-9]+$")  # as src/spec/rates.py spells it
-TEXT = frozenset(
-    "run path status experiment sweep phase corpus tokenizer_sha256 config_digest model_digest "
-    "device_name baseline_name".split()
-)
 # The kill rule's window is a fifth of a ranking budget (1M of 5M tokens, PRD section 4).
 WINDOW = 0.2
 GRACES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -84,43 +82,30 @@ def read_runs(tables: Sequence[Path], log_dirs: Sequence[Path]) -> list[Row]:
 
     Raises ValueError where nothing was found, OSError for what cannot be read.
     """
-    rows: dict[tuple[Any, ...], Row] = {}
-    for row in [*(r for t in tables for r in _table(t)), *(r for d in log_dirs for r in _below(d))]:
-        key = tuple(row.get(k) for k in ("sweep", "experiment", "seed", *SHARED, "config_digest"))
-        if row.get("status") == "finished":
-            rows.setdefault(key, row)
+    found = [*(r for t in tables for r in read_csv(t)), *(r for d in log_dirs for r in _below(d))]
+    rows = each_once(row for row in found if _says_enough(row))
     if not rows:
         raise ValueError(
             f"{', '.join(map(str, [*tables, *log_dirs]))}: found no finished run, expected the "
             "table of scripts/aggregate_results.py or directories with metrics.json"
         )
-    return list(rows.values())
+    return rows
 
 
-def _table(path: Path) -> Iterable[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            yield {key: _typed(key, text) for key, text in row.items() if text}
-
-
-def _typed(key: str, text: str) -> Any:
-    if key in TEXT:  # a hash may look like a number
-        return text
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
-def _below(directory: Path) -> Iterable[Row]:
+def _below(directory: Path) -> list[Row]:
     if not directory.is_dir():
         raise ValueError(f"{directory}: found no such directory, expected run directories")
-    for path in sorted(directory.rglob("metrics.json")):
-        yield {**_json(path), "path": str(path.parent)}
+    return run_table.read_rows(directory)
+
+
+def _says_enough(row: Row) -> bool:
+    """Whether it is a finished run of a sweep whose perplexity was measured: a tuned run's was not,
+    nor a run's that scored tasks alone."""
+    return (
+        row.get("status") == "finished"
+        and row.get("phase") in config.PHASES
+        and number(row, "dev_bits_per_byte") is not None
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -135,16 +120,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def read_curve(row: Row) -> list[tuple[int, float]]:
     """(tokens, dev perplexity) of a run's checks; empty where its directory is not here."""
-    file = Path(str(row.get("path", ""))) / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    curve: dict[int, float] = {}
-    for line in file.read_bytes().splitlines():
-        if b'"dev"' in line:
-            check = json.loads(line)
-            if check.get("kind") == "dev" and check["tokens"] > 0:
-                curve[check["tokens"]] = float(check["dev_perplexity"])
-    return sorted(curve.items())
+    curve = run_table.read_curve(Path(str(row["path"]))) if row.get("path") else []
+    return [(tokens, perplexity) for tokens, perplexity in curve if tokens > 0]
 
 
 # --- the analysis -------------------------------------------------------------------------------
@@ -272,7 +249,7 @@ def _curve_of(rows: Sequence[Row], rate: str, predictions: Mapping[str, Any]) ->
     }
 
 
-_COLUMNS = {"share": "embedding_ratio", "glu": "glu_expansion"}
+_COLUMNS = {"share": EMBEDDING_RATIO.built, "glu": GLU_EXPANSION.built}
 
 
 def _axis(rows: Sequence[Row]) -> str | None:
@@ -305,8 +282,8 @@ def _cell(rows: Sequence[Row], split: str, reference: float, baseline: str) -> d
         "label": _label(first),
         "baseline": _label(first) == baseline,
         **{k: first.get(k) for k in ("n_layers", "d_model", "embedding_dim", "learning_rate")},
-        "share": first["embedding_ratio"],
-        "glu": first["glu_expansion"],
+        "share": first[EMBEDDING_RATIO.built],
+        "glu": first[GLU_EXPANSION.built],
         "attention_width_ratio": first.get("attention_width_ratio"),
         "seeds": [row["seed"] for row in rows],
         "ln_bpb": [_ln_bpb(row, split) for row in rows],
@@ -354,7 +331,7 @@ def _learning_rates(rows: Sequence[Row]) -> dict[str, Any] | None:
         "shared_rate": fits.shared_rate(cells),
         "cells": {
             name: {
-                "share": next(r["embedding_ratio"] for r in rows if _label(r) == name),
+                "share": next(r[EMBEDDING_RATIO.built] for r in rows if _label(r) == name),
                 "tried": [[rate, losses] for rate, losses in sorted(cells[name].items())],
                 **dataclasses.asdict(fit),
             }
@@ -371,8 +348,8 @@ def _surfaces(rows: Sequence[Row]) -> list[dict[str, Any]]:
     rate = Counter(row.get("learning_rate") for row in rows).most_common(1)[0][0]
     at = [row for row in rows if row.get("learning_rate") == rate]
     alike = [r for r in at if abs(r.get("attention_width_ratio", 1.0) - 1) <= USUAL_ATTENTION]
-    common = Counter(row.get("asked_glu_expansion") for row in alike).most_common(1)
-    depth = [row for row in alike if row.get("asked_glu_expansion") == common[0][0]]
+    common = Counter(row.get(GLU_EXPANSION.asked) for row in alike).most_common(1)
+    depth = [row for row in alike if row.get(GLU_EXPANSION.asked) == common[0][0]]
     found = []
     for name, terms, used in (
         ("all cells", fits.TERMS, at),
@@ -397,8 +374,8 @@ def _surface(name: str, terms: Sequence[str], rows: Sequence[Row], rate: Any) ->
         "runs": len(rows),
         **_or_why(
             lambda: fits.response_surface(
-                [r["embedding_ratio"] for r in rows],
-                [r["glu_expansion"] for r in rows],
+                [r[EMBEDDING_RATIO.built] for r in rows],
+                [r[GLU_EXPANSION.built] for r in rows],
                 [r["n_layers"] for r in rows],
                 [_ln_bpb(r, split) for r in rows],
                 terms=terms,
@@ -413,7 +390,7 @@ def _surface(name: str, terms: Sequence[str], rows: Sequence[Row], rate: Any) ->
 def _rank_agreement(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Each shorter budget of a sweep against its longest, by mean dev loss over equal seeds."""
     found = []
-    alike = ("sweep", "corpus", "tokenizer_sha256", "asked_total_params")
+    alike = ("sweep", "corpus", "tokenizer_sha256", TOTAL_PARAMS.asked)
     for sweep in _groups(rows, alike):
         budgets = sorted(_groups(sweep, ("tokens", "phase")), key=lambda runs: runs[0]["tokens"])
         for short in budgets[:-1]:

@@ -13,6 +13,7 @@ from typing import Any
 from src.analysis import repeats
 from src.spec import config, kill_rule
 from src.spec.config import Sweep
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION
 from src.study.phases.cells import (
     Cell,
     Decision,
@@ -235,8 +236,8 @@ def _alias(cell: Cell, original: str) -> Metrics:
         "sweep": cell.path.name,
         "baseline": run.experiment == run.baseline,
         "baseline_name": run.baseline,
-        "asked_embedding_ratio": run.model.embedding_ratio,
-        "asked_glu_expansion": run.model.glu_expansion,
+        EMBEDDING_RATIO.asked: run.model.embedding_ratio,
+        GLU_EXPANSION.asked: run.model.glu_expansion,
     }
 
 

@@ -1,0 +1,86 @@
+"""The two CSVs of a study: results_summary.csv for people, results_details.csv beside it.
+
+One row a run in both, joined by `run`; their columns are src/spec/metric_keys.py's, and after them,
+in the details, the numbers of each SmallBench task and any key that the list does not know.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from src.spec.metric_keys import DETAILS, KEYS, SMALLBENCH, SUMMARY
+
+Row = dict[str, Any]
+_DTYPES = {"text": "string", "integer": "Int64", "number": "Float64", "true/false": "boolean"}
+
+
+def details_path(summary: Path) -> Path:
+    """results_summary.csv -> results_details.csv; other.csv -> other_details.csv."""
+    stem = summary.stem.removesuffix("_summary")
+    return summary.with_name(f"{stem}_details.csv")
+
+
+def unlisted(rows: Iterable[Row]) -> list[str]:
+    """Keys that src/spec/metric_keys.py does not know; they are tabulated all the same."""
+    found = {key for row in rows for key in row} - set(KEYS)
+    return sorted(key for key in found if not key.startswith(f"{SMALLBENCH}_"))
+
+
+def write_csv(rows: Sequence[Row], summary: Path) -> None:
+    """Write both tables atomically; a missing value is an empty field, never 0.0."""
+    summary.parent.mkdir(parents=True, exist_ok=True)
+    tasks = {key for row in rows for key in row if key.startswith(f"{SMALLBENCH}_")} - set(KEYS)
+    frame = pd.DataFrame(rows, dtype=object)
+    for path, columns in (
+        (summary, SUMMARY),
+        (details_path(summary), (*DETAILS, *sorted(tasks), *unlisted(rows))),
+    ):
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        cells = frame.reindex(columns=columns).map(_cell)
+        cells.to_csv(temporary, index=False, lineterminator="\n")
+        temporary.replace(path)
+
+
+def read_csv(summary: Path) -> list[Row]:
+    """The rows that `write_csv` wrote, with their types; empty fields are absent keys.
+
+    The details are joined where they lie beside the summary. Raises ValueError for what is no
+    table of runs.
+    """
+    frame, details = _read(summary), details_path(summary)
+    if details.is_file():
+        frame = frame.merge(_read(details), on="run", how="left", validate="one_to_one")
+    records = frame.astype(object).to_dict("records")
+    return [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in records]
+
+
+def number(row: Row, key: str) -> float | None:
+    """A finite number, or None where the row has none."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    types = {name: _DTYPES[key.kind] for name, key in KEYS.items()}
+    try:
+        frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+    except ValueError as error:
+        raise ValueError(f"{path}: found no table of runs ({error})") from error
+    if not {"run", "status"} & set(frame.columns):
+        raise ValueError(f"{path}: found no column run or status, expected a table of runs")
+    rest = [column for column in frame.columns if column not in KEYS]
+    return frame.assign(**{column: frame[column].convert_dtypes() for column in rest})
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)

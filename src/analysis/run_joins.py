@@ -1,0 +1,161 @@
+"""Which rows stand for which run: copies, runs under another name, and what no run provides. Pure.
+
+A sweep's run may have been trained under another name (`emb35` and `glu266x` can be one model):
+then its row carries the other's numbers, without its cost. What is one run, and what is not, is
+decided in src/spec/run_identity.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from src.analysis.run_csv import Row
+from src.spec.config import run_name
+from src.spec.metric_keys import REQUESTS
+from src.spec.run_identity import DATA, same_copy, same_run
+
+Sweep = Mapping[str, Any]  # what config.yaml says of the sweep's file
+STATUSES = ("finished", "killed", "failed", "unfinished", "missing")
+UNPLANNED = "unplanned"
+# What a run cost, and where it lies, stands in its own row alone.
+_OWN = ("path", "train_seconds", "eval_seconds", "wall_seconds", "gpu_hours", "cost_usd")
+
+
+class Sweeps:
+    """The sweeps that runs belong to, as their config.yaml list them: the longest list counts."""
+
+    def __init__(self) -> None:
+        # By file and phase; the phase is None where no seeds are listed for it.
+        self._found: dict[tuple[str, str | None], Sweep] = {}
+
+    def add(self, config: Mapping[str, Any]) -> None:
+        sweep = config.get("sweep")
+        if not isinstance(sweep, dict) or not isinstance(sweep.get("file"), str):
+            return
+        phase = sweep.get("phase")
+        planned = isinstance(phase, str) and phase == config.get("phase") and _seeds(sweep)
+        key = (sweep["file"], phase if planned else None)
+        if _size(sweep) > _size(self._found.setdefault(key, sweep)):
+            self._found[key] = sweep
+
+    def unbegun(self, rows: Sequence[Row]) -> list[Row]:
+        """Runs that a sweep lists, in a phase that was begun, and that were not begun themselves.
+
+        A sweep that lists no seeds lacks an experiment only where no run of it was begun. A seed
+        that other experiments were given by hand is nobody's plan: its row is only a question.
+        """
+        known = {row["run"] for row in rows}  # a run whose config.yaml is not readable, too
+        return [row for row in self._listed(rows) if row["run"] not in known]
+
+    def _listed(self, rows: Sequence[Row]) -> Iterator[Row]:
+        who = ("sweep", "phase", "experiment", "seed")
+        begun = {tuple(row.get(key) for key in who) for row in rows}
+        named = {(row.get("sweep"), row.get("experiment")) for row in rows}
+        planned = {file for file, phase in self._found if phase is not None}
+        for (file, phase), sweep in sorted(self._found.items(), key=lambda item: str(item[0])):
+            for name in _names(sweep):
+                if phase is None:
+                    if file not in planned and (file, name) not in named:
+                        yield _missing(file, sweep, name) | {"run": name}
+                    continue
+                planned_seeds = _seeds(sweep)
+                for seed in sorted({*planned_seeds, *_begun_seeds(begun, file, phase)}):
+                    if (file, phase, name, seed) not in begun:
+                        own = {"run": run_name(name, phase, seed), "phase": phase, "seed": seed}
+                        status = "missing" if seed in planned_seeds else UNPLANNED
+                        yield _missing(file, sweep, name) | own | {"status": status}
+
+
+def each_once(rows: Iterable[Row]) -> list[Row]:
+    """Rows without those of copied directories; the furthest copy is kept and names the others."""
+    kept: dict[Any, Row] = {}
+    for place, row in enumerate(rows):
+        key = same_copy(row) or place
+        other = kept.setdefault(key, row)
+        if other is not row:
+            better, worse = sorted((other, row), key=lambda r: STATUSES.index(r["status"]))
+            note = f"also found as {worse['run']}, counted once"
+            kept[key] = better | {"reason": and_also(better, note)}
+    return list(kept.values())
+
+
+def and_also(row: Row, note: str) -> str:
+    """The row's reason, and a note behind it."""
+    return f"{row['reason']}; {note}" if row.get("reason") else note
+
+
+def provided(unbegun: Iterable[Row], rows: Sequence[Row]) -> Iterator[Row]:
+    """Each row that nobody began: with the numbers of the finished run that is the same, if any."""
+    finished: dict[Any, Row] = {}
+    for row in rows:
+        if row["status"] == "finished" and (key := same_run(row)) is not None:
+            finished.setdefault(key, row)
+    for row in unbegun:
+        other = finished.get(same_run(row | _data_of(row, rows)))
+        if other is not None:
+            yield stands_for(other, row)
+        elif row["status"] != UNPLANNED:
+            yield row
+
+
+def aliases(study: Mapping[str, Any], rows: Iterable[Row]) -> Iterator[Row]:
+    """Configurations that a study did not train because an equal one was."""
+    listed = list(rows)
+    done = {row["run"]: row for row in listed if row["status"] in ("finished", "killed")}
+    known = {row["run"] for row in listed}
+    for alias in study.get("aliases", []):
+        other = done.get(alias["alias_of"])
+        if other is not None and alias["run"] not in known:
+            yield stands_for(other, alias)
+
+
+def stands_for(other: Row, own: Mapping[str, Any]) -> Row:
+    """The row of a run under its own name, with what the other asked for and measured."""
+    names = ("run", "experiment", "sweep", "baseline", "baseline_name")
+    asked = {key: own[key] for key in (*names, *(q.asked for q in REQUESTS)) if key in own}
+    kept = {key: value for key, value in other.items() if key not in _OWN}
+    return kept | asked | {"reason": f"the same model and training as {other['run']}"}
+
+
+def _data_of(row: Row, rows: Sequence[Row]) -> Row:
+    """The tokens that a run would read: those of its sweep with its vocabulary, else of its corpus;
+    nothing where that is not one set of tokens."""
+    alike = [r for r in rows if r.get("vocab_size") == row.get("vocab_size") and r.get(DATA[-1])]
+    corpora = {r.get("corpus") for r in rows if r.get("sweep") == row["sweep"]}
+    near = [r for r in alike if r.get("sweep") == row["sweep"]]
+    near = near or [r for r in alike if r.get("corpus") in corpora]
+    found = {tuple(r.get(key) for key in DATA) for r in near}
+    return dict(zip(DATA, found.pop(), strict=True)) if len(found) == 1 else {}
+
+
+def _missing(file: str, sweep: Sweep, name: str) -> Row:
+    built = sweep.get("built")
+    facts = built.get(name) if isinstance(built, dict) else None
+    return {
+        **(facts if isinstance(facts, dict) else {}),
+        "status": "missing",
+        "reason": f"named in {file}, but no run of it was begun and none is the same",
+        "experiment": name,
+        "sweep": file,
+        "baseline": name == sweep.get("baseline"),
+        "baseline_name": sweep.get("baseline"),
+    }
+
+
+def _begun_seeds(begun: Iterable[tuple[Any, ...]], file: str, phase: str) -> set[int]:
+    return {row[3] for row in begun if row[:2] == (file, phase) and isinstance(row[3], int)}
+
+
+def _names(sweep: Sweep) -> list[str]:
+    names = sweep.get("experiments")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _seeds(sweep: Sweep) -> list[int]:
+    seeds = sweep.get("seeds")
+    return [seed for seed in seeds if isinstance(seed, int)] if isinstance(seeds, list) else []
+
+
+def _size(sweep: Sweep) -> int:
+    return len(_names(sweep)) * max(1, len(_seeds(sweep)))

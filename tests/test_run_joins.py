@@ -1,0 +1,116 @@
+"""Runs are joined by what was built: other names, copies, and what nobody provides."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from src.analysis import run_table
+from src.spec import config, run_identity
+from src.spec.config import TrainingConfig
+from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, write_sweep
+
+GLU, SHARE = "glu_expansion.yaml", "embed_ratio.yaml"
+MODEL, TRAINING = "m" * 64, "t" * 64
+
+
+def by_name(logs: Path) -> dict[str, dict[str, Any]]:
+    rows = run_table.read_rows(logs)
+    assert len({row["run"] for row in rows}) == len(rows)
+    return {row["run"]: row for row in rows}
+
+
+def state_built(logs: Path, **digests: str) -> None:
+    """Let every config.yaml of the GLU sweep say what glu266x would be."""
+    facts = {"vocab_size": 16_000, "embedding_ratio_asked": 0.35, "glu_expansion_asked": 2.66}
+    for path in logs.glob("glu*/config.yaml"):
+        content = yaml.safe_load(path.read_text())
+        content["sweep"]["built"] = {"glu266x": facts | digests}
+        path.write_text(yaml.safe_dump(content))
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Path:
+    """emb35 at three seeds, and a GLU sweep of which glu266x was never begun."""
+    same = {"model_digest": MODEL, "training_digest": TRAINING}
+    write_sweep(tmp_path, SHARE, SHARE_SWEEP[:1], seeds=(0, 1, 2), planned_seeds=(0,), **same)
+    rest = [cell for cell in GLU_SWEEP if cell.name != "glu266x"]
+    names = [cell.name for cell in GLU_SWEEP]
+    write_sweep(tmp_path, GLU, rest, baseline="glu4x", names=names, planned_seeds=(0,))
+    return tmp_path
+
+
+def test_a_model_under_two_names_is_in_both_sweeps_without_a_study(both: Path) -> None:
+    state_built(both, model_digest=MODEL, training_digest=TRAINING)
+    rows = by_name(both)
+    row, other = rows["glu266x"], rows["emb35"]
+    assert (row["status"], row["sweep"], row["glu_expansion_asked"]) == ("finished", GLU, 2.66)
+    assert row["test_perplexity"] == other["test_perplexity"] and not row["baseline"]
+    assert "cost_usd" not in row and "path" not in row and "emb35" in row["reason"]
+    assert "glu266x-seed1" not in rows  # a seed that no run of this sweep has
+
+
+def test_seeds_given_by_hand_are_joined_too(both: Path) -> None:
+    write_sweep(both, GLU, GLU_SWEEP[:1], baseline="glu4x", seeds=(1, 3), planned_seeds=(0,))
+    state_built(both, model_digest=MODEL, training_digest=TRAINING)
+    rows = by_name(both)
+    assert rows["glu266x-seed1"]["test_loss"] == rows["emb35-seed1"]["test_loss"]
+    assert "glu266x-seed3" not in rows and "glu4x-seed1" not in rows  # nobody's plan
+
+
+@pytest.mark.parametrize("other", ["model_digest", "training_digest"])
+def test_another_model_or_training_is_not_joined(both: Path, other: str) -> None:
+    same = {"model_digest": MODEL, "training_digest": TRAINING}
+    state_built(both, **(same | {other: "x" * 64}))
+    row = by_name(both)["glu266x"]
+    assert row["status"] == "missing" and "none is the same" in row["reason"]
+
+
+def test_a_copied_directory_is_one_run_and_the_furthest_copy_counts(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "logs", SHARE, SHARE_SWEEP)
+    shutil.copytree(tmp_path / "logs/emb25", tmp_path / "logs/backup/emb25")
+    (tmp_path / "logs/backup/emb25/metrics.json").unlink()
+    rows = by_name(tmp_path / "logs")
+    assert set(rows) == {"emb35", "emb25", "emb45"}
+    assert rows["emb25"]["status"] == "finished" and "backup/emb25" in rows["emb25"]["reason"]
+
+
+def test_an_edited_config_is_not_believed(tmp_path: Path) -> None:
+    write_sweep(tmp_path, SHARE, SHARE_SWEEP[:2], names=["emb35", "emb25", "emb45"])
+    assert by_name(tmp_path)["emb45"]["status"] == "missing"
+    (tmp_path / "emb25/metrics.json").unlink()
+    file = tmp_path / "emb25/config.yaml"
+    file.write_text(file.read_text().replace("learning_rate: 0.004", "learning_rate: 0.4"))
+    row = by_name(tmp_path)["emb25"]
+    assert "learning_rate" not in row and "digest differs" in row["reason"]
+
+
+@pytest.mark.parametrize("content", ['{"status": "finished"}', '{"status": "finished", "run": 1}'])
+def test_a_foreign_metrics_file_is_a_failed_row(tmp_path: Path, content: str) -> None:
+    write_sweep(tmp_path, SHARE, SHARE_SWEEP)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/metrics.json").write_text(content)
+    row = by_name(tmp_path)["elsewhere"]
+    assert row["status"] == "failed" and "no run of this project" in row["reason"]
+
+
+def test_only_what_is_learned_from_counts_as_training() -> None:
+    base = TrainingConfig(init_seed=0)
+    digest = run_identity.training_digest(base)
+    for change in ({"init_seed": 1}, {"micro_batch": 4}, {"dev_tokens": 9}, {"threads": 2}):
+        other = TrainingConfig(**(config.to_dict(base) | change))
+        assert run_identity.training_digest(other) == digest
+    for change in ({"tokens": 1}, {"weight_decay": 0.2}, {"warmup_fraction": 0.1}):
+        other = TrainingConfig(**(config.to_dict(base) | change))
+        assert run_identity.training_digest(other) != digest
+
+
+def test_two_conditions_are_neither_of_them() -> None:
+    first, second = {"torch": "1"}, {"torch": "2"}
+    both = run_identity.compute_digest([first, second])
+    one, two = (run_identity.compute_digest([found]) for found in (first, second))
+    assert both == f"{one}+{two}" and one != two
