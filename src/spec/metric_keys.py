@@ -172,9 +172,9 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         _text("kill_verdict_literal", "the same without `grace_tokens`, the PRD's letter"),
         _number("train_loss", "nats/token", "smoothed over the last steps"),
         _number("loss_largest_rise_nats", "nats/token", "largest rise of the training loss from one step to the next, over every step of the run; below zero where it only fell; empty for a run of one step. Figures mark more than 1 nat as a jump"),
-        _integer("loss_largest_rise_step", "step", "the step that this rise led to"),
+        _count("loss_largest_rise_step", "step", "the step that this rise led to"),
         _number("grad_norm_largest_rise", "norm", "the same of the gradient norm, before clipping"),
-        _integer("grad_norm_largest_rise_step", "step", "the step that this rise led to"),
+        _count("grad_norm_largest_rise_step", "step", "the step that this rise led to"),
     ),
     "quality": (
         *_losses("dev", "dev split; of a killed run, its last evaluation during training (`dev_tokens`, separate windows)"),
