@@ -66,6 +66,9 @@ class Outcome:
     conditions: tuple[dict[str, Any], ...]  # several where a resume changed them
     kill_verdict: str | None  # "kill", "keep", "none"; None where the rule is not on
     kill_verdict_literal: str | None  # the PRD's rule without grace
+    kill_action: str | None  # "stop" or "record"; None where the rule is not on
+    kill_tokens: int | None  # at the check that first said kill
+    kill_checks_without_baseline: int | None  # checks made before the baseline's check was there
     largest_rises: dict[str, float | int | None]  # of loss and gradient norm, as in metrics.json
     model: Transformer
 
@@ -403,13 +406,16 @@ def train(
             step = trainer.step
             last = step == steps
             if step % every == 0 or last:
-                if not _evaluated(directory, step):
+                again = _evaluated(directory, step)
+                if not again:
                     row = _dev_row(trainer, step)
                     directory.append(row)
                     _board_dev(board, row, training)
                 # Asked again by a run that was cut between its kill and its metrics.json.
-                verdict = _verdict(run, directory, step)
-                if verdict is not None and verdict.kind == "kill":
+                verdict, reference = _verdict(run, directory, step)
+                if verdict is not None and not again:
+                    directory.append(_verdict_row(step, training, verdict, reference))
+                if verdict is not None and verdict.kind == "kill" and _stops(run):
                     if not directory.rows("event"):
                         directory.append(_kill_row(step, training, verdict))
                     status, reason = "killed", verdict.reason
@@ -438,7 +444,7 @@ def train(
     if stop.requested and status == "trained":  # it came too late for a step: during the last save
         status, reason = "preempted", stop.signal_name
     gc.unfreeze()
-    return _outcome(trainer, status, reason, _verdict(run, directory, trainer.step))
+    return _outcome(trainer, status, reason, _verdict(run, directory, trainer.step)[0])
 
 
 def _other_reason(team: Team | None) -> str:
@@ -454,6 +460,8 @@ def _outcome(
     dev = [row["dev_loss"] for row in rows if row["kind"] == "dev"]
     losses = [row["train_loss"] for row in trained]
     used = [row[_UTILISATION] for row in trained if _UTILISATION in row]
+    checks = [row for row in rows if row["kind"] == "kill_rule"]
+    rule = trainer.run.kill_rule if verdict else None
     device = trainer.machine.device
     return Outcome(
         status=status,
@@ -471,6 +479,11 @@ def _outcome(
         conditions=tuple(trainer.conditions),
         kill_verdict=verdict.kind if verdict else None,
         kill_verdict_literal=verdict.literal_kind if verdict else None,
+        kill_action=rule.action if rule else None,
+        kill_tokens=next((row["tokens"] for row in checks if row["verdict"] == "kill"), None),
+        kill_checks_without_baseline=sum(not row["baseline_check"] for row in checks)
+        if rule
+        else None,
         largest_rises=trainer.stability.metrics(),
         model=trainer.model,
     )
@@ -520,14 +533,38 @@ def _train_row(trainer: Trainer, loss: float, norm: float, seconds: float) -> di
 # --------------------------------------------------------------------------------- the kill rule
 
 
-def _verdict(run: RunConfig, directory: RunDir, step: int) -> kill_rule.Verdict | None:
-    """The rule's verdict against the baseline's curve on disk; None where it is not on."""
+def _verdict(
+    run: RunConfig, directory: RunDir, step: int
+) -> tuple[kill_rule.Verdict | None, kill_rule.Curve]:
+    """The rule's verdict, and the baseline's curve on disk at this moment, which it rests on; None
+    where the rule is not on. The rule waits for nothing."""
     if run.kill_rule is None or run.experiment == run.baseline or step == 0:
-        return None
+        return None, ()
     rule = run.kill_rule.in_run(run.training.tokens)
     baseline = directory.path.parent / run.baseline_run_name
     reference = _curve(baseline) if _comparable(directory.path, baseline) else []
-    return kill_rule.verdict(rule, reference, _curve(directory.path))
+    return kill_rule.verdict(rule, reference, _curve(directory.path)), reference
+
+
+def _stops(run: RunConfig) -> bool:
+    return run.kill_rule is not None and run.kill_rule.action == "stop"
+
+
+def _verdict_row(
+    step: int, training: TrainingConfig, verdict: kill_rule.Verdict, reference: kill_rule.Curve
+) -> dict[str, Any]:
+    """One check by the rule, and the part of the baseline's curve that was there to check by."""
+    tokens = step * training.step_tokens
+    return {
+        "step": step,
+        "tokens": tokens,
+        "kind": "kill_rule",
+        "verdict": verdict.kind,
+        "verdict_literal": verdict.literal_kind,
+        "baseline_check": any(seen == tokens for seen, _ in reference),
+        "baseline_checks": len(reference),
+        "baseline_tokens": reference[-1][0] if reference else None,
+    }
 
 
 def _curve(path: Path) -> list[tuple[int, float]]:

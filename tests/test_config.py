@@ -171,6 +171,43 @@ def test_the_kill_rule_is_on_where_stated_or_ranking(load):
     stated = load(EMBED_RATIO + "kill_rule: {grace_tokens: 0}\n").runs[0].kill_rule
     assert stated is not None and stated.grace(50_000_000) == 0
     assert default.grace(50_000_000) == 15_000_000
+    assert default.action == "stop"  # the PRD's
+    record = load(EMBED_RATIO, "kill_rule.action=record").runs[0].kill_rule
+    assert record == KillRule(action="record")  # in every phase, with the rule's defaults
+
+
+def test_ranking_runs_may_have_a_batch_of_their_own(load):
+    stated = EMBED_RATIO.replace("batch_size: 256", "batch_size: 256\n  ranking_batch_size: 64")
+    assert [load(stated, phase=phase).runs[0].training.batch_size for phase in cfg.PHASES] == [
+        64,
+        256,
+    ]
+    assert load(stated, phase="rank").runs[0].training.steps == 611
+    plain = load(EMBED_RATIO, phase="rank").runs[0].training
+    assert (plain.batch_size, plain.steps) == (256, 153)
+    with pytest.raises(ValueError, match="micro_batch: found 128, expected a divisor of .* 64"):
+        load(stated, "training.micro_batch=128", phase="rank")
+
+
+def test_young_keys_leave_the_digest_of_older_runs_alone(load):
+    """Runs that were begun or published before these keys are gone on with."""
+
+    def digest(text: str, *overrides: str, phase: str = "rank") -> str:
+        run = load(text, *overrides, phase=phase).run("emb25", 1)
+        rule = None if run.kill_rule is None else cfg.to_dict(run.kill_rule)
+        return cfg.digest({"training": cfg.to_dict(run.training), "kill_rule": rule})
+
+    plain = digest(EMBED_RATIO)
+    run = load(EMBED_RATIO, phase="rank").run("emb25", 1)
+    assert run.kill_rule is not None
+    before = {"training": cfg.to_dict(run.training), "kill_rule": cfg.to_dict(run.kill_rule)}
+    for section, name in (("training", "ranking_batch_size"), ("kill_rule", "action")):
+        del before[section][name]
+    assert digest(EMBED_RATIO) == cfg.digest(before)
+    assert digest(EMBED_RATIO, "kill_rule.action=record") != plain
+    own = "training.ranking_batch_size=64"
+    assert digest(EMBED_RATIO, own) == digest(EMBED_RATIO, "training.batch_size=64") != plain
+    assert digest(EMBED_RATIO, own, phase="full") == digest(EMBED_RATIO, phase="full")
 
 
 def test_seeds_and_run_names(load):
@@ -248,6 +285,7 @@ BAD_VALUES = {
     "model.n_layers": ["0", "1.5"],
     "training.tokens": ["0", "5e7", "12:30:45", "50_000_000.0"],
     "training.batch_size": ["0", "many"],
+    "training.ranking_batch_size": ["0", "64.0"],
     "training.seq_len": ["1", "0x80"],
     "training.learning_rate": ["0", "2", "nan", ".nan", "3e-4x", "1__e"],
     "training.warmup_fraction": ["1", "-0.1"],
@@ -261,6 +299,7 @@ BAD_VALUES = {
     "kill_rule.margin_ppl": ["0", "-.5"],
     "kill_rule.window_tokens": ["0", "1e6"],
     "kill_rule.grace_tokens": ["-1"],
+    "kill_rule.action": ["kill", "null"],
     "data.dir": ["null", "3"],
 }
 

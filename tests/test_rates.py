@@ -108,6 +108,11 @@ def test_a_list_of_rates_has_no_kill_rule(load):
             load(text, *overrides)
 
 
+def test_a_rule_that_only_records_may_stand_beside_a_list(load):
+    recorded = load(SWEEP, "kill_rule.action=record", phase="rank")
+    assert [run.kill_rule and run.kill_rule.action for run in recorded.runs] == ["record"] * 6
+
+
 def test_exp_names_an_experiment_or_one_of_its_runs(tmp_path, capsys):
     path = tmp_path / "sweep.yaml"
     path.write_text(SWEEP, encoding="utf-8")

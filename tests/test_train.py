@@ -380,6 +380,44 @@ def test_a_kill_that_was_cut_short_is_a_kill_again(lab):
     assert len([row for row in lab.rows("idle") if row["kind"] == "event"]) == 1
 
 
+def test_record_writes_the_verdict_and_lets_the_run_go_on(lab):
+    lab.train("base", *RULE)
+    stopped = lab.train("idle", *RULE)
+    rule = (*RULE, "kill_rule.action=record")
+    lab.train("base", *rule, under="recorded")
+    recorded = lab.train("idle", *rule, under="recorded")
+    assert (recorded.status, recorded.step) == ("trained", FINAL_STEP)
+    assert (recorded.kill_verdict, recorded.kill_action) == ("kill", "record")
+    assert recorded.kill_tokens == stopped.kill_tokens == stopped.step * 256
+    ours, theirs = (checks_by_the_rule(lab, under) for under in ("recorded", "logs"))
+    assert ours[: len(theirs)] == theirs and len(ours) > len(theirs)
+    assert {row["verdict"] for row in ours[len(theirs) :]} == {"kill"}
+
+
+def checks_by_the_rule(lab: Lab, under: str = "logs") -> list[dict[str, Any]]:
+    return [row for row in lab.rows("idle", under) if row["kind"] == "kill_rule"]
+
+
+def test_each_check_says_which_part_of_the_baselines_curve_was_there(lab, at_step):
+    """A rival that starts before its baseline gets no verdict, and its checks say why."""
+
+    def late(trainer: train.Trainer) -> None:
+        if trainer.run.experiment == "idle":
+            lab.train("base", *RULE)
+
+    at_step(15, late)
+    outcome = lab.train("idle", *RULE)
+    checks = checks_by_the_rule(lab)
+    blind = [row for row in checks if row["step"] < 15]
+    assert {(r["verdict"], r["baseline_checks"], r["baseline_tokens"]) for r in blind} == {
+        ("none", 0, None)
+    }
+    assert outcome.kill_checks_without_baseline == len(blind) == 2
+    assert checks[len(blind)]["baseline_check"] and outcome.status == "killed"
+    assert checks[-1]["baseline_tokens"] == FINAL_STEP * 256
+    assert outcome.kill_tokens == checks[-1]["tokens"] == 15 * 256
+
+
 def test_grace_changes_the_verdict_and_both_are_recorded(lab):
     rule = (*RULE[:2], "kill_rule.grace_tokens=4000")
     lab.train("base", *rule)

@@ -39,8 +39,15 @@ RANKING = {"metrics": ("perplexity",), "test": False, "outside_dir": None, "late
 SMALLBENCH_TASKS = Path(__file__).resolve().parents[2] / "configs" / "smallbench.yaml"
 METRICS = ("perplexity", "smallbench_accuracy")
 DEFAULT_SHARE = 0.35
-# Keys that may change between a run and its resumption: none of them changes the result.
-COSMETIC = ("training.checkpoint_minutes", "training.checkpoint_every_steps")
+# Keys that may change between a run and its resumption: none of them changes the result. The batch
+# of ranking runs is in `batch_size` of every ranking run.
+COSMETIC = (
+    "training.checkpoint_minutes",
+    "training.checkpoint_every_steps",
+    "training.ranking_batch_size",
+)
+# Keys that are younger than published runs: at this value they say what those runs did.
+LATER = {"kill_rule.action": "stop"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +99,10 @@ class TrainingConfig:
     tokens: int = key(50_000_000, "a number of tokens above 0", lambda v: v > 0)
     ranking_tokens: int = key(5_000_000, "a number of tokens above 0", lambda v: v > 0)
     batch_size: int = key(256, "a number of sequences above 0", lambda v: v > 0)
+    # None: batch_size. A short budget needs steps: 5M tokens are 153 steps of 256 x 128.
+    ranking_batch_size: int | None = key(
+        None, "a number of sequences above 0, or null", lambda v: v > 0
+    )
     seq_len: int = key(128, "a number of tokens of at least 2", lambda v: v >= 2)
     learning_rate: float = key(4e-3, "a rate above 0, at most 1", lambda v: 0 < v <= 1)
     embedding_lr_ratio: float = key(1.0, "a ratio above 0, at most 100", lambda v: 0 < v <= 100)
@@ -175,8 +186,11 @@ class KillRule:
         configuration differ by 0.5 PPL in the bad direction at a third of the checks in the first
         8 % of training and at under 5 % of them after 30 %, so null means 30 % of the run's
         budget; 0 is the PRD's own rule.
+    action: stop ends a run at its verdict; record writes the verdict and lets the run go on, so
+        that what the rule saves and costs can be counted.
     """
 
+    action: str = one_of("stop", "stop", "record")
     margin_ppl: float = key(0.5, "a perplexity difference above 0", lambda v: v > 0)
     window_tokens: int = key(1_000_000, "tokens above 0", lambda v: v > 0)
     grace_tokens: int | None = key(None, "tokens of at least 0, or null", lambda v: v >= 0)
@@ -317,9 +331,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def digest(resolved: Mapping[str, Any]) -> str:
     """SHA-256 of a resolved configuration (nested dicts) without its cosmetic keys."""
     kept = json.loads(json.dumps(resolved))
-    for dotted in COSMETIC:
+    for dotted in (*COSMETIC, *LATER):
         section, name = dotted.split(".")
-        kept.get(section, {}).pop(name, None)
+        values = kept.get(section) or {}
+        if dotted in COSMETIC or values.get(name) == LATER[dotted]:
+            values.pop(name, None)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -388,13 +404,16 @@ def _rate(place: str, value: Any) -> float:
 def _without_kill_rule(
     where: str, runs: tuple[RunConfig, ...], states_kill_rule: bool
 ) -> tuple[RunConfig, ...]:
-    """A rate far off is a point that the fit over rates needs: nothing kills it, in any phase."""
-    if states_kill_rule:
-        raise ValueError(
-            f"{where}kill_rule: found a kill rule beside a list of learning rates, expected none: "
-            "the fit needs the runs at bad rates too; state one training.learning_rate instead"
-        )
-    return tuple(dataclasses.replace(run, kill_rule=None) for run in runs)
+    """A rate far off is a point that the fit over rates needs: nothing stops it, in any phase."""
+    if not states_kill_rule:
+        return tuple(dataclasses.replace(run, kill_rule=None) for run in runs)
+    if all(run.kill_rule is not None and run.kill_rule.action == "record" for run in runs):
+        return runs
+    raise ValueError(
+        f"{where}kill_rule: found a kill rule beside a list of learning rates, expected none or "
+        "action: record: the fit needs the runs at bad rates too; or state one "
+        "training.learning_rate"
+    )
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -514,7 +533,9 @@ def _run(
     training: TrainingConfig = built["training"]
     if phase == "rank":
         training = dataclasses.replace(
-            training, tokens=min(training.tokens, training.ranking_tokens)
+            training,
+            tokens=min(training.tokens, training.ranking_tokens),
+            batch_size=training.ranking_batch_size or training.batch_size,
         )
         built["evaluation"] = dataclasses.replace(
             built["evaluation"],

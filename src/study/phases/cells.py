@@ -6,8 +6,6 @@ Pure: integers come from the allocator, nothing from a file, a clock or a device
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +171,7 @@ class Cell:
             "phase": run.phase,
             "seed": run.seed,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return config.digest(content)
 
     @property
     def tokens(self) -> int:
