@@ -45,6 +45,18 @@ def test_bootstrap_estimate_is_the_pooled_log_ratio() -> None:
     assert in_bytes.estimate == pytest.approx(np.log(a.sum(1)).mean() - np.log(b.sum(1)).mean())
 
 
+def test_p_and_the_interval_say_the_same() -> None:
+    """Effects at the edge of significance: p is at most 0.05 exactly where zero lies outside."""
+    rng, close = np.random.default_rng(10), 0
+    for study in range(60):
+        a, b, tokens = simulate(rng, 0.0165, 3, 40, seed_sd=0.004)
+        found = paired_bootstrap(a, b, tokens, seed=study)
+        assert found.p is not None
+        assert (found.p <= 0.05) == (found.low > 0 or found.high < 0)
+        close += 0.03 < found.p < 0.07
+    assert close > 5
+
+
 def test_bootstrap_is_deterministic_and_antisymmetric() -> None:
     a, b, tokens = simulate(np.random.default_rng(1), 0.0, 2, 30)
     first, again = (paired_bootstrap(a, b, tokens, draws=300) for _ in range(2))

@@ -97,7 +97,9 @@ def paired_bootstrap(
         error, df = _seed_error(sides[0], sides[1], paired_seeds, noise)
         if error > 0:
             samples += error * rng.standard_t(df, size=draws)
-    low, high = np.quantile(samples, [0.5 - level / 2, 0.5 + level / 2])
+    # The outer of the two neighbouring draws, so that p <= 0.05 exactly where 0 lies outside.
+    low = np.quantile(samples, 0.5 - level / 2, method="lower")
+    high = np.quantile(samples, 0.5 + level / 2, method="higher")
     below, above = int((samples <= 0).sum()), int((samples >= 0).sum())
     p = min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
     return Interval(
