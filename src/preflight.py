@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 from src.compute.compiler import compiler
-from src.data import leakage
+from src.data import leakage, requests
 from src.data import tasks as smallbench
 from src.data import tokens as data
 from src.spec import costs, kill_rule
@@ -43,10 +43,17 @@ def check(
     costs.check()
     if "smallbench_accuracy" in run.evaluation.metrics:
         directory = Path(run.evaluation.smallbench_dir)
-        _check_smallbench(run.smallbench_tasks, directory, run.evaluation.smallbench_limit)
+        _check_smallbench(
+            run.smallbench_tasks,
+            directory,
+            run.evaluation.smallbench_limit,
+            run.evaluation.blimp_full,
+            tokens.tokenizer_path,
+        )
         leakage.contaminated_rows(run.evaluation.leakage, directory, tokens.corpus)
     if run.evaluation.outside_dir is not None:
-        data.read_source(Path(run.evaluation.outside_dir))
+        for name in ("validation", "test") if run.evaluation.test else ("validation",):
+            data.outside_texts(Path(run.evaluation.outside_dir), name)
     return tokens
 
 
@@ -91,14 +98,34 @@ def _check_kill_rule(run: RunConfig, sweep: Sweep) -> None:
 
 
 @functools.cache
-def _check_smallbench(task_list: Path, directory: Path, limit: int | None) -> None:
-    """Every item rendered once: a wrong template is found now, not after hours of training."""
+def _check_smallbench(
+    task_list: Path, directory: Path, limit: int | None, blimp_full: bool, tokenizer_path: Path
+) -> None:
+    """Every item rendered once: a wrong template, or a choice without a token of its own, is found
+    now, not after hours of training."""
     tasks = smallbench.load_tasks(task_list)
+    if blimp_full and not any(task.is_blimp for task in tasks):
+        raise ValueError(
+            f"evaluation.blimp_full: found no task of {smallbench.BLIMP} in {task_list}, expected "
+            "some; add them or leave the key out"
+        )
     if not (directory / "source.json").is_file():
         raise ValueError(
             f"evaluation.smallbench_dir: found no SmallBench data in {directory}; get "
             f"it with: python scripts/download_smallbench.py --output {directory}, or "
             "leave smallbench_accuracy out of evaluation.metrics"
         )
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
     for task in tasks:
-        smallbench.load_items(task, directory, limit=limit)
+        for full in (False, True) if blimp_full and task.is_blimp else (False,):
+            items = smallbench.load_items(task, directory, limit=None if full else limit, full=full)
+            if items:
+                pairs = requests.own_pairs(items) + requests.held_out_pairs(items)
+                # Our tokenizers cut before a blank and a word: such a word has tokens of its own.
+                pairs = [(c, text) for c, text in pairs if not text.strip() or text[0] != " "]
+                try:
+                    requests.encode_requests(tokenizer, pairs)
+                except ValueError as error:
+                    raise ValueError(f"{task_list}: task {task.name}: {error}") from None

@@ -24,7 +24,7 @@ from src.compute import conditions, runtime
 from src.compute.compute_config import Machine
 from src.compute.process_group import Team
 from src.data.tokens import TokenData, Windows, consecutive_windows
-from src.evaluation import perplexity
+from src.evaluation import scoring
 from src.evaluation.stability import Stability
 from src.models.loss import chunked_cross_entropy
 from src.models.transformer import Transformer
@@ -343,7 +343,7 @@ class Trainer:
         rows = 0
         for part in self.dev.split(self.machine.micro_batch):
             part = part.to(self.machine.device)
-            with self.machine.autocast(), perplexity.uncompiled(self.model):
+            with self.machine.autocast(), scoring.uncompiled(self.model):
                 hidden = self.model.hidden(part[:, :-1])
                 head_rows = self.model.head.head_input(hidden).flatten(0, 1)
             targets = part[:, 1:].flatten()

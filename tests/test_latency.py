@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from src.evaluation import latency as eval_latency
-from src.evaluation.latency import PeakMemory, compare, measure, median_interval, ratio_interval
+from src.evaluation.latency import PeakMemory, compare, measure, ratio_interval
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
 
@@ -26,19 +27,15 @@ def small_model(seed: int = 0) -> Transformer:
 def test_keys_and_memory_that_can_be_computed() -> None:
     model = small_model()
     found = measure(model, device="cpu", autocast_dtype=None, lengths=(8, 32), warmup=1, repeats=5)
-    for key in ("latency_ms_p50_l8", "latency_ms_p95_l32", "decode_ms_per_token_p95",
-                "latency_full_logits_ms_p50_l32"):  # fmt: skip
+    for key in ("latency_ms_p50_l8", "latency_ms_p95_l32", "decode_ms_per_token_p95"):
         assert found[key] > 0
-    assert found["latency_ms_p50_low_l8"] <= found["latency_ms_p50_l8"]
-    assert found["latency_ms_p50_l8"] <= found["latency_ms_p50_high_l8"]
     assert found["latency_ms_p50_l8"] <= found["latency_ms_p95_l8"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert found["weights_mib"] == parameters * 4 / 2**20
     keys_and_values = 2 * CONFIG.n_layers * CONFIG.n_heads * CONFIG.head_dim * 32
     assert found["kv_cache_mib"] == keys_and_values * 4 / 2**20
-    # all logits at once dwarf the body's activations here, and the last token's do not
+    # all logits at once would dwarf the body's activations here, and the last token's do not
     logits = 32 * CONFIG.vocab_size * 4 / 2**20
-    assert logits <= found["activations_full_logits_mib"] < 1.5 * logits
     assert 0 < found["activations_mib"] < 0.5 * logits
     parts = found["weights_mib"] + found["kv_cache_mib"] + found["activations_mib"]
     assert found["peak_memory_mib"] == parts
@@ -59,7 +56,6 @@ def test_every_timed_step_does_the_work_it_is_named_after() -> None:
     model = small_model()
     steps = eval_latency._steps(model, CPU, torch.float32, (8, 32))
     prompt = eval_latency._prompt(model, 32, CPU)
-    assert steps["full_l32"]().shape == (1, 32, CONFIG.vocab_size)
     torch.testing.assert_close(steps["l32"](), model(prompt)[:, -1])
     past = eval_latency._prompt(model, 31, CPU)
     whole = torch.cat((past, eval_latency._prompt(model, 1, CPU)), dim=1)
@@ -81,21 +77,44 @@ def test_repeats_are_interleaved_after_the_warm_up() -> None:
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
-def test_interval_of_the_median_covers_it() -> None:
-    """200 experiments of known median: a 95 % interval misses about 10; 25 is beyond 1 in 10^4."""
+def test_one_process_of_a_machine_measures_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two measurements started together: the second's first step comes after the first's last."""
+    monkeypatch.setattr(eval_latency.tempfile, "gettempdir", lambda: str(tmp_path))
+    called: list[str] = []
+    others: list[threading.Thread] = []
+
+    def measured(name: str) -> None:
+        def step() -> torch.Tensor:
+            called.append(name)
+            if name == "first" and not others:
+                others.append(threading.Thread(target=measured, args=("second",)))
+                others[0].start()
+                others[0].join(0.3)  # long enough to be done, were it not for the lock
+            return torch.empty(0)
+
+        eval_latency.time_interleaved({name: step}, device=CPU, warmup=1, repeats=3)
+
+    measured("first")
+    others[0].join()
+    assert called == ["first"] * 4 + ["second"] * 4
+
+
+def test_interval_of_the_ratio_covers_it() -> None:
+    """200 experiments of known ratio: a 95 % interval misses about 10; 25 is beyond 1 in 10^4."""
     rng = np.random.default_rng(0)
     missed = 0
     for experiment in range(200):
-        low, high = median_interval(rng.lognormal(0.0, 0.3, 60), seed=experiment)
-        missed += not low <= 1.0 <= high
+        ours, baseline = 1.2 * rng.lognormal(0.0, 0.3, 60), rng.lognormal(0.0, 0.3, 60)
+        low, high = ratio_interval(ours, baseline, seed=experiment)
+        missed += not low <= 1.2 <= high
     assert 1 <= missed <= 25
 
 
 def test_ratio_cancels_drift_that_both_models_share() -> None:
     drift = np.linspace(1.0, 3.0, 100)
     assert ratio_interval(1.25 * drift, drift) == pytest.approx((1.25, 1.25))
-    low, high = median_interval(drift)
-    assert high - low > 0.1
 
 
 @pytest.mark.parametrize(
@@ -121,7 +140,7 @@ def test_a_deeper_model_is_told_from_a_shallow_one() -> None:
     found = compare(
         deep, shallow, device="cpu", autocast_dtype=None, lengths=(8, 16), warmup=2, repeats=21
     )
-    assert set(found) == {"l8", "full_l8", "l16", "full_l16", "decode"}
+    assert set(found) == {"l8", "l16", "decode"}
     assert found["l16"]["verdict"] == "slower"
     assert found["l16"]["ratio_low"] <= found["l16"]["ratio"] <= found["l16"]["ratio_high"]
 

@@ -426,6 +426,49 @@ def test_a_leakage_report_that_does_not_fit_is_refused_before_training(
     assert not logs.exists()
 
 
+@pytest.mark.parametrize(
+    ("task", "rows", "says"),
+    [
+        ("choices: {field: o}", [{"o": ["x", "y"]}, {"o": ["x", ""]}], "no token of its own"),
+        ("choices: {field: o}", [{"o": ["x", "y"]}, {"o": ["x"]}], "choices: found one alone"),
+        ("choices: [x, y]", [{}], "evaluation.blimp_full: found no task"),
+    ],
+)
+def test_tasks_that_evaluation_would_refuse_are_refused_before_training(
+    task, rows, says, tiny_sweep, tmp_path, logs, main, capsys
+):
+    lines = "".join(json.dumps({**row, "_row": i}) + "\n" for i, row in enumerate(rows)).encode()
+    (tmp_path / "toy.jsonl").write_bytes(lines)
+    listed = {"toy": {"rows": len(rows), "sha256": hashlib.sha256(lines).hexdigest()}}
+    (tmp_path / "source.json").write_text(json.dumps({"tasks": listed}))
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(
+        "tasks:\n- {name: toy, path: p, config: c, split: s, prompt: why, gold: '0',\n"
+        f"   target_delimiter: '', {task}}}\n"
+    )
+    arguments = ["--config", tiny_sweep, "--exp", "base", "--log_dir", logs]
+    for text in (
+        "evaluation.metrics=[smallbench_accuracy]",
+        f"evaluation.smallbench_dir={tmp_path}",
+        f"evaluation.smallbench_tasks={tasks}",
+        f"evaluation.blimp_full={str('blimp' in says).lower()}",
+    ):
+        arguments += ["--set", text]
+    assert main(*arguments) == BAD_INPUT
+    assert says in capsys.readouterr().err and not logs.exists()
+
+
+def test_an_outside_corpus_without_its_test_split_is_refused_before_training(
+    tiny_sweep, tmp_path, logs, main, capsys
+):
+    shutil.copytree(tiny_sweep.parent / "corpus", tmp_path / "corpus")
+    (tmp_path / "corpus" / "test.jsonl").unlink()
+    arguments = ["--config", tiny_sweep, "--exp", "base", "--log_dir", logs]
+    arguments += ["--set", f"evaluation.outside_dir={tmp_path / 'corpus'}"]
+    assert main(*arguments) == BAD_INPUT
+    assert "found no sound split 'test'" in capsys.readouterr().err and not logs.exists()
+
+
 def test_compiling_without_a_compiler_is_refused(tiny_sweep, logs, main, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     arguments = ("--config", tiny_sweep, "--exp", "base", "--log_dir", logs)

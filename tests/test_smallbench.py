@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from src.data import tasks as smallbench
+from src.data.requests import encode_requests
 from src.data.tasks import TASKS_FILE, Task, load_items, load_tasks, select_rows
 from src.evaluation import smallbench as eval_smallbench
-from src.evaluation.smallbench import credit, encode_requests, evaluate, matthews, random_row
+from src.evaluation.smallbench import credit, evaluate, matthews, random_row
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
 
@@ -565,7 +566,44 @@ def test_a_task_without_rows_is_missing_and_not_zero(tokenizer: Tokenizer, tmp_p
     grouped = run(ConstantModel(), tokenizer, [make_task(group="g")], tmp_path)
     assert grouped["tasks"]["g"]["contaminated"] is None and grouped["tasks"]["g"]["n"] == 6
     gone = run(ConstantModel(), tokenizer, tasks, tmp_path, exclude={"toy": set(range(6))})
-    assert gone["accuracy"] is None and gone["tasks"] == {} and gone["contaminated_items"] == 6
+    assert gone["accuracy"] is gone["chance"] is None and gone["contaminated_items"] == 6
+    assert gone["tasks"]["toy"]["n"] == gone["items"] == 0
+
+
+@pytest.mark.parametrize("group", [None, "g"])
+def test_a_contaminated_task_keeps_its_row_and_is_named(
+    group: str | None, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Alone or in a group, it stands in no mean and its items are counted as dropped."""
+    for name in ("toy", "other"):
+        write_rows(tmp_path, name, toy_rows(6))
+    tasks = [make_task(group=group), make_task(name="other", group=group, gold="1")]
+    model = FavouriteModel({tokenizer.token_to_id("Ġb"): 5.0})
+    found = run(model, tokenizer, tasks, tmp_path, exclude={"toy": set(range(6)), "other": {0}})
+    assert found["contaminated_tasks"] == ["toy"] and found["contaminated_items"] == 7
+    assert (found["accuracy"], found["chance"], found["items"]) == (1.0, 0.5, 5)
+    if group is None:
+        assert found["tasks"]["toy"] == {"n": 0, "accuracy": None, "accuracy_se": None,
+                                         "chance": None, "contaminated": 6}  # fmt: skip
+        assert found["tasks"]["other"]["contaminated"] == 1
+    else:
+        row = found["tasks"]["g"]
+        assert (row["n"], row["contaminated"], row["accuracy"]) == (5, 7, 1.0)
+        assert row["members"]["toy"]["n"] == 0 and row["members"]["other"]["n"] == 5
+        both = {"toy": set(range(6)), "other": set(range(6))}
+        gone = run(model, tokenizer, tasks, tmp_path, exclude=both)
+        assert gone["tasks"]["g"]["n"] == 0 and gone["contaminated_tasks"] == ["toy", "other"]
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_one_choice_alone_among_several_is_refused(place: int, tmp_path: Path) -> None:
+    rows = [{"q": f"item {i} is", "options": ["a", "b"], "label": 1} for i in range(5)]
+    rows[place] = rows[place] | {"options": ["a"], "label": 0}
+    write_rows(tmp_path, "toy", rows)
+    with pytest.raises(ValueError, match=rf"row {place}: choices: found one alone .in 1 of 5"):
+        load_items(make_task(choices="options"), tmp_path)
+    kept = make_task(choices="options", keep="{{ options | length > 1 }}")
+    assert len(load_items(kept, tmp_path) or []) == 4
 
 
 def test_random_row_is_reproducible_and_leaves_the_generator_alone(

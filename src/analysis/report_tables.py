@@ -64,7 +64,8 @@ def metrics_table(rows: Sequence[Row]) -> str:
     """
     head = (
         "phase | cell | V | share (asked) | GLU (asked) | layers | tokens | seeds | test PPL | "
-        "dev PPL | test bits/byte | SmallBench % | ms L=128 | ms L=512 | peak MiB | USD"
+        "dev PPL | test bits/byte | SmallBench % (chance, untrained) | latency L=128 | "
+        "latency L=512 | peak MiB | USD"
     )
     body = []
     for runs in _cells([row for row in rows if row.get("status") == "finished"]):
@@ -83,14 +84,41 @@ def metrics_table(rows: Sequence[Row]) -> str:
                 _mean_sd(runs, "test_perplexity", 2),
                 _mean_sd(runs, "dev_perplexity", 2),
                 _mean_sd(runs, "test_bits_per_byte", 4),
-                _mean_sd(runs, "smallbench_accuracy", 1, 100),
-                _mean_sd(runs, "latency_ms_p50_l128", 2),
-                _mean_sd(runs, "latency_ms_p50_l512", 2),
+                _smallbench(runs),
+                _latency(runs, 128),
+                _latency(runs, 512),
                 _mean_sd(runs, "peak_memory_mib", 1),
                 _total(runs, "cost_usd", 2),
             ]
         )
     return _table(head, body, "no finished run")
+
+
+def _smallbench(runs: Sequence[Row]) -> str:
+    """Beside it what guessing and the same model untrained get: at this size that is not far."""
+    accuracy = _mean_sd(runs, "smallbench_accuracy", 1, 100)
+    beside = [
+        _mean_sd(runs[:1], f"smallbench_{name}", 1, 100)
+        for name in ("chance", "untrained_accuracy")
+    ]
+    return accuracy if beside == [_DASH, _DASH] else f"{accuracy} ({', '.join(beside)})"
+
+
+def _latency(runs: Sequence[Row], length: int) -> str:
+    """The ratio to the baseline, interleaved; else how far the seeds' own milliseconds go, which
+    what else the machine did has part in."""
+    for row in runs:
+        ratio, low, high = (
+            number(row, f"latency_ratio{end}_l{length}") for end in ("", "_low", "_high")
+        )
+        if ratio is not None:
+            interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+            return f"x {ratio:.2f}{interval}"
+    found = [ms for row in runs if (ms := number(row, f"latency_ms_p50_l{length}")) is not None]
+    if not found:
+        return _DASH
+    least, most = f"{min(found):.1f}", f"{max(found):.1f}"
+    return f"{least} ms" if least == most else f"{least} to {most} ms"
 
 
 def allocation_table(rows: Sequence[Row]) -> str:

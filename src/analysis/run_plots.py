@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from src.analysis.latency_ratios import side_by_side
 from src.analysis.plots import (
     BAR,
     BASELINE_COLOUR,
@@ -201,6 +202,9 @@ _COSTS = (
 def pareto_figure(rows: Sequence[Row], output: Path) -> None:
     """Bits per byte against FLOPs, latency and memory: a mean over seeds for each experiment.
 
+    Latency as ratios that one process measured in turns; where there are none, a point a seed and
+    no front.
+
     Only runs that share corpus, device, phase and budget are comparable: the largest such group
     is drawn, full runs before ranking runs, and the title says how many runs it holds.
     """
@@ -214,8 +218,18 @@ def pareto_figure(rows: Sequence[Row], output: Path) -> None:
         cells: dict[tuple[str, str], list[Row]] = {}
         for row in group:
             cells.setdefault((sweep_of(row), str(row.get("experiment"))), []).append(row)
+        beside = side_by_side(list(cells.values()))
         for ax, (key, label, scale) in zip(grid.flat, _COSTS, strict=True):
-            _draw_front(ax, cells, key, column, scale)
+            length = key.rpartition("_l")[2]
+            if not key.startswith("latency"):
+                _draw_front(ax, cells, key, column, scale)
+            elif beside is None:
+                _draw_seeds(ax, cells, key, column)
+                label += "\neach seed, measured alone: no front"
+            else:
+                ratio = f"latency_ratio_l{length}"
+                _draw_front(ax, _only_beside(cells, beside, ratio), ratio, column, 1.0)
+                label = f"Latency, batch 1, L = {length}, over {beside}'s"
             ax.set_xlabel(label)
             ax.set_ylabel(words(column))
         phase = "ranking" if group[0].get("phase") == "rank" else "full"
@@ -266,6 +280,33 @@ def _cell_styles(cells: dict[tuple[str, str], list[Row]]) -> list[tuple[str, str
         styles.append((label, COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]))
         place += 1
     return styles
+
+
+def _only_beside(
+    cells: dict[tuple[str, str], list[Row]], beside: str, ratio: str
+) -> dict[tuple[str, str], list[Row]]:
+    """Rows without the ratios that are to another run."""
+    return {
+        cell: [
+            row if row.get("latency_ratio_to") == beside else row | {ratio: None} for row in runs
+        ]
+        for cell, runs in cells.items()
+    }
+
+
+def _draw_seeds(ax: Axes, cells: dict[tuple[str, str], list[Row]], key: str, column: str) -> None:
+    """A point a run: how far the seeds of one configuration lie apart is there to be seen."""
+    styles = _cell_styles(cells)
+    for (_, colour, marker), runs in zip(styles, cells.values(), strict=True):
+        if len(styles) > _MOST_NAMES and not any(row.get("baseline") for row in runs):
+            colour, marker = OTHER_COLOUR, "o"
+        both = [(number(row, key), number(row, column)) for row in runs]
+        points = [(x, y) for x, y in both if x is not None and y is not None]
+        for x, y in points:
+            ax.plot([x], [y], marker, color=colour, mfc="none", ms=6, mew=1.2)
+    if not ax.lines:
+        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#666666")
+    ax.margins(0.12)
 
 
 def _draw_front(

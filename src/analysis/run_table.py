@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from src.analysis.latency_ratios import read_ratios
 from src.analysis.run_csv import Row
 from src.analysis.run_joins import Sweeps, aliases, and_also, each_once, provided
 from src.evaluation import metrics as record
@@ -48,6 +49,8 @@ def read_rows(log_dir: Path) -> list[Row]:
     file = log_dir / "study.json"
     study = (read_json(file) or {}) if file.exists() else {}
     rows = each_once(found)
+    ratios = read_ratios(log_dir)
+    rows = [row | ratios.get(str(row["run"]), {}) for row in rows]
     rows += aliases(study, rows)
     rest = provided(sweeps.unbegun(rows), rows)
     return rows + [row for row in rest if row["status"] != "missing" or _is_planned(row, study)]

@@ -21,6 +21,7 @@ from src.spec.config import SMALLBENCH_TASKS
 from src.spec.strict_yaml import parse_yaml
 
 TASKS_FILE = SMALLBENCH_TASKS
+BLIMP = "nyu-mll/blimp"
 METRICS = ("accuracy", "matthews", "perplexity")
 
 
@@ -49,6 +50,10 @@ class Task:
     def unit(self) -> str:
         """The name under which it enters the mean over tasks."""
         return self.group or self.name
+
+    @property
+    def is_blimp(self) -> bool:
+        return self.path == BLIMP
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +274,13 @@ def load_items(
     items = [render.item(row) for row in chosen]
     if not items:
         raise ValueError(f"task {task.name}: found no usable row in {data_dir}, expected some")
+    alone = [item.row for item in items if len(item.choices) == 1]
+    if 0 < len(alone) < len(items):
+        raise ValueError(
+            f"task {task.name}, row {alone[0]}: choices: found one alone (in {len(alone)} of "
+            f"{len(items)} rows), expected several as in the other rows: one alone is scored by "
+            "what greedy decoding writes. Leave such rows out with keep"
+        )
     if task.chance is not None and abs(task.chance - chance(items)) > 0.02:
         raise ValueError(
             f"task {task.name}: chance: found {task.chance}, expected {chance(items):.4f}, "

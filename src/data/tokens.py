@@ -131,13 +131,11 @@ def read_source(corpus: Path) -> dict[str, Any]:
     return source
 
 
-def outside_split(corpus: Path, name: str, tokenizer_path: Path, eot_id: int) -> Split:
-    """A split of another corpus directory, encoded with the run's own tokenizer.
+def outside_texts(corpus: Path, name: str) -> tuple[list[str], str]:
+    """The documents of a split of another corpus directory, and its hash.
 
     Raises ValueError for a corpus that is not there or not what its source.json says.
     """
-    from tokenizers import Tokenizer
-
     file = corpus / f"{name}.jsonl"
     source = read_source(corpus)
     try:
@@ -145,12 +143,25 @@ def outside_split(corpus: Path, name: str, tokenizer_path: Path, eot_id: int) ->
         _check_hash(file, expected)
         lines = file.read_text(encoding="utf-8").split("\n")[:-1]
         texts = [json.loads(line)["text"] for line in lines]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        if not any(text.encode() for text in texts):
+            raise ValueError("found no text in it")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(
             f"evaluation.outside_dir: found no sound split {name!r} in {corpus} ({error}), "
             "expected a corpus directory of scripts/download_wikitext.py; download it again, or "
             "leave the key out"
         ) from None
+    return texts, expected
+
+
+def outside_split(corpus: Path, name: str, tokenizer_path: Path, eot_id: int) -> Split:
+    """A split of another corpus directory, encoded with the run's own tokenizer.
+
+    Raises ValueError as `outside_texts` does.
+    """
+    from tokenizers import Tokenizer
+
+    texts, sha256 = outside_texts(corpus, name)
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     tokenizer.encode_special_tokens = True
     ids = [entry.ids for entry in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -159,7 +170,7 @@ def outside_split(corpus: Path, name: str, tokenizer_path: Path, eot_id: int) ->
     return Split(
         tokens=np.concatenate([np.array([eot_id, *row], dtype=np.uint16) for row in ids]),
         documents=np.column_stack((starts, np.array(sizes, dtype=np.int64))),
-        sha256=expected,
+        sha256=sha256,
     )
 
 

@@ -3,7 +3,11 @@ latency and memory. One place calls the measurements; each lives in its own modu
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ from src.evaluation import smallbench as eval_smallbench
 from src.evaluation.metrics import corpus_name
 from src.models.transformer import Transformer
 from src.spec.config import RunConfig
-from src.storage.run_dir import write_atomic
+from src.storage.run_dir import write_atomic, write_json
 
 # Of another corpus: what can be compared across corpora and tokenizers.
 OUTSIDE_KEPT = ("bits_per_byte", "word_perplexity", "tokens_scored")
@@ -114,26 +118,84 @@ def _smallbench(
 ) -> dict[str, Any]:
     asked = run.evaluation
     directory = Path(asked.smallbench_dir)
-    exclude = leakage.contaminated_rows(asked.leakage, directory, data.corpus)
+    tokenizer = Tokenizer.from_file(str(data.tokenizer_path))
+    tasks = smallbench.load_tasks(run.smallbench_tasks)
+    options: dict[str, Any] = {
+        "context": run.training.seq_len,
+        "device": machine.device,
+        "autocast_dtype": None,  # bf16 makes ties; lm-evaluation-harness scores in float32 too
+        "exclude": leakage.contaminated_rows(asked.leakage, directory, data.corpus),
+    }
+    limit = asked.smallbench_limit
     result = eval_smallbench.evaluate(
-        model,
-        Tokenizer.from_file(str(data.tokenizer_path)),
-        smallbench.load_tasks(run.smallbench_tasks),
-        directory,
-        context=run.training.seq_len,
-        device=machine.device,
-        autocast_dtype=None,  # bf16 makes ties; lm-evaluation-harness scores in float32 too
-        limit=asked.smallbench_limit,
-        exclude=exclude,
-        items_path=run_path / "smallbench_items.jsonl",
-        label=f"{run.run_name}: SmallBench",
-    )
-    return {
+        model, tokenizer, tasks, directory,
+        limit=limit, items_path=run_path / "smallbench_items.jsonl",
+        label=f"{run.run_name}: SmallBench", **options,
+    )  # fmt: skip
+    found = {
         "smallbench_accuracy": result["accuracy"],
         "smallbench_accuracy_se": result["accuracy_se"],
-        "smallbench_tasks": len(result["tasks"]),
+        "smallbench_chance": result["chance"],
+        "smallbench_untrained_accuracy": None,
+        "smallbench_items": result["items"],
+        "smallbench_tasks": sum(row["n"] > 0 for row in result["tasks"].values()),
         "smallbench_missing_tasks": " ".join(result["missing_tasks"]) or None,
+        "smallbench_contaminated_tasks": " ".join(result["contaminated_tasks"]) or None,
         "smallbench_limit": asked.smallbench_limit,
         "smallbench_contaminated_items": result["contaminated_items"],
         "smallbench": result["tasks"],
+        **dict.fromkeys(("blimp_accuracy", "blimp_accuracy_se", "blimp_items")),
     }
+    if asked.smallbench_untrained:
+        questions = [row.get("items_sha256") for row in result["tasks"].values()]
+        sources = {
+            "model": dataclasses.asdict(model.config),
+            "tokenizer": data.tokenizer_sha256,
+            "context": run.training.seq_len,
+            "questions": questions,
+        }
+        found["smallbench_untrained_accuracy"] = _kept_beside(
+            run_path,
+            sources,
+            lambda: eval_smallbench.random_row(
+                model.config,
+                tokenizer,
+                tasks,
+                directory,
+                limit=limit,
+                label=f"{run.run_name}: SmallBench, untrained",
+                **options,
+            )["accuracy"],
+        )
+    if asked.blimp_full:
+        paradigms = [dataclasses.replace(task, group=None) for task in tasks if task.is_blimp]
+        whole = eval_smallbench.evaluate(
+            model,
+            tokenizer,
+            paradigms,
+            directory,
+            full=True,
+            label=f"{run.run_name}: BLiMP",
+            **options,
+        )
+        found |= {
+            "blimp_accuracy": whole["accuracy"],
+            "blimp_accuracy_se": whole["accuracy_se"],
+            "blimp_items": whole["items"],
+        }
+    return found
+
+
+def _kept_beside(
+    run_path: Path, sources: dict[str, Any], measure: Callable[[], float | None]
+) -> float | None:
+    """The untrained model of seed 0 is the same for all seeds and phases of a configuration: it is
+    scored once in a log directory."""
+    name = hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
+    path = run_path.parent / "untrained" / f"{name}.json"
+    if path.is_file():
+        return json.loads(path.read_bytes())["accuracy"]
+    accuracy = measure()
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {**sources, "accuracy": accuracy})
+    return accuracy

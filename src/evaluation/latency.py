@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import json
+import os
 import sys
+import tempfile
 import time
 import warnings
 import weakref
@@ -36,8 +39,8 @@ from src.compute import runtime
 from src.evaluation.trained_run import load_run
 from src.models.transformer import Transformer
 from src.spec import command_line
-from src.spec.progress import Progress
-from src.storage.run_dir import write_json
+from src.spec.progress import Progress, say
+from src.storage.run_dir import open_lock_file, write_json
 
 MIB = 2**20
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,11 +53,6 @@ Step = Callable[[], Tensor]
 
 
 # --------------------------------------------------------------------------------------- numbers
-
-
-def median_interval(samples: FloatArray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the median of (R,) samples."""
-    return _percentiles(_resampled_medians(samples, _draws(len(samples), seed)))
 
 
 def ratio_interval(ours: FloatArray, baseline: FloatArray, seed: int = 0) -> tuple[float, float]:
@@ -100,11 +98,12 @@ def time_interleaved(
 ) -> dict[str, FloatArray]:
     """Milliseconds (R,) of each step; every repeat runs all steps, so that drift hits all alike.
 
-    Device events around one synchronised call on CUDA, the monotonic clock on a CPU.
+    Device events around one synchronised call on CUDA, the monotonic clock on a CPU. One process
+    of a machine at a time.
     """
     once = _time_cuda if device.type == "cuda" else _time_cpu
     found = {name: np.empty(repeats) for name in steps}
-    with Progress(label, warmup + repeats, "rounds") as progress:
+    with _alone_on_this_machine(label), Progress(label, warmup + repeats, "rounds") as progress:
         for _ in range(warmup):
             for step in steps.values():
                 once(step)
@@ -114,6 +113,22 @@ def time_interleaved(
                 found[name][repeat] = once(step)
             progress.advance()
     return found
+
+
+@contextlib.contextmanager
+def _alone_on_this_machine(label: str) -> Iterator[None]:
+    """Waits until no other process of this user measures here; a dead process's lock is free."""
+    path = Path(tempfile.gettempdir()) / f"latency-measurement-{os.getuid()}.lock"
+    lock = open_lock_file(path)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(label, "waiting for another process that measures here")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _time_cpu(step: Step) -> float:
@@ -146,12 +161,11 @@ def _last_logits(model: Transformer, prompt: Tensor) -> Tensor:
 def _steps(
     model: Transformer, device: torch.device, cache_dtype: torch.dtype, lengths: Sequence[int]
 ) -> dict[str, Step]:
-    """What is timed: prefill to last-token logits and to all logits, and one decoded token."""
-    steps: dict[str, Step] = {}
-    for length in lengths:
-        prompt = _prompt(model, length, device)
-        steps[f"l{length}"] = functools.partial(_last_logits, model, prompt)
-        steps[f"full_l{length}"] = functools.partial(model, prompt)
+    """What is timed: prefill to last-token logits, and one decoded token."""
+    steps: dict[str, Step] = {
+        f"l{length}": functools.partial(_last_logits, model, _prompt(model, length, device))
+        for length in lengths
+    }
     longest = max(lengths)
     cache = model.new_cache(1, longest, cache_dtype)
     model.hidden(_prompt(model, longest - 1, device), cache)
@@ -269,12 +283,10 @@ def _memory(
     cache = model.new_cache(1, longest, cache_dtype).nbytes() / MIB
     process = runtime.peak_memory_mib(device)  # before the counters below are reset
     activations = peak_bytes(steps[f"l{longest}"], device) / MIB
-    full = peak_bytes(steps[f"full_l{longest}"], device) / MIB
     return {
         "weights_mib": weights,
         "kv_cache_mib": cache,
         "activations_mib": activations,
-        "activations_full_logits_mib": full,
         "peak_memory_mib": weights + cache + activations,
         "process_peak_memory_mib": process,
     }
@@ -296,9 +308,8 @@ def measure(
 ) -> dict[str, Any]:
     """Latency and memory of `model` at batch size 1, as flat keys with units.
 
-    latency_ms_{p50,p95,p50_low,p50_high}_l<L>: prefill of L tokens to last-token logits, median,
-    95th percentile and 95 % interval of the median; latency_full_logits_ms_..._l<L>: to all
-    logits; decode_ms_per_token_...: one token after the longest L - 1, with a KV cache.
+    latency_ms_{p50,p95}_l<L>: prefill of L tokens to last-token logits, median and 95th percentile;
+    decode_ms_per_token_...: one token after the longest L - 1, with a KV cache.
     peak_memory_mib = weights_mib (float32, as held) + kv_cache_mib (longest L) + activations_mib
     (prefill of the longest L); process_peak_memory_mib is the whole process, training included.
     `compiled` adds latency_compiled_ms_... and decode_compiled_ms_... on CUDA (minutes of
@@ -349,20 +360,14 @@ def _inference(device: torch.device, autocast_dtype: torch.dtype | None) -> Iter
 
 
 def _summary(name: str, samples: FloatArray) -> dict[str, float]:
-    low, high = median_interval(samples)
-    values = {
-        "p50": float(np.median(samples)),
-        "p95": float(np.percentile(samples, 95)),
-        "p50_low": low,
-        "p50_high": high,
-    }
+    values = {"p50": float(np.median(samples)), "p95": float(np.percentile(samples, 95))}
     return {_key(name, statistic): value for statistic, value in values.items()}
 
 
 def _key(name: str, statistic: str) -> str:
     """`l128` -> latency_ms_p50_l128; `compiled_decode` -> decode_compiled_ms_per_token_p50."""
     kind, _, rest = name.rpartition("_")
-    kind = {"": "", "full": "full_logits_", "compiled": "compiled_"}[kind]
+    kind = f"{kind}_" if kind else ""
     if rest == "decode":
         return f"decode_{kind}ms_per_token_{statistic}"
     return f"latency_{kind}ms_{statistic}_{rest}"
@@ -383,7 +388,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Ratios ours / baseline of the medians, both models interleaved in this process.
 
-    For each of l<L>, full_l<L> and decode: ours_ms_p50, baseline_ms_p50, ratio, ratio_low,
+    For each of l<L> and decode: ours_ms_p50, baseline_ms_p50, ratio, ratio_low,
     ratio_high (95 %, repeats drawn in pairs) and the verdict at the 3 % margin.
     """
     device = torch.device(device)

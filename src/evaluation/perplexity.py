@@ -1,36 +1,22 @@
-"""Perplexity and its tokenizer-free relatives, and the scorer that all of evaluation uses.
+"""Perplexity and its tokenizer-free relatives, over whole documents.
 
-Shapes: R rows (windows of tokens), Q queries (one target at one position of one row),
-N queries of one batch, V vocabulary, D documents. Nats everywhere; bits only in the last division.
+Shapes: Q scored targets, D documents. Nats everywhere; bits only in the last division.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from src.spec.progress import Progress
+from src.evaluation.scoring import IntArray, LanguageModel, score_positions
 
-IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
-
-
-class LanguageModel(Protocol):
-    """What scoring needs of a model; `src.models.transformer.Transformer` is one."""
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, width); position t sees tokens 0..t only."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., width) -> (..., V)."""
 
 
 # ---------------------------------------------------------------------------------- pure numbers
@@ -77,98 +63,7 @@ def compare_token_perplexity(ours: TokenPerplexity, baseline: TokenPerplexity) -
     return ours.value / baseline.value
 
 
-# --------------------------------------------------------------------------------------- scoring
-
-
-def score_positions(
-    model: LanguageModel,
-    rows: Sequence[NDArray[Any]],
-    queries: IntArray,
-    *,
-    device: torch.device | str,
-    autocast_dtype: torch.dtype | None,
-    greedy: bool = False,
-    batch_tokens: int | None = None,
-    label: str = "scoring",
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Nats of chosen targets, each after its row's tokens up to and with its position.
-
-    rows: R arrays of token ids. queries: (Q, 3) of row, position, target, sorted by row.
-    Returns (Q,) -log p(target | row[: position + 1]) and (Q,) whether the target is the most
-    likely token (all False unless `greedy` asks for it). `autocast_dtype` None or float32 computes
-    in float32. Rows are padded on the right, which a causal model cannot see, and batched by
-    length; only queried positions reach the head, a chunk at a time, so that float32 logits of a
-    batch never exist. `label` names the progress.
-    """
-    device = torch.device(device)
-    on_cpu = device.type == "cpu"
-    batch_tokens = batch_tokens or (4_096 if on_cpu else 65_536)
-    first_query = np.searchsorted(queries[:, 0], np.arange(len(rows) + 1))
-    nats = torch.empty(len(queries), device=device)
-    hits = torch.zeros(len(queries), dtype=torch.bool, device=device)
-    low = autocast_dtype not in (None, torch.float32)
-    # no_grad and not inference_mode: tensors that the model caches here (RoPE tables) must stay
-    # usable in training. One autocast context, so that weights are cast once for all batches.
-    autocast = torch.autocast(device.type, autocast_dtype, enabled=low)
-    lengths = [len(row) for row in rows]
-    progress = Progress(label, sum(lengths), "tokens")
-    with torch.no_grad(), autocast, uncompiled(model), progress:
-        for batch in _batches(lengths, batch_tokens):
-            tokens, index = _collate(rows, batch, first_query)
-            wanted = queries[index]
-            width = tokens.shape[1]
-            row_in_batch = np.repeat(np.arange(len(batch)), np.diff(first_query)[batch])
-            flat = torch.from_numpy(row_in_batch * width + wanted[:, 1]).to(device)
-            targets = torch.from_numpy(wanted[:, 2]).to(device)
-            hidden = model.hidden(torch.from_numpy(tokens).to(device)).flatten(0, 1)[flat]
-            where = torch.from_numpy(index).to(device)
-            chunk = 256 if on_cpu else 4_096
-            nats[where], hits[where] = _head_nats(model, hidden, targets, chunk, greedy)
-            progress.advance(sum(lengths[row] for row in batch))
-    return nats.cpu().numpy(), hits.cpu().numpy()
-
-
-def uncompiled(model: object) -> contextlib.AbstractContextManager[Any]:
-    """Blocks compiled for training's one shape must not be compiled anew for each of ours."""
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    if any(module._compiled_call_impl is not None for module in modules):
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[IntArray]:
-    """Row numbers in batches of at most `batch_tokens` padded tokens, longest first."""
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
-
-
-def _collate(
-    rows: Sequence[NDArray[Any]], batch: IntArray, first_query: IntArray
-) -> tuple[IntArray, IntArray]:
-    """Padded tokens (B, T) of the rows in `batch`, and the numbers of their queries."""
-    tokens = np.zeros((len(batch), len(rows[batch[0]])), dtype=np.int64)
-    for i, row in enumerate(batch):
-        tokens[i, : len(rows[row])] = rows[row]
-    index = [np.arange(first_query[row], first_query[row + 1]) for row in batch]
-    return tokens, np.concatenate(index)
-
-
-def _head_nats(
-    model: LanguageModel, hidden: Tensor, targets: Tensor, chunk: int, greedy: bool
-) -> tuple[Tensor, Tensor]:
-    """(N, width), (N,) -> nats (N,) and greedy hits (N,), softmax in float32."""
-    nats, hits = [], []
-    for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = model.logits(part)  # (chunk, V)
-        # logsumexp would take 3 times as long on a CPU.
-        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        nats.append(-log_p.gather(1, target[:, None])[:, 0])
-        hits.append(logits.argmax(-1) == target if greedy else torch.zeros_like(target).bool())
-    return torch.cat(nats), torch.cat(hits)
+# ------------------------------------------------------------------------------------- documents
 
 
 def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -27,6 +27,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from src.compute import runtime
+from src.data.requests import (
+    HELD_OUT_PROMPTS,
+    Request,
+    encode_requests,
+    held_out_pairs,
+    own_pairs,
+)
 from src.data.tasks import (
     TASKS_FILE,
     Item,
@@ -37,17 +44,14 @@ from src.data.tasks import (
     load_items,
     load_tasks,
 )
-from src.evaluation.perplexity import LanguageModel, score_positions, windows
+from src.evaluation.perplexity import windows
+from src.evaluation.scoring import LanguageModel, score_positions
 from src.evaluation.trained_run import load_run
 from src.models.transformer import Transformer
 from src.spec import command_line
 from src.spec.config import ModelConfig
 from src.storage.run_dir import write_atomic
 
-EOT = "<|endoftext|>"
-# Other items' prompts under which an item's own choices are scored for the calibration. Each costs
-# as much as the multiple-choice tasks themselves: a quarter of the whole list.
-HELD_OUT_PROMPTS = 1
 # Differences of float32 log-probabilities below this are rounding, not preference.
 CALIBRATED_TIE = 1e-6
 
@@ -57,44 +61,9 @@ FloatArray = NDArray[np.float64]
 # ----------------------------------------------------------------------------------- log-likelihood
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """A continuation to score: token ids, and how many of them are the context."""
-
-    ids: tuple[int, ...]
-    context: int
-
-
-def encode_requests(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[_Request]:
-    """Tokenise (context, continuation) pairs as lm-evaluation-harness does.
-
-    The two are encoded together and the continuation is what follows the context's own tokens;
-    blanks that end the context belong to the continuation; an empty context is the
-    beginning-of-text token.
-    """
-    eot = tokenizer.token_to_id(EOT)
-    if eot is None:
-        raise ValueError(f"the tokenizer: found no token {EOT}, expected it as beginning of text")
-    contexts = sorted({context.rstrip() for context, _ in pairs})
-    encoded = tokenizer.encode_batch(contexts)
-    lengths = {text: len(e.ids) for text, e in zip(contexts, encoded, strict=True)}
-    wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
-    requests = []
-    for (context, continuation), whole in zip(pairs, wholes, strict=True):
-        used = lengths[context.rstrip()]
-        if len(whole.ids) <= used:
-            raise ValueError(
-                f"the continuation {continuation!r} has no token of its own after "
-                f"{context[-40:]!r}; give the task a target_delimiter that separates them"
-            )
-        prefix = () if used else (eot,)
-        requests.append(_Request((*prefix, *whole.ids), max(used, 1)))
-    return requests
-
-
 def score_requests(
     model: LanguageModel,
-    requests: Sequence[_Request],
+    requests: Sequence[Request],
     *,
     context: int,
     device: torch.device | str,
@@ -134,6 +103,7 @@ def score_requests(
         device=device,
         autocast_dtype=autocast_dtype,
         greedy=True,
+        share_prefixes=True,
         batch_tokens=batch_tokens,
         label=label,
     )
@@ -143,7 +113,7 @@ def score_requests(
     return scores, misses == 0
 
 
-def _pieces(request: _Request, context: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+def _pieces(request: Request, context: int) -> list[tuple[Sequence[int], Sequence[int]]]:
     """(inputs, targets) whose targets are the last inputs' successors."""
     ids, continuation = request.ids, len(request.ids) - request.context
     if continuation <= context:
@@ -211,18 +181,6 @@ def calibrated_by_halves(scores: Sequence[FloatArray], golds: Sequence[int]) -> 
         chosen = np.asarray(golds)[half]
         credits[half] = [credit(s, g, CALIBRATED_TIE) for s, g in zip(shifted, chosen, strict=True)]
     return credits.tolist()
-
-
-def _held_out_pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
-    """Every item's choices under the prompts of other items, evenly spaced over the list."""
-    count = len(items)
-    shifts = [round(count * (k + 1) / (HELD_OUT_PROMPTS + 1)) for k in range(HELD_OUT_PROMPTS)]
-    return [
-        (items[(i + shift) % count].prompt, item.delimiter + choice)
-        for i, item in enumerate(items)
-        for shift in shifts
-        for choice in item.choices
-    ]
 
 
 @dataclass(slots=True)
@@ -334,12 +292,15 @@ def evaluate(
     task that the training text contains; they are dropped and counted. None: nothing is known of
     the training text, nothing dropped, and the counts are None. `items_path` receives one JSON
     line an item. Returns "accuracy" (the mean over tasks; the members of a group are
-    averaged first, so that a group weighs as much as a task), "accuracy_se", "tasks" by name,
-    "contaminated_items", "missing_tasks". Raises ValueError for unusable tasks or data, and for
+    averaged first, so that a group weighs as much as a task), "accuracy_se" and "chance" likewise,
+    "items" (scored), "tasks" by name, "contaminated_items", "missing_tasks" and
+    "contaminated_tasks", of which the training text contains every item: these keep their rows,
+    with n 0, and stand in no mean. Raises ValueError for unusable tasks or data, and for
     scores that are not numbers.
     """
     kept: list[tuple[Task, list[Item]]] = []
-    contaminated: dict[str, int] = {}
+    listed: list[Task] = []
+    dropped: dict[str, int | None] = {}
     missing: list[str] = []
     for task in tasks:
         items = load_items(task, data_dir, limit=limit, full=full)
@@ -347,7 +308,8 @@ def evaluate(
             missing.append(task.name)
             continue
         clean = [item for item in items if item.row not in (exclude or {}).get(task.name, ())]
-        contaminated[task.name] = len(items) - len(clean)
+        listed.append(task)
+        dropped[task.name] = None if exclude is None else len(items) - len(clean)
         if clean:
             kept.append((task, clean))
     scored = _score_tasks(
@@ -362,23 +324,21 @@ def evaluate(
     )
     if items_path is not None:
         write_atomic(items_path, _item_lines(scored))
-    rows = {
-        entry.task.name: {
-            **entry.summary(),
-            "contaminated": None if exclude is None else contaminated[entry.task.name],
-        }
-        for entry in scored
-    }
-    units = _units(scored, rows)
-    accuracies = [row["accuracy"] for row in units.values()]
-    errors = [row["accuracy_se"] for row in units.values()]
+    rows = {entry.task.name: entry.summary() for entry in scored}
+    rows = {name: rows.get(name, _UNSCORED) | {"contaminated": n} for name, n in dropped.items()}
+    units = _units(listed, rows)
+    counted = [row for row in units.values() if row["n"]]
+    errors = [row["accuracy_se"] for row in counted]
     known = errors and None not in errors
     return {
-        "accuracy": float(np.mean(accuracies)) if accuracies else None,
+        "accuracy": float(np.mean([row["accuracy"] for row in counted])) if counted else None,
         "accuracy_se": math.hypot(*errors) / len(errors) if known else None,
+        "chance": float(np.mean([row["chance"] for row in counted])) if counted else None,
+        "items": sum(row["n"] for row in counted),
         "tasks": units,
         # Without a leakage report the number is unknown, not 0.
-        "contaminated_items": None if exclude is None else sum(contaminated.values()),
+        "contaminated_items": None if exclude is None else sum(dropped.values()),
+        "contaminated_tasks": [name for name, row in rows.items() if not row["n"]],
         "missing_tasks": missing,
     }
 
@@ -412,12 +372,9 @@ def _score_tasks(
     pairs: list[tuple[str, str]] = []
     held: list[bool] = []
     for _, items in kept:
-        own = [(i.prompt, i.delimiter + choice) for i in items for choice in i.choices]
-        # Other prompts say something only where prompts differ, and labels are calibrated for
-        # nothing from the scores that are there anyway.
-        wants = len(items[0].choices) > 1 and not fixed_labels(items)
-        held.append(wants and len({item.prompt for item in items}) > HELD_OUT_PROMPTS)
-        pairs += own + (_held_out_pairs(items) if held[-1] else [])
+        others = held_out_pairs(items)
+        held.append(bool(others))
+        pairs += own_pairs(items) + others
     if not pairs:
         return []
     requests = encode_requests(tokenizer, pairs)
@@ -470,13 +427,15 @@ def _item_lines(scored: Sequence[_TaskScores]) -> bytes:
     return "".join(lines).encode()
 
 
-def _units(
-    scored: Sequence[_TaskScores], rows: Mapping[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
+# The row of a task without an item that the training text does not hold.
+_UNSCORED: dict[str, Any] = {"n": 0, "accuracy": None, "accuracy_se": None, "chance": None}
+
+
+def _units(listed: Sequence[Task], rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Tasks as they enter the mean: a group's members averaged, and listed inside it."""
     members: dict[str, list[str]] = {}
-    for entry in scored:
-        members.setdefault(entry.task.unit, []).append(entry.task.name)
+    for task in listed:
+        members.setdefault(task.unit, []).append(task.name)
     return {
         unit: rows[unit] if names == [unit] else _group({name: rows[name] for name in names})
         for unit, names in members.items()
@@ -484,11 +443,13 @@ def _units(
 
 
 def _group(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Means over the members, each weighing the same; counts add up."""
-    first = next(iter(rows.values()))
+    """Means over the members that were scored, each weighing the same; counts add up over all."""
+    counted = [row for row in rows.values() if row["n"]] or list(rows.values())
     merged: dict[str, Any] = {}
-    for key in first:
-        values: list[Any] = [row.get(key) for row in rows.values()]
+    for key in counted[0]:
+        values: list[Any] = [row.get(key) for row in counted]
+        if key == "contaminated":
+            values = [row[key] for row in rows.values()]
         if None in values:
             merged[key] = None
         elif key in ("n", "ties", "cut_prompts", "contaminated"):
@@ -500,7 +461,7 @@ def _group(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         else:
             merged[key] = float(np.mean(values))
     merged["members"] = {
-        name: {key: row[key] for key in ("n", "accuracy", "accuracy_se", "gold_margin")}
+        name: {key: row.get(key) for key in ("n", "accuracy", "accuracy_se", "gold_margin")}
         for name, row in rows.items()
     }
     return merged

@@ -35,7 +35,13 @@ RUN_SUFFIX = re.compile(
 PHASES = ("rank", "full")
 # What a ranking run measures, whatever the file says for full runs: dev perplexity decides, and
 # test is scored once, at the end. On a GPU the rest would take longer than 5M tokens of training.
-RANKING = {"metrics": ("perplexity",), "test": False, "outside_dir": None, "latency": False}
+RANKING = {
+    "metrics": ("perplexity",),
+    "test": False,
+    "outside_dir": None,
+    "blimp_full": False,
+    "latency": False,
+}
 SMALLBENCH_TASKS = Path(__file__).resolve().parents[2] / "configs" / "smallbench.yaml"
 METRICS = ("perplexity", "smallbench_accuracy")
 DEFAULT_SHARE = 0.35
@@ -165,6 +171,10 @@ class EvaluationConfig:
     smallbench_dir: str = key("data/smallbench", "a directory")
     smallbench_tasks: str | None = key(None, "a task list, or null for configs/smallbench.yaml")
     smallbench_limit: int | None = key(None, "items a task above 0, or null", lambda v: v > 0)
+    # The same model untrained on the same items: what the tasks give away for nothing.
+    smallbench_untrained: bool = key(True, "true or false")
+    # Every row of the list's BLiMP tasks (67,000), in runs at the full budget.
+    blimp_full: bool = key(False, "true or false")
     leakage: str | None = key(None, "a file of scripts/check_leakage.py, or null to look for it")
     test: bool = key(True, "true or false")
     # None: the whole of dev and test; else the first documents with so many tokens.

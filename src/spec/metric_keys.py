@@ -67,8 +67,10 @@ def _count(name: str, unit: str, meaning: str, *, summary: bool = False) -> Key:
     return Key(name, "integer", unit, meaning, summary)
 
 
-def _number(name: str, unit: str, meaning: str, *, summary: bool = False) -> Key:
-    return Key(name, "number", unit, meaning, summary)
+def _number(
+    name: str, unit: str, meaning: str, *, summary: bool = False, csv_only: bool = False
+) -> Key:
+    return Key(name, "number", unit, meaning, summary, csv_only)
 
 
 def _losses(split: str, first: str) -> list[Key]:
@@ -107,6 +109,15 @@ def _latency(kind: str, statistics: Mapping[str, str], what: str) -> list[Key]:
     return found
 
 
+def _ratios(length: int) -> list[Key]:
+    """What one process measured in turns: only that compares two runs."""
+    return [
+        _number(f"latency_ratio_l{length}", "factor", f"median at L = {length} over that of `latency_ratio_to`; 1 for that run itself", csv_only=True),
+        _number(f"latency_ratio_low_l{length}", "factor", "lower end of its 95 % interval", csv_only=True),
+        _number(f"latency_ratio_high_l{length}", "factor", "upper end", csv_only=True),
+    ]  # fmt: skip
+
+
 def _decode(kind: str, statistics: Mapping[str, str], what: str) -> list[Key]:
     return [
         _number(f"decode_{kind}ms_per_token_{name}", "ms/token", meaning.format(what))
@@ -117,8 +128,6 @@ def _decode(kind: str, statistics: Mapping[str, str], what: str) -> list[Key]:
 _STATISTICS = {
     "p50": "median of {}",
     "p95": "95th percentile of {}",
-    "p50_low": "lower end of the median's 95 % bootstrap interval, {}",
-    "p50_high": "upper end, {}",
 }
 
 SECTIONS: dict[str, tuple[Key, ...]] = {
@@ -187,21 +196,29 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         *_outside("test"),
         _number("smallbench_accuracy", "share, 0 to 1", "mean over tasks", summary=True),
         _number("smallbench_accuracy_se", "share", "its standard error", summary=True),
+        _number("smallbench_chance", "share", "what guessing gets: the mean over the same tasks", summary=True),
+        _number("smallbench_untrained_accuracy", "share", "the same model untrained (seed 0) on the same items; `null` where `evaluation.smallbench_untrained` is false", summary=True),
+        _count("smallbench_items", "items", "scored, over all tasks"),
         _count("smallbench_tasks", "tasks", "in that mean; a group of tasks counts as one"),
         _text("smallbench_missing_tasks", "names of listed tasks without rows here, joined by a space; `null` where all have them"),
+        _text("smallbench_contaminated_tasks", "names of tasks of which the train split holds every item: n 0, in no mean; `null` where there are none"),
         _count("smallbench_limit", "items", "most a task; `null`: the task list's own `n`"),
         _count("smallbench_contaminated_items", "items", "dropped because the train split holds them; `null` without a leakage report"),
+        _number("blimp_accuracy", "share", "mean over all BLiMP paradigms, every row of each (67,000); the next two likewise, `null` without `evaluation.blimp_full`"),
+        _number("blimp_accuracy_se", "share", "its standard error"),
+        _count("blimp_items", "items", "scored"),
     ),
     "speed": (
         *_latency("", _STATISTICS, "to the last token's logits"),
-        *_latency("full_logits_", _STATISTICS, "to the logits of all tokens"),
         *_latency("compiled_", _STATISTICS, "to the last token's logits, compiled blocks in CUDA graphs"),
+        _text("latency_ratio_to", "the run that was measured in turns with this one, in one process (`latency/`)", csv_only=True),
+        *_ratios(128),
+        *_ratios(512),
         *_decode("", _STATISTICS, "a decoding step"),
         *_decode("compiled_", _STATISTICS, "a compiled decoding step in a CUDA graph"),
         _number("weights_mib", "MiB", "parameters as held: float32"),
         _number("kv_cache_mib", "MiB", "keys and values of the longest L measured"),
         _number("activations_mib", "MiB", "peak of a prefill of the longest L, to the last token's logits"),
-        _number("activations_full_logits_mib", "MiB", "the same with the logits of all tokens"),
         _number("peak_memory_mib", "MiB", "weights + cache + activations; the winner rule's memory", summary=True),
         _number("process_peak_memory_mib", "MiB", "most the process has held, training included"),
     ),

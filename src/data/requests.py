@@ -1,0 +1,77 @@
+"""What is asked of a model about items: pairs of context and continuation, and their token ids.
+
+The conventions are those of lm-evaluation-harness 0.4.13. Imports no torch, so that a run's
+preflight can encode every item before it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from src.data.tasks import Item, fixed_labels
+
+EOT = "<|endoftext|>"
+# Other items' prompts under which an item's own choices are scored for the calibration.
+HELD_OUT_PROMPTS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A continuation to score: token ids, and how many of them are the context."""
+
+    ids: tuple[int, ...]
+    context: int
+
+
+def own_pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
+    """Every item's choices under its own prompt."""
+    return [(item.prompt, item.delimiter + choice) for item in items for choice in item.choices]
+
+
+def held_out_pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
+    """Every item's choices under the prompts of other items, evenly spaced over the list.
+
+    Empty where that says nothing: for choices that stand alone, for equal prompts, and for labels,
+    which are calibrated for nothing from the scores that are there anyway.
+    """
+    count = len(items)
+    alone = any(len(item.choices) == 1 for item in items)
+    if alone or fixed_labels(items) or len({item.prompt for item in items}) <= HELD_OUT_PROMPTS:
+        return []
+    shifts = [round(count * (k + 1) / (HELD_OUT_PROMPTS + 1)) for k in range(HELD_OUT_PROMPTS)]
+    return [
+        (items[(i + shift) % count].prompt, item.delimiter + choice)
+        for i, item in enumerate(items)
+        for shift in shifts
+        for choice in item.choices
+    ]
+
+
+def encode_requests(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+    """Tokenise (context, continuation) pairs as lm-evaluation-harness does.
+
+    The two are encoded together and the continuation is what follows the context's own tokens;
+    blanks that end the context belong to the continuation; an empty context is the
+    beginning-of-text token.
+    """
+    eot = tokenizer.token_to_id(EOT)
+    if eot is None:
+        raise ValueError(f"the tokenizer: found no token {EOT}, expected it as beginning of text")
+    contexts = sorted({context.rstrip() for context, _ in pairs})
+    encoded = tokenizer.encode_batch(contexts)
+    lengths = {text: len(e.ids) for text, e in zip(contexts, encoded, strict=True)}
+    wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
+    requests = []
+    for (context, continuation), whole in zip(pairs, wholes, strict=True):
+        used = lengths[context.rstrip()]
+        if len(whole.ids) <= used:
+            raise ValueError(
+                f"the continuation {continuation!r} has no token of its own after "
+                f"{context[-40:]!r}; give the task a target_delimiter that separates them"
+            )
+        prefix = () if used else (eot,)
+        requests.append(Request((*prefix, *whole.ids), max(used, 1)))
+    return requests

@@ -1,0 +1,96 @@
+"""Latency ratios: only what one process measured in turns is compared, in table and figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib import pyplot as plt
+
+from src.analysis import run_plots
+from src.analysis.latency_ratios import read_ratios, side_by_side
+from src.analysis.report_tables import metrics_table
+
+
+def write(log_dir: Path, ours: str, baseline: str, ratio: float) -> None:
+    row = {"ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
+    content = {"ours": ours, "baseline": baseline, "comparison": {"l128": row, "l512": row}}
+    (log_dir / "latency").mkdir(exist_ok=True)
+    path = log_dir / "latency" / f"{ours}-against-{baseline}.json"
+    path.write_text(json.dumps(content))
+
+
+def test_ratios_are_to_the_baseline_of_most_comparisons(tmp_path: Path) -> None:
+    write(tmp_path, "a", "base", 0.8)
+    write(tmp_path, "b", "base", 1.1)
+    write(tmp_path, "b", "a", 1.4)
+    (tmp_path / "latency" / "other.json").write_text("{}")
+    found = read_ratios(tmp_path)
+    assert {run: row["latency_ratio_l128"] for run, row in found.items()} == {
+        "a": 0.8,
+        "b": 1.1,
+        "base": 1.0,
+    }
+    assert found["b"]["latency_ratio_to"] == found["a"]["latency_ratio_to"] == "base"
+    assert (found["b"]["latency_ratio_low_l512"], found["b"]["latency_ratio_high_l512"]) == (
+        pytest.approx(1.09),
+        pytest.approx(1.11),
+    )
+    assert side_by_side([[found["a"]], [{}, found["base"]], [{}]]) == "base"
+    assert side_by_side([[found["a"]], [{}], []]) is None
+
+
+def rows(with_ratio: bool) -> list[dict[str, Any]]:
+    """The slow model measured on an idle machine, the fast one's seeds beside other runs."""
+    common = {"status": "finished", "phase": "full", "sweep": "s", "tokens": 1000, "corpus": "c",
+              "device_name": "d"}  # fmt: skip
+    made: list[dict[str, Any]] = [
+        common | {"experiment": name, "seed": seed, "run": f"{name}-{seed}", "baseline": base,
+                  "test_bits_per_byte": bits, "latency_ms_p50_l128": ms,
+                  "latency_ms_p50_l512": 2 * ms}
+        for name, base, bits, times in (
+            ("slow", True, 1.2, (10.0, 10.1)), ("fast", False, 1.0, (8.5, 27.8)))
+        for seed, ms in enumerate(times)
+    ]  # fmt: skip
+    if with_ratio:
+        for place, ratio in ((0, 1.0), (2, 0.7)):
+            made[place] |= {"latency_ratio_to": "slow-0", "latency_ratio_l128": ratio,
+                            "latency_ratio_l512": ratio}  # fmt: skip
+    return made
+
+
+def drawn(made: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    kept = []
+    monkeypatch.setattr(run_plots, "save", lambda figure, _: kept.append(figure))
+    run_plots.pareto_figure(made, path)
+    return kept[0].axes[1]
+
+
+def test_the_front_is_of_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ax = drawn(rows(True), tmp_path / "x.png", monkeypatch)
+    points = {
+        line.get_xdata()[0]: line.get_ydata()[0] for line in ax.lines if line.get_marker() != "None"
+    }
+    assert points == {1.0: 1.2, 0.7: 1.0}
+    (front,) = [line for line in ax.lines if line.get_marker() == "None"]
+    assert list(front.get_xdata()) == [0.7]
+    plt.close("all")
+
+
+def test_without_ratios_every_seed_is_a_point_and_there_is_no_front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ax = drawn(rows(False), tmp_path / "x.png", monkeypatch)
+    assert sorted(line.get_xdata()[0] for line in ax.lines) == [8.5, 10.0, 10.1, 27.8]
+    assert all(line.get_marker() != "None" for line in ax.lines)
+    assert "no front" in ax.get_xlabel()
+    plt.close("all")
+
+
+def test_the_table_shows_ratios_and_else_the_range() -> None:
+    line = [text for text in metrics_table(rows(True)).splitlines() if "| fast |" in text][0]
+    assert "x 0.70" in line and "ms" not in line
+    line = [text for text in metrics_table(rows(False)).splitlines() if "| fast |" in text][0]
+    assert "8.5 to 27.8 ms" in line and "17.0 to 55.6 ms" in line
