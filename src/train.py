@@ -573,7 +573,6 @@ def _curve(path: Path) -> list[tuple[int, float]]:
 
 
 def _comparable(mine: Path, baseline: Path) -> bool:
-    """Same schedule, batches and dev windows, so that equal tokens mean equal conditions."""
     try:
         ours, theirs = (
             yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
@@ -581,9 +580,7 @@ def _comparable(mine: Path, baseline: Path) -> bool:
         )
     except FileNotFoundError:
         return False
-    keys = ("tokens", "batch_size", "seq_len", "eval_every_tokens", "dev_tokens")
-    same = all(ours["training"][key] == theirs["training"][key] for key in keys)
-    return same and ours["data_sha256"] == theirs["data_sha256"]
+    return kill_rule.comparable(ours, theirs)
 
 
 def _kill_row(step: int, training: TrainingConfig, verdict: kill_rule.Verdict) -> dict[str, Any]:

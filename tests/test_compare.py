@@ -107,6 +107,10 @@ def test_one_run_named_twice_counts_once(tmp_path: Path, capsys) -> None:
     assert str(copy) in again["notes"][0] and "counts once" in again["sentence"]
     other = write_run(tmp_path / "other", 1, 0.2)
     assert "seed 1 again" in refused([*arguments, str(other)], capsys)
+    silent = write_run(tmp_path / "silent", 2, 0.1, compute=None)  # of an older build
+    twice = write_run(tmp_path / "silent again", 2, 0.1, compute=None)
+    unlike = found([*arguments, str(silent), str(twice), "--unlike"], capsys)
+    assert len(unlike["notes"]) == 1 and str(twice) in unlike["notes"][0]
 
 
 def test_other_pairs_of_the_study_tell_the_seed_noise(tmp_path: Path, capsys) -> None:

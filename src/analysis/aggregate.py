@@ -19,11 +19,11 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.analysis import bundle
+from src.analysis import bundle, kill_table
 from src.analysis.report_tables import fill, tables
 from src.analysis.run_csv import Row, details_path, read_csv, unlisted, write_csv
 from src.analysis.run_joins import STATUSES
@@ -88,15 +88,21 @@ def _run(options: argparse.Namespace) -> int:
     if options.report is not None and not options.report.is_file():
         raise ValueError(f"--report {options.report} is not a file: write the report first.")
     rows = _rows_from_csv(options.from_csv) if options.from_csv else _rows_from_logs(options)
+    source = kill_table.publication(options.from_csv) if options.from_csv else kill_table.logs
+    kills = None if source is None else kill_table.judged(rows, source)
     filled = None
     if options.report is not None:  # first, so that a bad marker is refused before anything else
         study = _read_study(options.study or options.log_dir / "study.json", options.study)
-        filled = _filled(options.report, rows, study)
+        filled = _filled(options.report, tables(rows, study, kills))
     status = 0
     if options.from_csv is None and not options.check:
         write_csv(rows, options.output)
         write_json(options.output.with_name(bundle.NAME), bundle.bundle(rows, options.log_dir))
         _summarise(rows, options.output)
+        for sentence in (
+            (kill_table.summary(kills), *kill_table.differences(kills)) if kills else ()
+        ):
+            print(f"  kill rule: {sentence}")
         if not options.no_figures:
             status = _draw(rows, options.output.parent, options.metric)
     if filled is not None:
@@ -196,9 +202,9 @@ def _read_study(path: Path, asked: Path | None) -> dict[str, Any] | None:
     return study
 
 
-def _filled(path: Path, rows: Sequence[Row], study: dict[str, Any] | None) -> str:
+def _filled(path: Path, made: Mapping[str, str]) -> str:
     try:
-        return fill(path.read_text(encoding="utf-8"), tables(rows, study))
+        return fill(path.read_text(encoding="utf-8"), made)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

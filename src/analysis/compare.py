@@ -24,6 +24,7 @@ import numpy as np
 
 from src.analysis import intervals, repeats
 from src.evaluation import perplexity
+from src.spec import run_identity
 from src.spec.command_line import OK, Parser, refuse
 
 
@@ -38,13 +39,6 @@ class Run:
     nats: intervals.Floats
     tokens: intervals.Floats
     bytes: intervals.Floats
-
-
-# Equal for runs of one configuration, whatever their names: what was built, and how it was trained.
-CONFIGURATION = (
-    "model_digest", "data_sha256", "tokens", "batch_size", "seq_len", "learning_rate",
-    "embedding_lr_ratio",
-)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,7 +159,7 @@ def _side(runs: Sequence[Run], notes: list[str]) -> dict[repeats.Label, Run]:
         same = found.setdefault(run.label, run)
         if same is run:
             continue
-        if run.label[1] is None or not np.array_equal(run.nats, same.nats):
+        if not np.array_equal(run.nats, same.nats):
             raise ValueError(
                 f"{run.path}: found seed {run.label[0]} again (it is {same.path}'s) with other "
                 "losses, expected each seed once; name one of them"
@@ -202,7 +196,7 @@ def _read(path: Path, split: str) -> Run:
     return Run(
         path=path,
         label=(metrics["seed"], metrics.get("compute_digest")),
-        configuration=json.dumps([metrics.get(key) for key in CONFIGURATION]),
+        configuration=str(run_identity.configuration(metrics)),
         perplexity=perplexity.TokenPerplexity(
             value=perplexity.perplexity(float(nats.sum()), int(tokens.sum())),
             tokenizer_sha256=metrics["tokenizer_sha256"],

@@ -2,7 +2,7 @@
 
 A table named NAME stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; everything
 outside the markers is a person's prose and is never touched. `<!-- table:decisions -->` comes from
-`study.json`, every other table from the CSV alone.
+`study.json`, `<!-- table:kill-rule -->` from the runs' curves too, every other table from the CSV.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from src.analysis import kill_table
 from src.analysis.run_csv import Row, number
 from src.analysis.run_joins import STATUSES
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS, Request
@@ -19,10 +20,18 @@ from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS, R
 _MARKER = re.compile(r"<!-- table:(?P<name>[\w-]+) -->(?P<body>.*?)<!-- /table:(?P=name) -->", re.S)
 _OPEN = re.compile(r"<!-- table:([\w-]+) -->")
 _DASH = "–"
+_NEEDS = {
+    "decisions": " (decisions needs the study's study.json)",
+    "kill-rule": " (kill-rule needs the runs, or what was published with them beside the CSV)",
+}
 
 
-def tables(rows: Sequence[Row], study: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Every table by name. `decisions` is there only with a study."""
+def tables(
+    rows: Sequence[Row],
+    study: Mapping[str, Any] | None = None,
+    kills: Sequence[kill_table.Judged] | None = None,
+) -> dict[str, str]:
+    """Every table by name; `decisions` only with a study, `kill-rule` only where curves are."""
     made = {
         "metrics": metrics_table(rows),
         "metrics-rank": metrics_table([r for r in rows if r.get("phase") == "rank"]),
@@ -34,6 +43,9 @@ def tables(rows: Sequence[Row], study: Mapping[str, Any] | None = None) -> dict[
     }
     if study is not None:
         made["decisions"] = decisions_table(study)
+    if kills is not None:
+        made["kill-rule"] = _table(*kill_table.table(kills), "no run was judged by a kill rule")
+        made["kill-rule"] += f"\n\n{kill_table.summary(kills)}" if kills else ""
     return made
 
 
@@ -47,7 +59,7 @@ def fill(report: str, made: Mapping[str, str]) -> str:
         if name not in made:
             raise ValueError(
                 f"<!-- table:{name} --> names no table; expected one of {', '.join(sorted(made))}"
-                + (" (decisions needs the study's study.json)." if name == "decisions" else ".")
+                + f"{_NEEDS.get(name, '')}."
             )
 
     def replaced(match: re.Match[str]) -> str:

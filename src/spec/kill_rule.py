@@ -6,9 +6,9 @@ Pure functions over dev-perplexity curves; training asks after each check, the d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from src.spec.config import KillRule
 
@@ -87,6 +87,14 @@ def verdict(rule: KillRule, baseline: Curve, run: Curve) -> Verdict:
         literal_kind=literal_kind,
         literal_tokens=None if literal is None else literal.last,
     )
+
+
+def comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Of two runs' config.yaml: same schedule, batches, dev windows and data, so that equal tokens
+    mean equal conditions."""
+    keys = ("tokens", "batch_size", "seq_len", "eval_every_tokens", "dev_tokens")
+    same = all(ours["training"][key] == theirs["training"][key] for key in keys)
+    return same and bool(ours["data_sha256"] == theirs["data_sha256"])
 
 
 def can_ever_fire(rule: KillRule, total_tokens: int, eval_every_tokens: int) -> bool:

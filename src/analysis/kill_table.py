@@ -1,0 +1,174 @@
+"""What the kill rule said while runs trained, beside what it says over their whole curves.
+
+Live, the rule waits for nothing: a run that begins before its baseline is judged by less of the
+baseline's curve, or by none. Here every judged run is held against the finished baseline, and where
+it was let go on (`kill_rule.action: record`), what the rule would have saved and cost is counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from src.analysis.kill_replay import Difference, Live, ReplayedRun, live_differences, replay_kills
+from src.analysis.run_csv import Row
+from src.analysis.run_table import read_config, read_curve, read_json
+from src.spec import kill_rule
+from src.spec.config import KillRule, run_name
+from src.spec.run_identity import same_run
+
+Config = Mapping[str, Any]
+Source = Callable[[Row], tuple[Config, kill_rule.Curve]]
+"""A run's config.yaml and its dev checks, from wherever they are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """One run that the rule judged. `difference`: None where the whole curves say the same.
+
+    replayed: its end and what stopping it saves; None where it was stopped, for nobody knows how
+    it would have ended. baseline: the run whose curve was read, None where none is finished.
+    """
+
+    run: str
+    action: str
+    live: Live
+    baseline: str | None
+    difference: Difference | None
+    replayed: ReplayedRun | None
+    tokens: int
+
+
+def logs(row: Row) -> tuple[Config, kill_rule.Curve]:
+    """From the run's own directory."""
+    path = Path(row["path"])
+    return read_config(path)[0], read_curve(path)
+
+
+def publication(summary: Path) -> Source | None:
+    """From what scripts/publish_results.py put beside this CSV; None where it is not there."""
+    bundle = summary.with_name("results_bundle.json")
+    if not bundle.is_file():
+        return None
+    configs = (read_json(bundle) or {}).get("runs", {})
+
+    def read(row: Row) -> tuple[Config, kill_rule.Curve]:
+        name = str(row["run"])
+        return configs.get(name, {}), _published_curve(summary.parent / "runs" / name / "curve.csv")
+
+    return read
+
+
+def judged(rows: Sequence[Row], source: Source) -> list[Judged]:
+    """Every run that a kill rule judged, in the rows' order."""
+    by_name = {row["run"]: row for row in rows}
+    by_content = {same_run(row): row for row in rows if _is_whole(row)}
+    found = []
+    for row in rows:
+        if row.get("kill_verdict") is None or "path" not in row:
+            continue
+        config, curve = source(row)
+        if not config.get("kill_rule"):  # an edited config.yaml is not read
+            continue
+        baseline = by_name.get(_baseline_run(row))
+        if baseline is not None and not _is_whole(baseline):  # another run may stand for it
+            key = same_run(baseline)
+            baseline = None if key is None else by_content.get(key)
+        found.append(_judge(row, config, curve, baseline, source))
+    return found
+
+
+def _judge(
+    row: Row, config: Config, curve: kill_rule.Curve, baseline: Row | None, source: Source
+) -> Judged:
+    budget = int(config["training"]["tokens"])
+    rule = KillRule(**config["kill_rule"])
+    stopped = row["tokens"] if row["status"] == "killed" else None
+    live = Live(row["kill_verdict"], row.get("kill_tokens", stopped), curve)
+    difference = replayed = None
+    if baseline is not None:
+        theirs, reference = source(baseline)
+        reference = reference if kill_rule.comparable(config, theirs) else []
+        found = live_differences(reference, {row["run"]: live}, rule.in_run(budget))
+        difference = found[0] if found else None
+        if reference and curve and curve[-1][0] == reference[-1][0]:
+            (replayed,) = replay_kills(reference, {row["run"]: curve}, rule.in_run(budget)).runs
+    return Judged(
+        run=row["run"],
+        action=rule.action,
+        live=live,
+        baseline=None if baseline is None else baseline["run"],
+        difference=difference,
+        replayed=replayed,
+        tokens=budget,
+    )
+
+
+def _is_whole(row: Row) -> bool:
+    return row["status"] == "finished" and "path" in row
+
+
+def _baseline_run(row: Row) -> str:
+    name = run_name(row["baseline_name"], row["phase"], row["seed"])
+    return PurePosixPath(row["run"]).with_name(name).as_posix()
+
+
+def differences(found: Iterable[Judged]) -> list[str]:
+    """A sentence for each run that the whole curves judge otherwise."""
+    return [
+        f"{one.run}: live {_said(one.live.kind, one.live.tokens)}, over the whole curves "
+        f"{_said(one.difference.replayed, one.difference.replayed_tokens)}: {one.difference.reason}"
+        for one in found
+        if one.difference is not None
+    ]
+
+
+def summary(found: Sequence[Judged]) -> str:
+    """What the rule saves and costs over the runs that ran to the end."""
+    complete = [(one, one.replayed) for one in found if one.replayed is not None]
+    kills = [replayed for _, replayed in complete if replayed.killed_at is not None]
+    return (
+        f"{len(found)} runs judged, {sum(one.difference is not None for one in found)} otherwise "
+        f"over the whole curves. Of {len(complete)} that ran to the end the rule kills "
+        f"{len(kills)}, {sum(replayed.false_kill for replayed in kills)} of which ended no worse "
+        f"than the baseline; it saves {sum(replayed.tokens_saved for replayed in kills):,} of "
+        f"{sum(one.tokens for one, _ in complete):,} tokens."
+    )
+
+
+def table(found: Sequence[Judged]) -> tuple[str, list[list[str]]]:
+    """Head and lines, one a run."""
+    head = "run | against | action | live | whole curves | PPL above it at the end | tokens saved"
+    return head, [_line(one) for one in found]
+
+
+def _line(one: Judged) -> list[str]:
+    live = _said(one.live.kind, one.live.tokens)
+    if one.baseline is None:
+        return [one.run, "–", one.action, live, "no finished baseline", "–", "–"]
+    whole = live
+    if one.difference is not None:
+        whole = f"**{_said(one.difference.replayed, one.difference.replayed_tokens)}**"
+    if one.replayed is None:
+        stopped = one.live.tokens if one.action == "stop" else None
+        saved = "–" if stopped is None else f"{one.tokens - stopped:,}"
+        return [one.run, one.baseline, one.action, live, whole, "–", saved]
+    wrong = ", killed wrongly" if one.replayed.false_kill else ""
+    gap, saved = f"{one.replayed.final_gap_ppl:+.2f}{wrong}", f"{one.replayed.tokens_saved:,}"
+    return [one.run, one.baseline, one.action, live, whole, gap, saved]
+
+
+def _said(kind: str, tokens: int | None) -> str:
+    return kind if tokens is None else f"{kind} at {tokens:,}"
+
+
+def _published_curve(path: Path) -> kill_rule.Curve:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["dev_loss"]]
+    return [(int(row["tokens"]), math.exp(float(row["dev_loss"]))) for row in rows]
