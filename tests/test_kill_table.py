@@ -77,7 +77,7 @@ def test_a_run_that_began_before_its_baseline_is_named(tmp_path: Path, capsys) -
 def test_what_recorded_verdicts_would_have_saved_and_cost(tmp_path: Path, capsys) -> None:
     """Both were let go on: one kill would have been right, the other would have cost the best."""
     logs = tmp_path / "logs"
-    recorded = {"kill_verdict": "kill", "kill_tokens": 20, "kill_action": "record"}
+    recorded: dict[str, Any] = {"kill_verdict": "kill", "kill_tokens": 20, "kill_action": "record"}
     write_run(logs, "base", BASE)
     write_run(logs, "bad", BAD, **recorded)
     write_run(logs, "late", LATE, **recorded)

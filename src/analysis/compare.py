@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare(asked: argparse.Namespace) -> dict[str, Any]:
     """The comparison's numbers and its sentence. Raises ValueError for runs that do not compare."""
     notes: list[str] = []
-    runs = [_read(path, asked.split) for path in (*asked.baseline, *asked.ours, *asked.pool)]
+    runs = [read_run(path, asked.split) for path in (*asked.baseline, *asked.ours, *asked.pool)]
     runs, documents = _same_documents(runs, asked.measure)
     cut = len(asked.baseline), len(asked.baseline) + len(asked.ours)
     theirs, ours = (_side(some, notes) for some in (runs[: cut[0]], runs[cut[0] : cut[1]]))
@@ -180,7 +180,8 @@ def _noise(runs: Sequence[Run], measure: str, unlike: bool) -> repeats.Noise | N
     return repeats.paired_noise(losses)
 
 
-def _read(path: Path, split: str) -> Run:
+def read_run(path: Path, split: str) -> Run:
+    """A run directory's losses, published ones too; raises ValueError where it has none."""
     try:
         metrics = json.loads((path / "metrics.json").read_bytes())
         with np.load(path / f"documents_{split}.npz") as arrays:

@@ -58,7 +58,7 @@ def publication(summary: Path) -> Source | None:
 
     def read(row: Row) -> tuple[Config, kill_rule.Curve]:
         name = str(row["run"])
-        return configs.get(name, {}), _published_curve(summary.parent / "runs" / name / "curve.csv")
+        return configs.get(name, {}), published_curve(summary.parent / "runs" / name / "curve.csv")
 
     return read
 
@@ -166,7 +166,7 @@ def _said(kind: str, tokens: int | None) -> str:
     return kind if tokens is None else f"{kind} at {tokens:,}"
 
 
-def _published_curve(path: Path) -> kill_rule.Curve:
+def published_curve(path: Path) -> kill_rule.Curve:
     if not path.is_file():
         return []
     with path.open(newline="") as lines:
