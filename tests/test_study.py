@@ -258,6 +258,57 @@ def test_phase_1b_trains_on_equal_bytes_and_compares_equal_documents(prd: Study)
     assert built and order.index(built[0]) < order.index("emb25-v8k-tied-rank")
 
 
+BITS_8K = 0.2  # a smaller vocabulary's own level: only orders within a variant may count
+
+
+def planted_bits(gain: Callable[[Job], float]) -> Callable[[Job], dict[str, Any]]:
+    """Dev bits per byte of every run, `gain` below its variant's level; a little seed noise."""
+
+    def extra(job: Job) -> dict[str, Any]:
+        level = 2.0 + BITS_8K * ("v8k" in job.name) + 0.002 * job.seed
+        return {"dev_bits_per_byte": level - gain(job)}
+
+    return extra
+
+
+def lead_of_45(job: Job) -> float:
+    return 5.0 - 0.2 * ("emb45" in job.experiment) + 0.001 * job.seed
+
+
+def test_no_shift_is_claimed_from_a_variant_with_one_share(prd: Study) -> None:
+    """45 % is 0.05 bits/byte better wherever both exist; 8k tied has a result at 35 % alone."""
+
+    def extra(job: Job) -> dict[str, Any]:
+        alone = {"status": "failed"} if job.name == "emb45-v8k-tied-rank" else {}
+        return planted_bits(lambda j: 0.05 * ("emb45" in j.name))(job) | alone
+
+    plan, _ = simulate(prd, lead_of_45, extra=extra)
+    told = row(plan, "shift of the best share")
+    assert told["verdict"] == "no shift; not decided for 8000 tied"
+    assert (
+        "8000 tied against 16000 tied: not decided, one share, emb35, is in common"
+        in (told["numbers"])
+    )
+    assert row(plan, "best share, 8000 tied")["verdict"].startswith("not decided")
+    assert row(plan, "best share, 8000 untied")["verdict"] == "emb45-v8k-untied"
+
+
+def test_a_shift_needs_two_leaders_beyond_the_noise(prd: Study) -> None:
+    def verdict(gain_of_35: float) -> dict[str, str]:
+        def gain(job: Job) -> float:
+            at_8k = gain_of_35 * ("emb35" in job.name and "v8k-untied" in job.name)
+            return max(at_8k, 0.05 * ("emb45" in job.name))
+
+        plan, _ = simulate(prd, lead_of_45, extra=planted_bits(gain))
+        return row(plan, "shift of the best share")
+
+    assert verdict(0.10)["verdict"].startswith("shift at 8000 untied")
+    assert "emb35 leads instead of emb45" in verdict(0.10)["numbers"]
+    close = verdict(0.051)  # ahead by less than seeds differ
+    assert "8000 untied" in close["verdict"].partition("not decided for ")[2]
+    assert "emb35 and emb45 are not separable" in close["numbers"]
+
+
 def losses_with(gain: float) -> Losses:
     return lambda job: by_share(job) - gain * (job.phase == "full" and "glu" in job.experiment)
 
@@ -366,7 +417,7 @@ def test_more_seeds_a_vocabulary_cell_pool_and_reuse_the_noise_floor(prd: Study)
     plan, order = simulate(asked, loss)
     assert plan.aliases["emb35-v16k-tied-rank-seed1"] == "emb35-rank-seed1"
     assert "emb35-v8k-tied-rank-seed1" in order
-    assert "2 seeds a cell" in row(plan, "shift of the best share")["reason"]
+    assert "2 seeds a configuration" in row(plan, "shift of the best share")["reason"]
     best = row(plan, "best share, 8000 tied")
     assert "sqrt(1/2 + 1/2)" in best["reason"]
 

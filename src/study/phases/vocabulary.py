@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -118,38 +119,106 @@ def _variant(cell: Cell) -> Variant:
     return cell.run.model.vocab_size, cell.run.model.tie_embeddings
 
 
+def _share(cell: Cell) -> str:
+    """The experiment of the share sweep that a configuration of the grid was made from."""
+    return cell.run.experiment.rpartition("-v")[0]
+
+
 def _shift_decisions(ledger: Ledger, cells: Sequence[Cell]) -> None:
     bits, noise = _bits_per_byte(ledger, cells), _bits_noise(ledger)
     layers = {cell.run.experiment: cell.answer.model.n_layers for cell in cells}
-    leads = []
+    found: dict[str, dict[str, Sequence[float]]] = {}
     for vocab, tied in dict.fromkeys(map(_variant, cells)):
-        alike = [cell for cell in cells if _variant(cell) == (vocab, tied)]
-        names = dict.fromkeys(cell.run.experiment for cell in ledger.different(alike))
-        found = {name: bits[name] for name in names if name in bits}
+        alike = ledger.different([cell for cell in cells if _variant(cell) == (vocab, tied)])
+        names = dict.fromkeys(cell.run.experiment for cell in alike)
         label = f"{vocab} {'tied' if tied else 'untied'}"
-        if not found:
-            ledger.decide("1b", f"best share, {label}", [], "none", "no cell has a result.")
+        found[label] = {_share(c): bits[c.run.experiment] for c in alike
+                        if c.run.experiment in bits}  # fmt: skip
+        measured = {name: bits[name] for name in names if name in bits}
+        if not measured:
+            ledger.decide(
+                "1b", f"best share, {label}", [], "none", "no configuration has a result."
+            )
             continue
-        promotion = decisions.promote(found, noise)
+        promotion = decisions.promote(measured, noise)
         numbers = [
             f"{name} {value:.4f} bits/byte at {layers[name]} layers"
             for name, value in promotion.ranking
         ]
-        clear = len(promotion.promoted) == 1
-        leads.append((label, *promotion.ranking[0]))
-        verdict = promotion.promoted[0] if clear else \
-            f"{' or '.join(promotion.promoted)}, not separable"  # fmt: skip
+        verdict = (
+            f"not decided: {promotion.promoted[0]} alone has a result" if len(measured) == 1
+            else promotion.promoted[0] if len(promotion.promoted) == 1
+            else f"{' or '.join(promotion.promoted)}, not separable"
+        )  # fmt: skip
         ledger.decide("1b", f"best share, {label}", numbers, verdict, promotion.reason)
-    shares = {name.rpartition("-v")[0] for _, name, _ in leads}
+    _shift_decision(ledger, found, noise)
+
+
+def _shift_decision(
+    ledger: Ledger,
+    found: Mapping[str, Mapping[str, Sequence[float]]],
+    noise: decisions.Noise | None,
+) -> None:
+    """Each vocabulary and head against the study's own: a shift, none, or not decided."""
+    own = ledger.embedding.runs[0].model
+    label = f"{own.vocab_size} {'tied' if own.tie_embeddings else 'untied'}"
+    reference = label if label in found else next(iter(found))
+    shifts = {
+        other: shift(found[reference], found[other], noise) for other in found if other != reference
+    }
+    told = {kind: [name for name, s in shifts.items() if s.verdict == kind] for kind in SHIFTS}
+    decided = (
+        f"shift at {', '.join(told['shift'])}" if told["shift"]
+        else "no shift" if told["no shift"]
+        else "not decided"
+    )  # fmt: skip
+    if told["not decided"] and decided != "not decided":
+        decided += f"; not decided for {', '.join(told['not decided'])}"
     seeds = ledger.config.vocabulary_seeds
     ledger.decide(
         "1b", "shift of the best share",
-        [f"{label}: {name} {value:.4f}" for label, name, value in leads],
-        "no shift" if len(shares) == 1 else "the best shares differ",
-        "lowest dev bits per byte of each vocabulary and head, on equal documents and equal "
-        f"training bytes; {'one seed' if seeds == 1 else f'{seeds} seeds'} a cell, so read it "
-        "with the separability above.",
+        [f"{other} against {reference}: {s.verdict}, {s.reason}" for other, s in shifts.items()],
+        decided,
+        "lowest dev bits per byte over the shares that both have, on equal documents and equal "
+        "training bytes; claimed only where both have two shares in common and each a leader "
+        f"beyond the seed noise; {'one seed' if seeds == 1 else f'{seeds} seeds'} a configuration.",
     )  # fmt: skip
+
+
+SHIFTS = ("shift", "no shift", "not decided")
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Whether the best share of two variants differs: one of SHIFTS, and why."""
+
+    verdict: str
+    reason: str
+
+
+def shift(
+    ours: Mapping[str, Sequence[float]],
+    theirs: Mapping[str, Sequence[float]],
+    noise: decisions.Noise | None,
+) -> Shift:
+    """Compare the best share of two variants over the shares that both have.
+
+    ours, theirs: bits per byte of each share's seeds. A leader that is not separable from the
+    next within seed noise is none, and one share alone leads nothing.
+    """
+    common = [share for share in ours if share in theirs]
+    if len(common) < 2:
+        which = f"one share, {common[0]}, is" if common else "no share is"
+        return Shift("not decided", f"{which} in common")
+    leaders = []
+    for side in (ours, theirs):
+        promotion = decisions.promote({share: side[share] for share in common}, noise)
+        if len(promotion.promoted) > 1:
+            return Shift("not decided", f"{' and '.join(promotion.promoted)} are not separable")
+        leaders += promotion.promoted
+    if leaders[0] == leaders[1]:
+        return Shift("no shift", f"{leaders[0]} leads both")
+    return Shift("shift", f"{leaders[1]} leads instead of {leaders[0]}")
 
 
 def _bits_per_byte(ledger: Ledger, cells: Sequence[Cell]) -> dict[str, list[float]]:
