@@ -36,7 +36,7 @@ from tests.faults.bench import CLOCKS, clean_environment, rows, say
 ROOT = Path(__file__).resolve().parents[1]
 HUNG_S = 1_800  # a started command without an end is a failure
 BASE: dict[str, Any] = {
-    "model": {"total_params": 98_304, "vocab_size": 304},
+    "model": {"total_params": 98_192, "vocab_size": 304},
     "training": {
         "tokens": 15_360, "ranking_tokens": 7_680, "batch_size": 8, "seq_len": 32,
         "dev_tokens": 256, "threads": 1, "precision": "fp32", "checkpoint_every_steps": 10,
@@ -54,8 +54,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "glu": [{"name": "g27", "glu_expansion": 2.66}, {"name": "g15", "glu_expansion": 1.5}],
     "vocab": [
         {"name": "a"},
-        {"name": "b", "vocab_size": 320},
-        {"name": "c", "vocab_size": 320, "tie_embeddings": False},
+        {"name": "b", "vocab_size": 312},
+        {"name": "c", "vocab_size": 312, "tie_embeddings": False},
     ],
 }
 STUDY = {

@@ -520,7 +520,7 @@ def test_a_wrong_study_file_is_refused_in_one_sentence(
 # --- a tiny study for real ------------------------------------------------------------------
 
 BASE: dict[str, Any] = {
-    "model": {"total_params": 98_304, "vocab_size": 304},
+    "model": {"total_params": 98_192, "vocab_size": 304},
     "training": {
         "tokens": 2_048, "ranking_tokens": 1_024, "batch_size": 8, "seq_len": 32,
         "dev_tokens": 640, "threads": 1, "precision": "fp32",
@@ -545,8 +545,8 @@ def tiny(tmp_path: Path, token_root: Path, monkeypatch: pytest.MonkeyPatch) -> I
         "embed": [{"name": "e10", "embedding_ratio": 0.098},
                   {"name": "e15", "embedding_ratio": 0.147}],
         "glu": [{"name": "g27", "glu_expansion": 2.66}, {"name": "g15", "glu_expansion": 1.5}],
-        "vocab": [{"name": "a"}, {"name": "b", "vocab_size": 320},
-                  {"name": "c", "vocab_size": 320, "tie_embeddings": False}],
+        "vocab": [{"name": "a"}, {"name": "b", "vocab_size": 312},
+                  {"name": "c", "vocab_size": 312, "tie_embeddings": False}],
     }  # fmt: skip
     for name, experiments in sweeps.items():
         content = {**BASE, "experiments": list(experiments)}
