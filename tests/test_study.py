@@ -59,6 +59,10 @@ def comparison(ratio: float) -> dict[str, Any]:
     return {"comparison": {"l128": row, "l512": row}}
 
 
+def finalists(asked: Study, count: int) -> Study:
+    return replace(asked, config=replace(asked.config, finalists=count))
+
+
 SANE = {
     "passed": True, "checks": {"overfits": True}, "initial_loss": 9.68, "ln_vocab": 9.68,
     "overfit_loss": 0.09, "overfit_steps": 80, "overfit_tokens": 1024, "reason": "limits",
@@ -132,7 +136,7 @@ def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: S
     assert plan.assumptions and "emb35" in plan.assumptions[0]
     trained = [job for job in plan.jobs if job.kind == "train"]
     by_stage = {s: [j for j in trained if j.stage == s] for s in STAGES}
-    assert [len(by_stage[s]) for s in STAGES[:3]] == [5, 2, 4]  # emb35 is among the 5
+    assert [len(by_stage[s]) for s in STAGES[:4]] == [5, 2, 0, 4]  # emb35 is among the 5
     full = by_stage["2 finals"]
     assert len(full) == 3 * 3 and all(50_000_000 <= job.tokens < 50_040_000 for job in full)
     assert all(job.assumed for job in by_stage["1 glu"] + full)
@@ -208,10 +212,11 @@ def test_a_thin_margin_sends_the_runner_up_share_to_the_finals(prd: Study) -> No
 
     plan, order = simulate(prd, loss)
     assert row(plan, "embedding share")["verdict"] == "emb25, emb45"
-    assert {"emb45", "glu2x-emb25"} <= set(order)
-    capped = replace(prd, config=replace(prd.config, finalists=1))
-    _, order = simulate(capped, loss)
-    assert "emb45" not in order and "glu2x-emb25" in order
+    assert {"emb25", "glu2x-emb25"} <= set(order) and "emb45" not in order  # two, the lowest
+    _, order = simulate(finalists(prd, 3), loss)
+    assert {"emb25", "emb45", "glu2x-emb25"} <= set(order)
+    _, order = simulate(finalists(prd, 1), loss)
+    assert not {"emb25", "emb45"} & set(order) and "glu2x-emb25" in order
 
 
 def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
@@ -309,6 +314,98 @@ def test_a_shift_needs_two_leaders_beyond_the_noise(prd: Study) -> None:
     assert "emb35 and emb45 are not separable" in close["numbers"]
 
 
+def test_the_glu_sweep_keeps_the_leaders_width_and_heads(prd: Study) -> None:
+    plan, order = simulate(prd, by_share)
+    (made,) = (source for path, source in plan.sweeps.items() if path.name == "glu-emb25.yaml")
+    leader = cells.allocate(config.load_sweep(prd.embedding.path))["emb25"].model
+    models = [a.model for a in cells.allocate(config.sweep_from(made, Path("made.yaml"))).values()]
+    assert len(models) == 4
+    for key in ("d_model", "n_heads", "head_dim"):
+        assert {getattr(model, key) for model in models} == {getattr(leader, key)}
+    assert len({model.n_layers for model in models}) > 1  # depth is what pays for the expansion
+    assert plan.aliases["glu266x-emb25-rank"] == "emb25-rank"  # the leader is one of the sweep
+
+
+def test_the_leading_share_itself_is_among_the_finalists(prd: Study) -> None:
+    _, order = simulate(prd, by_share)
+    assert {f"emb25{seed}" for seed in ("", "-seed1", "-seed2")} <= set(order)
+    _, alone = simulate(finalists(prd, 1), by_share)  # the GLU sweep has a better one
+    assert "emb25" not in alone and "glu2x-emb25" in alone
+
+
+RATES = (2e-3, 4e-3, 8e-3)
+
+
+def with_rates(asked: Study, rate: str = "shared") -> Study:
+    return replace(asked, config=replace(asked.config, learning_rates=RATES, rate=rate))
+
+
+def by_rate(job: Job) -> float:
+    """At 4e-3 45 % leads; at each one's own best 25 % does, whose best is the lowest rate."""
+    at_rate = {
+        "emb25": {"2e-3": 4.5, "4e-3": 5.1, "8e-3": 5.6},
+        "emb35": {"2e-3": 5.1, "4e-3": 5.0, "8e-3": 5.2},
+        "emb45": {"2e-3": 5.2, "4e-3": 4.9, "8e-3": 4.8},
+    }
+    share = next(name for name in at_rate if name in job.experiment)
+    rate = next((r for r in at_rate[share] if f"lr{r}" in job.experiment), "4e-3")
+    return at_rate[share][rate] + 0.001 * job.seed - (job.phase == "full")
+
+
+def test_shares_are_ranked_at_their_own_best_rate_and_at_the_shared_one(prd: Study) -> None:
+    plan, order = simulate(with_rates(prd), by_rate)
+    assert plan.aliases["emb35-lr4e-3-rank"] == "emb35-rank"  # trained once
+    assert {"emb25-lr2e-3-rank", "emb45-lr8e-3-rank"} <= set(order)
+    told = row(plan, "at each one's own best rate")
+    assert told["verdict"] == "own best: emb25; shared: emb45"
+    assert (
+        "emb25: 4.5000 at its best, 2e-3, the lowest tried: its best may lie below; 5.1000"
+        in (told["numbers"])
+    )
+    assert "emb45: 4.8000 at its best, 8e-3, the highest tried" in told["numbers"]
+    assert "emb35: 5.0000 at its best, 4e-3; 5.0000 at the shared 4e-3" in told["numbers"]
+    assert "another order" in told["reason"]
+    assert "glu4x-emb45-rank" in order and not any("glu4x-emb25" in name for name in order)
+    assert plan.complete and "emb45" in order
+
+
+def test_later_stages_train_at_each_ones_own_best_rate_where_the_study_says_so(prd: Study) -> None:
+    plan, order = simulate(with_rates(prd, "own"), by_rate)
+    made = plan.sweeps[Path("logs/configs/glu-emb25-lr2e-3.yaml")]
+    assert {r.training.learning_rate for r in config.sweep_from(made, Path("made.yaml")).runs} == {
+        2e-3
+    }
+    assert {"emb35-lr4e-3", "emb25-lr2e-3"} <= set(order)  # baseline and leader at full budget
+    assert not {"emb35", "emb25", "emb45"} & set(order)
+    grid = plan.sweeps[Path("logs/configs/vocab_tying.yaml")]["experiments"]
+    rates = {e["name"].partition("-v")[0]: e["training"]["learning_rate"] for e in grid}
+    assert rates == {"emb25-lr2e-3": 2e-3, "emb35-lr4e-3": 4e-3}
+    assert plan.complete and row(plan, "winner")
+
+
+def test_a_rate_that_diverges_is_no_best_rate(prd: Study) -> None:
+    failed = {"emb45-lr8e-3-rank", "emb25-lr2e-3-rank"}
+    plan, _ = simulate(
+        with_rates(prd), by_rate,
+        extra=lambda job: {"status": "failed"} if job.name in failed else {},
+    )  # fmt: skip
+    told = row(plan, "at each one's own best rate")
+    assert "emb45: 4.9000 at its best, 4e-3; 4.9000" in told["numbers"]
+
+
+def test_lists_of_rates_that_cannot_be_read_side_by_side_are_refused(prd: Study) -> None:
+    def asked(**keys: Any) -> Study:
+        return replace(prd, config=replace(prd.config, **keys))
+
+    with pytest.raises(ValueError, match="expected the rate 4e-3 of emb35 in .* among them"):
+        study_plan.plan(asked(learning_rates=(2e-3, 8e-3)), Record())
+    with pytest.raises(ValueError, match="rate: found own, expected learning_rates beside it"):
+        study_plan.plan(asked(rate="own"), Record())
+    over = replace(with_rates(prd), overrides=("training.learning_rate=4e-3",))
+    with pytest.raises(ValueError, match="found an override of training.learning_rate"):
+        study_plan.plan(over, Record())
+
+
 def losses_with(gain: float) -> Losses:
     return lambda job: by_share(job) - gain * (job.phase == "full" and "glu" in job.experiment)
 
@@ -326,7 +423,7 @@ def paper_documents(gain: float) -> Callable[[str, str], Documents]:
 
 
 def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
-    plan, _ = simulate(prd, losses_with(0.1), documents=paper_documents(0.1))
+    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), documents=paper_documents(0.1))
     assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
     says = row(plan, "equivalence")
     assert says["verdict"] == "different" and "after Holm" in says["reason"]
@@ -340,7 +437,7 @@ def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
     def extra(job: Job) -> dict[str, Any]:
         return {"compute_digest": "elsewhere"} if job.name in ("emb35-seed1", "emb35-seed2") else {}
 
-    plan, _ = simulate(prd, losses_with(0.1), extra=extra, documents=paper_documents(0.1))
+    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1))
     says = row(plan, "equivalence")
     assert says["verdict"] == "no verdict" and "document noise only" in says["numbers"]
     assert (
@@ -349,10 +446,10 @@ def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
 
 
 def test_no_winner_is_a_result(prd: Study) -> None:
-    plan, _ = simulate(prd, losses_with(0.1), speed=1.11)
+    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), speed=1.11)
     assert row(plan, "winner")["verdict"] == readings("no winner")
     assert "latency at L=512 +11.00%" in row(plan, "5 % lower PPL")["reason"]
-    within, _ = simulate(prd, losses_with(0.1), speed=1.02)
+    within, _ = simulate(finalists(prd, 1), losses_with(0.1), speed=1.02)
     assert row(within, "winner")["verdict"] == readings("no winner", "glu2x-emb25")
 
 
@@ -362,7 +459,7 @@ def test_speed_is_compared_in_one_process_and_decides_instead_of_the_runs_own(pr
             {"latency_ms_p50_l128": 5.2, "latency_ms_p50_l512": 11.7} if "glu" in job.name else {}
         )
 
-    plan, order = simulate(prd, losses_with(0.1), extra=slow_hour, speed=0.9)
+    plan, order = simulate(finalists(prd, 1), losses_with(0.1), extra=slow_hour, speed=0.9)
     assert order[-1] == "latency/glu2x-emb25-against-emb35.json"
     assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
     says = row(plan, "interleaved")
@@ -378,7 +475,7 @@ def test_a_comparison_takes_the_first_seed_that_finished(prd: Study) -> None:
     def extra(job: Job) -> dict[str, Any]:
         return {"status": "killed"} if job.name == "glu2x-emb25" else {}
 
-    _, order = simulate(prd, losses_with(0.1), extra=extra)
+    _, order = simulate(finalists(prd, 1), losses_with(0.1), extra=extra)
     assert order[-1] == "latency/glu2x-emb25-seed1-against-emb35.json"
 
 
@@ -388,7 +485,9 @@ def test_a_finalist_with_a_stopped_seed_is_not_judged_on_the_others(prd: Study) 
     def extra(job: Job) -> dict[str, Any]:
         return {"status": "killed"} if job.name == "glu2x-emb25-seed1" else {}
 
-    plan, _ = simulate(prd, losses_with(0.1), extra=extra, documents=paper_documents(0.1))
+    plan, _ = simulate(
+        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
+    )
     out = row(plan, "every seed finished")
     assert out["verdict"] == "out" and "2 of 3 seeds finished" in out["reason"]
     assert row(plan, "winner")["verdict"] == "no winner"
@@ -396,13 +495,13 @@ def test_a_finalist_with_a_stopped_seed_is_not_judged_on_the_others(prd: Study) 
 
 def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
     plan, order = simulate(prd, by_share)
-    assert "emb45" not in order and "over 2 cells" in row(plan, "short against full")["reason"]
+    assert "emb45" not in order and "over 3 cells" in row(plan, "short against full")["reason"]
     whole = replace(prd, config=replace(prd.config, full="all"))
     plan, order = simulate(whole, by_share)
     full = {"emb25", "emb35", "emb45", *(f"glu{f}-emb25" for f in ("2x", "266x", "3x", "4x"))}
     assert full <= set(order) | set(plan.aliases)
     agreement = row(plan, "short against full")
-    assert "over 7 cells" in agreement["reason"] and "by chance" in agreement["reason"]
+    assert "over 6 cells" in agreement["reason"] and "by chance" in agreement["reason"]
     assert order[-1].startswith("latency/")
     seeds = [job for job in plan.jobs if job.stage == "2 all cells"]
     assert {job.seed for job in seeds} == {0}
@@ -496,7 +595,8 @@ def test_estimates_count_only_what_is_left(prd: Study) -> None:
     assert costs.seconds(replace(job, alias_of="emb35-rank"), RATE) == 0
     told = costs.table(plan, RATE, {"0 sanity": 1.25}, 50.0)
     assert "budget_usd 50.00" in told and "spent 1.25 USD" in told and "assumed" in told
-    assert all(stage in told for stage in STAGES if stage != "2 all cells")
+    asked_for = set(STAGES) - {"1 rates", "2 all cells"}
+    assert all(stage in told for stage in asked_for) and "1 rates" not in told
 
 
 @pytest.mark.parametrize(
@@ -506,6 +606,9 @@ def test_estimates_count_only_what_is_left(prd: Study) -> None:
         ("noise_seeds: 1", "noise_seeds: found 1, expected .*at least 2"),
         ("jobs: 0", "jobs: found 0, expected auto, or runs at a time, from 1"),
         ("full: some", "full: found 'some', expected"),
+        ("rate: best", "rate: found 'best', expected text: one of shared, own"),
+        ("learning_rates: [2e-3, 2e-3]", "learning_rates: .*a list of different rates"),
+        ("learning_rates: [fast]", "learning_rates: found .*a list of different rates"),
         ("embedding: nowhere.yaml", "nowhere.yaml: found no such file"),
     ],
 )

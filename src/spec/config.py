@@ -306,6 +306,13 @@ class StudyConfig:
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     overrides: tuple[str, ...] = key((), "a list of section.key=value, as for --set")
     noise_seeds: int = key(5, "seeds of at least 2", lambda v: v >= 2)
+    # Every share at each of these on the ranking budget; the sweep's own rate is among them.
+    learning_rates: tuple[float, ...] = key(
+        (), "a list of different rates above 0, at most 1",
+        lambda v: all(0 < rate <= 1 for rate in v) and len(set(v)) == len(v),
+    )  # fmt: skip
+    # own: later stages train each share, and what is made from it, at its own best rate.
+    rate: str = one_of("shared", "shared", "own")
     final_seeds: int = key(3, "seeds of at least 1", lambda v: v >= 1)
     finalists: int = key(2, "a number of configurations of at least 1", lambda v: v >= 1)
     # all: every ranking cell at the full budget too, one seed, for the rank agreement.

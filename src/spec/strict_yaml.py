@@ -126,6 +126,8 @@ def _coerce(value: Any, kind: str) -> Any:
         return _coerce(value, "str" if isinstance(value, str) else "int")
     if kind == "tuple[str, ...]" and isinstance(value, list):
         return tuple(_coerce(item, "str") for item in value)
+    if kind == "tuple[float, ...]" and isinstance(value, list):
+        return tuple(_coerce(item, "float") for item in value)
     if kind == "bool" and isinstance(value, bool):
         return value
     if kind == "str" and isinstance(value, str) and value:
@@ -145,6 +147,7 @@ _KIND_NAMES = {
     "bool": "",
     "int | str": "",
     "tuple[str, ...]": "",
+    "tuple[float, ...]": "finite numbers: ",
 }
 
 

@@ -7,7 +7,7 @@ study can be counted in advance; an assumed job is never run.
 
 from __future__ import annotations
 
-from src.study.phases import finals, ranking, vocabulary
+from src.study.phases import finals, own_rates, ranking, vocabulary
 from src.study.phases.cells import Plan, Record, Study
 from src.study.phases.ledger import Ledger
 
@@ -16,11 +16,13 @@ def plan(study: Study, record: Record) -> Plan:
     """What is to be done next and what is decided; raises ValueError for sweeps that do not fit."""
     ledger = Ledger(study, record)
     _check_budgets(ledger)
+    stated = {run.experiment: run.training.learning_rate for run in ledger.embedding.runs}
+    own_rates.check(study, stated)
     floor = ranking.sanity(ledger)
-    shares = ranking.shares(ledger, floor)
-    expansions = ranking.expansions(ledger, floor, shares.leader)
+    shares = own_rates.own_rates(ledger, floor, ranking.shares(ledger, floor))
+    expansions = ranking.expansions(ledger, floor, shares)
     if study.vocabulary is not None:
-        vocabulary.vocabularies(ledger, study.vocabulary, shares.leader)
+        vocabulary.vocabularies(ledger, study.vocabulary, shares)
     finals.finals(ledger, shares, expansions)
     jobs = tuple(ledger.jobs)
     return Plan(

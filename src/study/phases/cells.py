@@ -20,8 +20,9 @@ from src.spec.config import ModelRequest, RunConfig, StudyConfig, Sweep
 Metrics = Mapping[str, Any]
 Decision = dict[str, str]
 
-STAGES = (
-    "0 sanity", "1 share", "1 glu", "1b vocabulary", "2 finals", "2 all cells", "2 latency",
+STAGES = SANITY, SHARE, RATES, GLU, VOCABULARY, FINALS, EVERY, LATENCY = (
+    "0 sanity", "1 share", "1 rates", "1 glu", "1b vocabulary", "2 finals", "2 all cells",
+    "2 latency",
 )  # fmt: skip
 
 

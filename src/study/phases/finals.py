@@ -11,7 +11,7 @@ import numpy as np
 
 from src.analysis import decisions, intervals, rankings, repeats
 from src.spec.config import Sweep
-from src.study.phases.cells import STAGES, Cell
+from src.study.phases.cells import EVERY, FINALS, LATENCY, Cell
 from src.study.phases.ledger import Ledger, mean_text
 from src.study.phases.ranking import Expansions, Shares
 
@@ -23,23 +23,25 @@ def finals(ledger: Ledger, shares: Shares, expansions: Expansions) -> None:
     """Finalists and the study's baseline at the full budget, several seeds each, then their
     speeds side by side; with `full: all` every ranking cell at one seed too."""
     seeds = range(ledger.config.final_seeds)
-    full = ledger.sweep(ledger.study.embedding, "full")
+    full = ledger.sweep(shares.source, "full")
     glu = ledger.sweep(expansions.source, "full")
     baseline = ledger.cells(full, [full.baseline], seeds)
     chosen = _finalists(ledger, shares, expansions, (full, glu), baseline[0])
     cells = [cell for group in chosen.values() for cell in group]
-    complete = ledger.schedule(STAGES[4], [*baseline, *cells])
+    complete = ledger.schedule(FINALS, [*baseline, *cells])
     every: list[Cell] = []
     if ledger.config.full == "all":
         every = [*ledger.cells(full, full.names, [0]), *ledger.cells(glu, glu.names, [0])]
         # A full run is judged by a kill rule only where its sweep states one.
-        complete &= ledger.schedule(
-            STAGES[5], every, own_baseline=every[-1].run.kill_rule is not None
-        )
+        complete &= ledger.schedule(EVERY, every, own_baseline=every[-1].run.kill_rule is not None)
     complete &= _comparisons(ledger, baseline, chosen, complete)
     if complete:
         _final_decisions(ledger, baseline, chosen)
-        _rank_decision(ledger, [baseline[0], *(c[0] for c in chosen.values()), *every], expansions)
+        _rank_decision(
+            ledger,
+            [baseline[0], *(c[0] for c in chosen.values()), *every],
+            (ledger.sweep(shares.source, "rank"), expansions.sweep),
+        )
 
 
 def _finalists(
@@ -49,11 +51,14 @@ def _finalists(
     sweeps: tuple[Sweep, Sweep],
     baseline: Cell,
 ) -> dict[str, list[Cell]]:
-    """Promoted cells, best ranking loss first; the baseline itself is no candidate."""
+    """The leading share, what was promoted and a close second share, best ranking loss first; the
+    baseline itself is no candidate."""
     full, glu = sweeps
-    pool = [(expansions.sweep, glu, name) for name in expansions.promoted]
+    ranked = ledger.sweep(shares.source, "rank")
+    pool = [(ranked, full, shares.leader)]
+    pool += [(expansions.sweep, glu, name) for name in expansions.promoted]
     if shares.runner_up is not None:
-        pool.append((ledger.embedding, full, shares.runner_up))
+        pool.append((ranked, full, shares.runner_up))
     if ledger.decided:
         pool.sort(key=lambda item: ledger.losses(ledger.cells(item[0], [item[2]], [0]))[:1])
     spare = [(expansions.sweep, glu, name) for name in expansions.ranking]
@@ -88,7 +93,7 @@ def _comparisons(ledger: Ledger, baseline: list[Cell], chosen: Chosen, complete:
         done = name in ledger.record.latency
         threads = baseline[0].run.training.threads
         ledger.task(
-            STAGES[6],
+            LATENCY,
             "latency",
             cells[0],
             name=name,
@@ -322,14 +327,15 @@ def _ties(
     return {names for names, one in found.items() if not intervals.equivalence(one).told_apart}
 
 
-def _rank_decision(ledger: Ledger, cells: Sequence[Cell], expansions: Expansions) -> None:
+def _rank_decision(ledger: Ledger, cells: Sequence[Cell], ranked_in: tuple[Sweep, Sweep]) -> None:
     """Do short runs and full runs agree on the order? Seed 0 of both, each model once."""
     short: dict[str, dict[int, float]] = {}
     full: dict[str, dict[int, float]] = {}
     stopped = []
     for cell in ledger.different(cells):
         name = cell.run.experiment
-        sweep = ledger.embedding if name in ledger.embedding.names else expansions.sweep
+        shares, glu = ranked_in
+        sweep = shares if name in shares.names else glu
         ranked, finished = ledger.losses(ledger.cells(sweep, [name], [0])), ledger.losses([cell])
         if ranked and finished:
             short[name], full[name] = {0: ranked[0]}, {0: finished[0]}

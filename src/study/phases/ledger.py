@@ -162,7 +162,9 @@ class Ledger:
                     alias_of=self.aliases.get(cell.name),
                     is_baseline=is_baseline,
                     after=None
-                    if cell.run.kill_rule is None or is_baseline
+                    if is_baseline
+                    or cell.run.kill_rule is None
+                    or cell.run.kill_rule.action == "record"  # replayed over whole curves
                     else cell.run.baseline_run_name,
                 )
             )

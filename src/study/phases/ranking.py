@@ -10,7 +10,7 @@ from typing import Any
 from src.analysis import decisions, kill_replay, rankings, repeats
 from src.spec import kill_rule
 from src.spec.config import Sweep
-from src.study.phases.cells import STAGES, Cell, Metrics, Source, model_keys
+from src.study.phases.cells import GLU, SANITY, SHARE, Cell, Metrics, Source, feasible, model_keys
 from src.study.phases.ledger import Ledger, mean_text
 
 # Optimizer steps that the sanity checks cost at most, for the estimate alone.
@@ -27,10 +27,12 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """The share that leads, and the runner-up where the margin was thin."""
+    """The share that leads, the runner-up where the margin was thin, and the sweep of both at the
+    learning rates of later stages."""
 
     leader: str
     runner_up: str | None
+    source: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Expansions:
 
 def sanity(ledger: Ledger) -> Floor:
     """Checks of the baseline, and its seeds at the ranking budget: the noise floor."""
-    stage, baseline = STAGES[0], ledger.embedding.baseline
+    stage, baseline = SANITY, ledger.embedding.baseline
     seeds = ledger.cells(ledger.embedding, [baseline], range(ledger.config.noise_seeds))
     ledger.need_tokens(stage, seeds[0])
     checks, training = ledger.record.sanity, seeds[0].run.training
@@ -104,23 +106,23 @@ def shares(ledger: Ledger, floor: Floor) -> Shares:
     """The share sweep; its leader is the GLU sweep's share."""
     sweep = ledger.embedding
     cells = ledger.cells(sweep, _baseline_first(sweep), [0])
-    complete = ledger.schedule(STAGES[1], cells)
+    complete = ledger.schedule(SHARE, cells)
     if not (complete and floor.measured):
         ledger.assume(f"the share of {sweep.baseline} leads")
-        return Shares(sweep.baseline, None)
+        return Shares(sweep.baseline, None, ledger.study.embedding)
     _kill_decisions(ledger, "1", cells)
     promotion = _promoted(ledger, floor, "embedding share: lowest dev loss", sweep, cells)
     leader, *others = promotion.promoted
-    return Shares(leader, others[0] if others else None)
+    return Shares(leader, others[0] if others else None, ledger.study.embedding)
 
 
-def expansions(ledger: Ledger, floor: Floor, leader: str) -> Expansions:
-    """The GLU sweep at the leading share: one or two cells go on to phase 2."""
-    source = _glu_source(ledger, leader)
+def expansions(ledger: Ledger, floor: Floor, shares: Shares) -> Expansions:
+    """The GLU sweep on the leading share's model: one or two cells go on to phase 2."""
+    source = _glu_source(ledger, shares)
     sweep = ledger.sweep(source, "rank")
     names = tuple(_baseline_first(sweep))
     cells = ledger.cells(sweep, names, [0])
-    complete = ledger.schedule(STAGES[2], cells)
+    complete = ledger.schedule(GLU, cells)
     if not complete:
         if ledger.decided:
             ledger.assume(f"{ledger.config.finalists} cells of {sweep.file.name} go on")
@@ -131,23 +133,50 @@ def expansions(ledger: Ledger, floor: Floor, leader: str) -> Expansions:
     return Expansions(source, sweep, ranking, promotion.promoted)
 
 
-def _glu_source(ledger: Ledger, leader: str) -> Source:
-    """The GLU sweep's own file where it is at the leader's share, else one made for it."""
-    stated = ledger.study.glu
-    cell = ledger.cells(ledger.embedding, [leader], [0])[0]
-    own = ledger.sweep(stated, "rank").runs[0].model
-    if replace(cell.run.model, glu_expansion=own.glu_expansion) == own:
-        return stated
-    entries = ledger.study.embedding.raw["experiments"]
-    entry = next(entry for entry in entries if entry["name"] == leader)
+def _glu_source(ledger: Ledger, shares: Shares) -> Source:
+    """The GLU sweep's own file where it stands on the leader's model, else one made for it."""
+    stated, name = ledger.study.glu, shares.leader
+    (cell,) = ledger.cells(ledger.sweep(shares.source, "rank"), [name], [0])
+    glu = ledger.sweep(stated, "rank")
+    entry = next(e for e in shares.source.raw["experiments"] if e["name"] == name)
+    own = glu.runs[0].model
+    asks_the_same = replace(cell.run.model, glu_expansion=own.glu_expansion) == own
+    if asks_the_same and not entry.get("training"):
+        theirs = [c.answer.model for c in ledger.cells(glu, glu.names, [0])]
+        if all(width_and_heads(model) == width_and_heads(cell.answer.model) for model in theirs):
+            return stated
     share = cell.run.model.embedding_ratio or cell.answer.params.share
-    made = Source(ledger.generated(f"glu-{leader}.yaml"), glu_at_share(stated.raw, entry, share))
-    ledger.sweeps[made.path] = made.raw
+    pinned = width_and_heads(cell.answer.model)
+    if cell.run.model.allocate == "attention":  # the heads absorb the budget
+        pinned = {"d_model": pinned["d_model"]}
+    raw = glu_at_share(stated.raw, entry, share, pinned)
+    made = Source(ledger.generated(f"glu-{name}.yaml"), raw)
+    whole = ledger.sweep(made, "rank")
+    unfit = [
+        run.experiment
+        for run in whole.runs
+        if run.experiment != whole.baseline and not feasible(run.model)
+    ]
+    raw["experiments"] = [e for e in raw["experiments"] if e["name"] not in unfit]
+    if unfit and ledger.decided:
+        ledger.decide(
+            "1", "allocation", unfit, "left out",
+            f"no depth and d_ff are within the allocator's bounds on the model of {name}.",
+        )  # fmt: skip
+    ledger.sweeps[made.path] = raw
     return made
 
 
-def glu_at_share(glu: Mapping[str, Any], leader: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """The GLU sweep at the leading experiment's share; names say whose share it is."""
+def width_and_heads(model: config.ModelConfig) -> dict[str, int]:
+    """What a GLU sweep keeps of the leading share's model; it trades depth for d_ff."""
+    return {"d_model": model.d_model, "n_heads": model.n_heads, "head_dim": model.head_dim}
+
+
+def glu_at_share(
+    glu: Mapping[str, Any], leader: Mapping[str, Any], share: float, pinned: Mapping[str, int]
+) -> dict[str, Any]:
+    """The GLU sweep on the leading experiment's model (`pinned`: its width and heads) and with its
+    training; names say whose model it is."""
     own = {key: value for key, value in model_keys(leader).items() if key != "glu_expansion"}
     if not any(own.get(key) for key in ("embedding_dim", "d_model")):
         own.setdefault("embedding_ratio", share)
@@ -157,7 +186,8 @@ def glu_at_share(glu: Mapping[str, Any], leader: Mapping[str, Any], share: float
     baseline = glu.get("baseline", glu["experiments"][0]["name"])
     return {
         **glu,
-        "model": {**(glu.get("model") or {}), **own},
+        "model": {**(glu.get("model") or {}), **own, **pinned},
+        "training": {**(glu.get("training") or {}), **(leader.get("training") or {})},
         "baseline": f"{baseline}-{leader['name']}",
         "experiments": renamed,
     }

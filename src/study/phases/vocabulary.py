@@ -11,16 +11,17 @@ import numpy as np
 
 from src.analysis import decisions, repeats
 from src.spec.config import Sweep
-from src.study.phases.cells import STAGES, Cell, Source, feasible, model_keys
+from src.study.phases.cells import VOCABULARY, Cell, Source, feasible, model_keys
 from src.study.phases.ledger import Ledger
+from src.study.phases.ranking import Shares
 
 Variant = tuple[int, bool]  # vocabulary, tied
 
 
-def vocabularies(ledger: Ledger, template: Source, leader: str) -> None:
+def vocabularies(ledger: Ledger, template: Source, shares: Shares) -> None:
     """Vocabulary x tying at the leading share and its neighbours, on equal training bytes."""
-    stage = STAGES[3]
-    sweep, dropped = _grid_sweep(ledger, template, leader)
+    stage = VOCABULARY
+    sweep, dropped = _grid_sweep(ledger, template, shares)
     cells = ledger.cells(sweep, sweep.names, range(ledger.config.vocabulary_seeds))
     for cell in cells:
         ledger.need_tokens(stage, cell)
@@ -35,14 +36,14 @@ def vocabularies(ledger: Ledger, template: Source, leader: str) -> None:
     _shift_decisions(ledger, cells)
 
 
-def _grid_sweep(ledger: Ledger, template: Source, leader: str) -> tuple[Sweep, list[str]]:
+def _grid_sweep(ledger: Ledger, template: Source, shares: Shares) -> tuple[Sweep, list[str]]:
     """The sweep that the study makes, and the cells that the allocator cannot serve."""
     stated = ledger.sweep(template, "rank")
     variants = list(
         dict.fromkeys((run.model.vocab_size, run.model.tie_embeddings) for run in stated.runs)
     )
     budgets = _byte_budgets(ledger, variants)
-    raw = vocabulary_grid(template.raw, _neighbours(ledger, leader), variants, budgets)
+    raw = vocabulary_grid(template.raw, _neighbours(ledger, shares), variants, budgets)
     made = Source(ledger.generated("vocab_tying.yaml"), raw)
     whole = ledger.sweep(made, "rank")
     fits = [run.experiment for run in whole.runs if feasible(run.model)]
@@ -56,13 +57,14 @@ def _grid_sweep(ledger: Ledger, template: Source, leader: str) -> tuple[Sweep, l
     return ledger.sweep(made, "rank"), [name for name in whole.names if name not in fits]
 
 
-def _neighbours(ledger: Ledger, leader: str) -> list[Mapping[str, Any]]:
+def _neighbours(ledger: Ledger, shares: Shares) -> list[Mapping[str, Any]]:
     """Experiments of the share sweep: the leader and the shares on both sides of it."""
-    cells = ledger.cells(ledger.embedding, ledger.embedding.names, [0])
+    sweep = ledger.sweep(shares.source, "rank")
+    cells = ledger.cells(sweep, sweep.names, [0])
     ordered = [c.run.experiment for c in sorted(cells, key=lambda c: c.answer.params.share)]
-    place = ordered.index(leader)
+    place = ordered.index(shares.leader)
     near = ordered[max(0, place - 1) : place + 2]
-    entries = {entry["name"]: entry for entry in ledger.study.embedding.raw["experiments"]}
+    entries = {entry["name"]: entry for entry in shares.source.raw["experiments"]}
     defaults = {cell.run.experiment: cell.run.model.embedding_ratio for cell in cells}
     found: list[Mapping[str, Any]] = []
     for name in near:
@@ -106,8 +108,11 @@ def vocabulary_grid(
                 "vocab_size": vocab,
                 "tie_embeddings": tied,
             }
+            own = dict(share.get("training") or {})
             if vocab in budget:
-                entry["training"] = {"tokens": budget[vocab], "ranking_tokens": budget[vocab]}
+                own |= {"tokens": budget[vocab], "ranking_tokens": budget[vocab]}
+            if own:
+                entry["training"] = own
             experiments.append(entry)
     return {
         **{key: value for key, value in template.items() if key != "baseline"},
@@ -210,7 +215,7 @@ def shift(
     if len(common) < 2:
         which = f"one share, {common[0]}, is" if common else "no share is"
         return Shift("not decided", f"{which} in common")
-    leaders = []
+    leaders: list[str] = []
     for side in (ours, theirs):
         promotion = decisions.promote({share: side[share] for share in common}, noise)
         if len(promotion.promoted) > 1:
