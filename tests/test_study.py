@@ -437,7 +437,9 @@ def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
     def extra(job: Job) -> dict[str, Any]:
         return {"compute_digest": "elsewhere"} if job.name in ("emb35-seed1", "emb35-seed2") else {}
 
-    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1))
+    plan, _ = simulate(
+        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
+    )
     says = row(plan, "equivalence")
     assert says["verdict"] == "no verdict" and "document noise only" in says["numbers"]
     assert (

@@ -9,7 +9,7 @@ from typing import Any
 
 from src.analysis import decisions, kill_replay, rankings, repeats
 from src.spec import kill_rule
-from src.spec.config import Sweep
+from src.spec.config import ModelConfig, Sweep
 from src.study.phases.cells import GLU, SANITY, SHARE, Cell, Metrics, Source, feasible, model_keys
 from src.study.phases.ledger import Ledger, mean_text
 
@@ -167,7 +167,7 @@ def _glu_source(ledger: Ledger, shares: Shares) -> Source:
     return made
 
 
-def width_and_heads(model: config.ModelConfig) -> dict[str, int]:
+def width_and_heads(model: ModelConfig) -> dict[str, int]:
     """What a GLU sweep keeps of the leading share's model; it trades depth for d_ff."""
     return {"d_model": model.d_model, "n_heads": model.n_heads, "head_dim": model.head_dim}
 
