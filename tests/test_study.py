@@ -235,6 +235,25 @@ def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
     assert "grace: 0 kills, 0 false" in replayed
 
 
+def test_a_live_verdict_without_the_baselines_curve_is_named(prd: Study) -> None:
+    def extra(job: Job) -> dict[str, Any]:
+        return {"kill_verdict": "none"} if job.name == "emb45-rank" else {}
+
+    curve = [(tokens, 100.0) for tokens in range(250_000, 5_250_000, 250_000)]
+    plan, _ = simulate(prd, by_share, extra=extra, curve=lambda job: curve)
+    (told,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
+    assert told["verdict"] == "keep; to the PRD's letter keep; while it trained none"
+
+
+def test_runs_under_a_rule_that_only_records_wait_for_no_baseline(prd: Study) -> None:
+    known = {"train_tokens": {16_000: 1, 8_000: 1}, "sanity": SANE}
+    waiting = study_plan.plan(prd, Record(**known)).ready()
+    recorded = replace(prd, overrides=("kill_rule.action=record",))
+    free = study_plan.plan(recorded, Record(**known)).ready()
+    assert {job.experiment for job in waiting} == {"emb35"}
+    assert {job.experiment for job in free} == {"emb35", "emb25", "emb45"}
+
+
 def test_phase_1b_trains_on_equal_bytes_and_compares_equal_documents(prd: Study) -> None:
     rng = np.random.default_rng(0)
     size = rng.integers(80, 120, 40)
@@ -429,6 +448,9 @@ def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
     assert says["verdict"] == "different" and "after Holm" in says["reason"]
     assert "3 seeds, 200 documents" in says["reason"]
     assert row(plan, "short against full")["verdict"] == "same leader"
+    assert plan.winner is not None and plan.winner["strict"] == plan.winner["margin"]
+    (judged,) = plan.winner["candidates"]
+    assert judged["name"] == "glu2x-emb25" and judged["strict"] and judged["margin"]
 
 
 def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:

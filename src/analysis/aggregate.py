@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.analysis import bundle, kill_table
+from src.analysis import bundle, decision_tables, kill_table
 from src.analysis.report_tables import fill, tables
 from src.analysis.run_csv import Row, details_path, read_csv, unlisted, write_csv
 from src.analysis.run_joins import STATUSES
@@ -63,6 +63,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no_figures", action="store_true", help="the CSV and the report only")
     parser.add_argument("--report", type=Path, help="fill the marked tables of this Markdown file")
     parser.add_argument("--study", type=Path, help="default: LOG_DIR/study.json")
+    parser.add_argument(
+        "--predictions", type=Path, help="results/predictions.json, for the table predictions"
+    )
     parser.add_argument("--from_csv", type=Path, help="read this CSV instead of run directories")
     parser.add_argument(
         "--check", action="store_true", help="change nothing: exit 78 if the report is out of date"
@@ -93,7 +96,13 @@ def _run(options: argparse.Namespace) -> int:
     filled = None
     if options.report is not None:  # first, so that a bad marker is refused before anything else
         study = _read_study(options.study or options.log_dir / "study.json", options.study)
-        filled = _filled(options.report, tables(rows, study, kills))
+        made = tables(rows, study, kills)
+        if study is not None:
+            made["winner"] = decision_tables.winner_table(study)
+        if options.predictions is not None:
+            on_record = _read_json_object(options.predictions)
+            made["predictions"] = decision_tables.predictions_table(rows, on_record)
+        filled = _filled(options.report, made, study)
     status = 0
     if options.from_csv is None and not options.check:
         write_csv(rows, options.output)
@@ -193,18 +202,29 @@ def _draw(rows: Sequence[Row], folder: Path, metric: str) -> int:
 def _read_study(path: Path, asked: Path | None) -> dict[str, Any] | None:
     if asked is None and not path.is_file():
         return None
+    return _read_json_object(path)
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
-        study = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(study, dict):
+    if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object.")
-    return study
+    return found
 
 
-def _filled(path: Path, made: Mapping[str, str]) -> str:
+def _filled(path: Path, made: Mapping[str, str], study: Mapping[str, Any] | None) -> str:
+    text = path.read_text(encoding="utf-8")
+    judged = study is not None and study.get("winner") is not None
+    if judged and not any(f"<!-- table:{name} -->" in text for name in ("winner", "decisions")):
+        raise ValueError(
+            f"{path}: the study judged finalists, so both readings of the winner's rule belong in "
+            "its report: put <!-- table:winner --><!-- /table:winner --> (or decisions) into it."
+        )
     try:
-        return fill(path.read_text(encoding="utf-8"), made)
+        return fill(text, made)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -30,6 +30,7 @@ def plan(study: Study, record: Record) -> Plan:
         decisions=tuple(ledger.decisions),
         sweeps=ledger.sweeps,
         assumptions=tuple(ledger.assumptions),
+        winner=ledger.winner,
         aliased=tuple(ledger.aliased),
         complete=all((job.done or job.alias_of) and not job.assumed for job in jobs),
     )

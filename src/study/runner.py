@@ -262,6 +262,7 @@ def summary(
         "schema": SCHEMA,
         "study": Path(study.file).name,
         "complete": found.complete,
+        "winner": found.winner,
         "decisions": [*found.decisions, *_cost_decisions(study, spent, total, runbook)],
         "sweeps": sorted({job.path.name for job in found.jobs}),
         "aliases": [dict(alias) for alias in found.aliased],

@@ -117,6 +117,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     sweeps: Mapping[Path, Mapping[str, Any]]
     assumptions: tuple[str, ...]
+    winner: Metrics | None  # both readings of the rule; None before finalists were judged
     aliased: tuple[Metrics, ...]  # study.json's `aliases`: what the aggregator needs of each
     complete: bool
 

@@ -257,6 +257,22 @@ def _winner_decision(
             else "qualifies within the 3 % margin" if verdict.qualifies_margin else "does not",
             "; ".join(verdict.reasons),
         )  # fmt: skip
+    ledger.winner = {
+        "baseline": reference.name,
+        "strict": result.winner_strict,
+        "margin": result.winner_margin,
+        "reason": result.reason,
+        "candidates": [
+            {
+                "name": verdict.name,
+                "perplexity_ratio": verdict.perplexity_ratio,
+                "strict": verdict.qualifies_strict,
+                "margin": verdict.qualifies_margin,
+                "reasons": list(verdict.reasons),
+            }
+            for verdict in result.candidates
+        ],
+    }
     tied = [f"{' and '.join(sorted(pair))} not told apart" for pair in ties]
     ledger.decide("2", "winner", tied or ["no ties"], result.readings, result.reason)
 

@@ -66,6 +66,7 @@ class Ledger:
         self.decisions: list[Decision] = []
         self.sweeps: dict[Path, Mapping[str, Any]] = {}
         self.assumptions: list[str] = []
+        self.winner: Metrics | None = None
         self.aliases: dict[str, str] = {}
         self.aliased: list[Metrics] = []
         self.first_with: dict[str, str] = {}  # identity -> run

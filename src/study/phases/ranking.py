@@ -232,6 +232,9 @@ def _kill_decisions(ledger: Ledger, phase: str, cells: Sequence[Cell]) -> None:
             rule = stated.in_run(cell.run.training.tokens)
             found = kill_rule.verdict(rule, curves[cell.run.baseline], curves[name])
             verdict = f"{found.kind}; to the PRD's letter {found.literal_kind}"
+            live = (result or {}).get("kill_verdict")
+            if live is not None and live != found.kind:  # asked before the baseline's curve was
+                verdict += f"; while it trained {live}"
             ledger.decide(
                 phase, "kill rule", [f"{name} against {cell.run.baseline}"], verdict,
                 found.reason,
