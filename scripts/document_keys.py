@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.analysis.document_keys import main
-from src.storage.files import run_script
+from src.spec.command_line import run_script
 
 if __name__ == "__main__":
     run_script(main)

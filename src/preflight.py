@@ -9,6 +9,7 @@ from src.compute.compiler import compiler
 from src.data import leakage, requests
 from src.data import tasks as smallbench
 from src.data import tokens as data
+from src.data.tokenizer import load_tokenizer
 from src.spec import costs, kill_rule
 from src.spec.allocation import Allocation
 from src.spec.config import RunConfig, Sweep
@@ -115,9 +116,7 @@ def _check_smallbench(
             f"it with: python scripts/download_smallbench.py --output {directory}, or "
             "leave smallbench_accuracy out of evaluation.metrics"
         )
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer = load_tokenizer(tokenizer_path)
     for task in tasks:
         for full in (False, True) if blimp_full and task.is_blimp else (False,):
             items = smallbench.load_items(task, directory, limit=None if full else limit, full=full)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from src.spec import config as cfg
 from src.spec.config import KillRule, ModelRequest, TrainingConfig, load_sweep
+from src.spec.strict_yaml import parse_yaml
 
 EMBED_RATIO = """\
 # configs/embed_ratio.yaml
@@ -264,6 +265,22 @@ BAD = {
     "a Python object": ("data: !!python/object:os.system {}\n", ["not valid YAML"]),
     "a tag and a value that do not fit": ("data: !!timestamp x\n", ["sweep.yaml", "tag"]),
 }
+
+LEVELS = 5  # ten times as many values each: a file of 30 lines that stands for 100,000
+ALIASES = "a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, LEVELS)
+)
+BAD |= {
+    "aliases of aliases": (ALIASES, ["111,111 values", "at most 100,000"]),
+    "an alias inside of itself": ("data: &a {dir: [*a]}\n", ["line 17", "an alias inside"]),
+    "a merge of no mapping": ("data: {<<: [3]}\n", ["not valid YAML", "for merging"]),
+}
+
+
+def test_merge_keys_are_read_as_yaml_defines_them():
+    merged = "x: &x {a: 1, b: 1}\ny: &y {b: 2}\nz: {<<: [*y, *x], c: 3}\nu: {<<: *x, a: 4}"
+    found = parse_yaml(merged, "a file")
+    assert found["z"] == {"a": 1, "b": 2, "c": 3} and found["u"] == {"a": 4, "b": 1}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -20,6 +20,8 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 
+from src.data.tokenization import learned_from
+from src.data.tokenizer import load_tokenizer
 from tests.tiny_hub import COMMIT, CONVERTED_COMMIT, CONVERTED_FOLDER, tiny_hub
 from tests.tiny_mirror import ARTICLES, build_tiny_mirror, write_tiny_tasks
 
@@ -322,6 +324,21 @@ def test_a_transfer_that_breaks_off_exits_74_and_leaves_nothing(
     assert [path.name for path in output.iterdir()] == [".lock"]
 
 
+def test_incomplete_and_damaged_datasets_of_the_hub_are_refused(
+    tmp_path: Path, mirror: Path
+) -> None:
+    cases = {"gap": None, "pointer": b"version https://git-lfs.github.com/spec/v1\n"}
+    for name, content in cases.items():
+        shutil.copytree(mirror / "tiny/prose", tmp_path / "hub" / "tiny" / name)
+        file = tmp_path / "hub" / "tiny" / name / "default" / "train-00001-of-00002.parquet"
+        file.write_bytes(content) if content else file.unlink()
+    with tiny_hub(tmp_path / "hub") as address:
+        hub: dict[str, Any] = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        for name, named in (("gap", "expected each of 00000-of-00002"), ("pointer", "arquet")):
+            arguments = ("--output", tmp_path / name, "--dataset", f"tiny/{name}")
+            assert named in refused("download_wikitext.py", *arguments, **hub)
+
+
 # Tokens
 
 
@@ -369,6 +386,29 @@ def test_odd_texts_are_tokenized_exactly(tmp_path: Path) -> None:
     stream = np.fromfile(tmp_path / "v400" / "test.bin", dtype="<u2")
     assert stream.tolist() == [token for ids in expected for token in ids]
     assert np.count_nonzero(stream == 0) == len(odd)
+
+
+def test_merges_are_learned_from_parts_of_endless_words(tmp_path: Path) -> None:
+    sound = small_corpus(tmp_path / "sound")
+    run("preprocess_lm.py", "--input", sound, "--vocab_size", 300, "--output", tmp_path / "sound")
+    endless = "-" * 2_500 + " " * 1_200 + "x" + "語" * 1_400
+    train = [prose(seed) for seed in range(5)] + [f"{prose(8)} {endless}"]
+    corpus = small_corpus(tmp_path / "corpus", train=train)
+    arguments = ("--input", corpus, "--vocab_size", 300, "--output", tmp_path / "t")
+    printed = run("preprocess_lm.py", *arguments)
+    assert "1 documents have runs of more than 1,000" in printed
+    assert "the longest with 2,500 in line 6" in printed
+    ids = np.fromfile(tmp_path / "t" / "v300" / "train.bin", dtype="<u2")
+    tokenizer = load_tokenizer(tmp_path / "t" / "v300" / "tokenizer.json")
+    expected = tokenizer.encode(train[-1], add_special_tokens=False).ids
+    assert ids[-len(expected) :].tolist() == expected  # the whole word's own tokens
+
+    pre_tokenizer = Tokenizer.from_file(str(tmp_path / "t/v300/tokenizer.json")).pre_tokenizer
+    parts = list(learned_from(corpus / "train.jsonl", pre_tokenizer))
+    assert "".join(parts) == "".join(train)
+    words = [word for part in parts for word, _ in pre_tokenizer.pre_tokenize_str(part)]
+    assert max(map(len, words)) <= 3 * 1_000  # three bytes a character
+    assert list(learned_from(sound / "train.jsonl", pre_tokenizer)) == train[:5]
 
 
 def test_same_corpus_same_bytes_whatever_the_cores(tmp_path: Path, wikitext: Path) -> None:
@@ -589,11 +629,16 @@ def test_smallbench_default_list_is_found_from_any_directory(tmp_path: Path, mir
 
 
 def test_bad_task_lists_are_refused_by_task_and_key(tmp_path: Path, mirror: Path) -> None:
-    good = {"name": "a", "path": "nyu-mll/glue", "config": "sst2", "split": "validation"}
+    good = {
+        **{"name": "a", "path": "nyu-mll/glue", "config": "sst2", "split": "validation"},
+        **{"prompt": "", "choices": ["x", "y"], "gold": "0"},
+    }
     cases: list[tuple[Any, str]] = [
-        ({"tasks": [good, {**good, "name": "b", "config": 3}]}, "task 2: config"),
-        ({"tasks": [{k: v for k, v in good.items() if k != "split"}]}, "task 1: split"),
-        ({"tasks": [{**good, "name": "../a"}]}, "task 1: name"),
+        ({"tasks": [good, {**good, "name": "b", "config": 3}]}, "task 2 (b): config"),
+        ({"tasks": [{k: v for k, v in good.items() if k != "split"}]}, "task 1 (a): split"),
+        ({"tasks": [{**good, "name": "../a"}]}, "task 1 (../a): name"),
+        ({"tasks": [{**good, "path": ""}]}, "task 1 (a): path"),
+        ({"tasks": [{**good, "gold": "{{ oops"}]}, "task a: a template"),
         ({"tasks": [good, good]}, "'a'"),
         ({"tasks": []}, "tasks"),
         ([good], "tasks"),

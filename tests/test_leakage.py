@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from src.data.leakage import contaminated_rows
+from src.data.leakage_check import Hasher
 from tests.test_data_scripts import refused, run, sha256, write_corpus
 
 ITEMS = 12
@@ -211,3 +212,24 @@ def test_missing_and_changed_inputs_are_refused(tmp_path: Path) -> None:
     message = refused("check_leakage.py", "--corpus", corpus, "--smallbench", bench)
     assert "train.jsonl" in message and "byte 10" in message
     assert not list(tmp_path.rglob("leakage*"))
+
+
+def test_combining_marks_do_not_cut_words(tmp_path: Path) -> None:
+    """A label of one word is too short to judge, in every script."""
+    rng = random.Random(8)
+    labels = [
+        "\u0928\u093f\u0930\u092a\u0947\u0915\u094d\u0937\u0924\u093e",  # Devanagari
+        "\u0ba8\u0bc7\u0bb0\u0bcd\u0bae\u0bb1\u0bc8\u0baf\u0bbe\u0ba9",  # Tamil
+        "\u0645\u064f\u062d\u064e\u0645\u0651\u064e\u062f\u064c",  # Arabic, vowels written
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    ]  # Persian, with a joiner
+    for label in labels:
+        assert len(Hasher().words(f"{label}, {label}!")) == 2
+    assert len(Hasher().words("a \u2764\ufe0f b 1\ufe0f\u20e3")) == 3  # a selector is no word
+    items = [{"text": words(rng, 7), "label": label} for label in labels]
+    items.append({"text": " ".join(labels[i % 4] + str(i) for i in range(6)), "label": "x"})
+    train = [plant(rng, " ".join(labels)), plant(rng, items[-1]["text"])]
+    held_out = {"validation": [words(rng, 60)], "test": [words(rng, 60)]}
+    corpus = write_corpus(tmp_path / "corpus", {"train": train, **held_out})
+    report = check(corpus, write_smallbench(tmp_path / "bench", {"task": items}))
+    assert report["tasks"]["task"]["contaminated"] == [104]

@@ -28,7 +28,8 @@ from src.analysis.report_tables import fill, tables
 from src.analysis.run_csv import Row, details_path, read_csv, unlisted, write_csv
 from src.analysis.run_joins import STATUSES
 from src.analysis.run_table import read_curve, read_rows
-from src.storage.files import BAD_INPUT, IO_FAILURE, Parser, write_atomic, write_json
+from src.spec.command_line import BAD_INPUT, IO_FAILED, Parser
+from src.storage.files import write_atomic, write_json
 
 OUTPUT = Path("results_summary.csv")
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"aggregate_results: could not read or write {what}", file=sys.stderr)
-        return IO_FAILURE
+        return IO_FAILED
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from src.analysis.report_tables import fill
 from src.spec import metric_keys
-from src.storage.files import Parser, Refusal, write_atomic
+from src.spec.command_line import Parser, Refusal
+from src.storage.files import write_atomic
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "METRICS.md"
 

@@ -21,7 +21,8 @@ from typing import Any
 from src.analysis import aggregate as aggregate_results
 from src.analysis.bundle import portable
 from src.analysis.run_csv import read_csv, write_csv
-from src.storage.files import Parser, Refusal, workshop, write_atomic
+from src.spec.command_line import Parser, Refusal
+from src.storage.files import workshop, write_atomic
 
 TRAIN_ROWS = 200
 MARK = "results_bundle.json"

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from src.storage.files import Refusal, read_json, sha256_of
+from src.spec.command_line import Refusal
+from src.storage.files import read_json, sha256_of
 
 SPLITS = ("train", "validation", "test")
 READ_BYTES = 1 << 20
@@ -24,17 +25,17 @@ def is_finished(
         source = read_json(output / "source.json")
     except FileNotFoundError:
         return False
-    held = (source.get("dataset"), source.get("config"))
-    if held[0] != path or config not in (None, held[1]):
+    held = source if isinstance(source, dict) and isinstance(source.get("splits"), dict) else {}
+    if held.get("dataset") != path or config not in (None, held.get("config")):
         raise Refusal(
-            f"{output}: holds {held[0]}, configuration {held[1]}, expected {path}, "
-            f"configuration {config or 'of any name'}; choose another --output, or --force"
+            f"{output}: holds {held.get('dataset')}, configuration {held.get('config')}, expected "
+            f"{path}, configuration {config or 'of any name'}; choose another --output, or --force"
         )
-    for split, facts in source["splits"].items():
+    for split, facts in held["splits"].items():
         file = output / f"{split}.jsonl"
         if not file.is_file() or sha256_of(file) != facts["sha256"]:
             raise Refusal(f"{file}: is not what source.json says; --force downloads it again")
-    return set(splits) <= set(source["splits"])
+    return set(splits) <= held["splits"].keys()
 
 
 def write_split(file: Path, documents: Iterable[str]) -> dict[str, Any]:

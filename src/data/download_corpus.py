@@ -11,26 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from src.data.corpus import SPLITS, is_finished, write_split
 from src.data.hub import MIRROR_HELP, find_mirror, load
+from src.spec.command_line import Parser, Refusal
 from src.spec.progress import track
-from src.storage.files import (
-    Parser,
-    Refusal,
-    locked,
-    make_directory,
-    publish,
-    workshop,
-    write_json,
-)
+from src.storage.files import locked, make_directory, publish, workshop, write_json
 
 WIKITEXT = "Salesforce/wikitext"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z0-9._-]+)?")
 # ` = Title = `, not ` = = Section = = `
 HEADING = re.compile(r" = (?!= ).*(?<! =) = \n")
-ROWS_AT_ONCE = 256
 
 
 def main() -> None:
@@ -91,25 +82,13 @@ def download(
         facts = {}
         for split in splits:
             rows = loaded.splits[split]
-            if "text" not in rows.column_names:
-                raise Refusal(
-                    f"{path}, split {split}: found the columns {', '.join(rows.column_names)}, "
-                    "expected one called text"
-                )
-            texts = track(batched_texts(rows), f"{output}: {split}", "rows", len(rows))
+            tracked = track(rows.texts(["text"]), f"{output}: {split}", "rows", len(rows))
+            texts = (row["text"] for row in tracked)
             documents = articles(texts) if path == WIKITEXT else texts
             facts[split] = write_split(partial / "files" / f"{split}.jsonl", documents)
             if not facts[split]["documents"]:
                 raise Refusal(f"{path}, split {split}: found no text, expected documents")
-        source = {
-            "dataset": path,
-            "config": loaded.config,
-            "revision": loaded.revision,
-            "mirror": mirror is not None,
-            "licence": loaded.licence,
-            "splits": facts,
-        }
-        write_json(partial / "files" / "source.json", source)
+        write_json(partial / "files" / "source.json", loaded.source(facts))
         publish(partial / "files", output, "source.json")
     for split, counts in facts.items():
         print(f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes")
@@ -117,12 +96,6 @@ def download(
     if path == WIKITEXT and "raw" not in loaded.config:
         note = " (rare words read <unk>; --dataset wikitext-2-raw-v1 is the text without it)"
     print(f"{output}: {path}, configuration {loaded.config}{note}")
-
-
-def batched_texts(rows: Any) -> Iterator[str]:
-    """The text column of a memory-mapped `datasets.Dataset`, row by row."""
-    for batch in rows.select_columns("text").iter(batch_size=ROWS_AT_ONCE):
-        yield from (text or "" for text in batch["text"])
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:

@@ -11,22 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from src.data.hub import MIRROR_HELP, find_mirror, load
-from src.storage.files import (
-    Parser,
-    Refusal,
-    locked,
-    make_directory,
-    publish,
-    read_json,
-    sha256_of,
-    workshop,
-    write_json,
-)
+from src.data.corpus import is_finished
+from src.data.hub import MIRROR_HELP, Split, find_mirror, load
+from src.spec.command_line import Parser, Refusal
+from src.storage.files import locked, make_directory, publish, sha256_of, workshop, write_json
 
 DATASET = "mosaicml/dolly_hhrlhf"
 HELD_OUT_ONE_IN = 10
@@ -53,28 +45,10 @@ def main() -> None:
     output: Path = arguments.output
     make_directory(output)
     with locked(output / ".lock"):
-        if not arguments.force and is_finished(output, arguments.dataset):
+        if not arguments.force and is_finished(output, arguments.dataset, None, SPLITS):
             print(f"{output}: holds {arguments.dataset}, whole and verified; nothing to do")
             return
         download(arguments.dataset, mirror, output)
-
-
-def is_finished(output: Path, dataset: str) -> bool:
-    """Whether `output` holds `dataset`, whole. Refusal for another one or damaged files."""
-    try:
-        source = read_json(output / "source.json")
-    except FileNotFoundError:
-        return False
-    if source.get("dataset") != dataset:
-        raise Refusal(
-            f"{output}: holds {source.get('dataset')}, expected {dataset}; choose another "
-            "--output, or --force"
-        )
-    for split in SPLITS:
-        file = output / f"{split}.jsonl"
-        if not file.is_file() or sha256_of(file) != source["splits"][split]["sha256"]:
-            raise Refusal(f"{file}: is not what source.json says; --force downloads it again")
-    return True
 
 
 def download(dataset: str, mirror: Path | None, output: Path) -> None:
@@ -82,7 +56,7 @@ def download(dataset: str, mirror: Path | None, output: Path) -> None:
     with workshop(output / ".partial") as partial:
         (partial / "files").mkdir()
         loaded = load(dataset, None, ("train",), mirror, partial / "cache")
-        rows = [pair(dataset, number, row) for number, row in enumerate(loaded.splits["train"])]
+        rows = pairs(dataset, loaded.splits["train"])
         kept = [row for row in rows if row["prompt"].strip() and row["answer"].strip()]
         parts = {
             "train": [row for row in kept if not is_held_out(row)],
@@ -92,31 +66,27 @@ def download(dataset: str, mirror: Path | None, output: Path) -> None:
             name: write_rows(partial / "files" / f"{name}.jsonl", part)
             for name, part in parts.items()
         }
-        source = {
-            "dataset": dataset,
-            "config": loaded.config,
-            "revision": loaded.revision,
-            "mirror": mirror is not None,
-            "licence": loaded.licence,
-            "splits": facts,
-        }
-        write_json(partial / "files" / "source.json", source)
+        write_json(partial / "files" / "source.json", loaded.source(facts))
         publish(partial / "files", output, "source.json")
     print(f"{output}: {dataset}, " + ", ".join(f"{n} {f['rows']:,} rows" for n, f in facts.items()))
 
 
-def pair(dataset: str, number: int, row: Mapping[str, Any]) -> dict[str, str]:
-    """One row as prompt and answer; Refusal where the columns are others."""
-    if {"prompt", "response"} <= row.keys():
-        return {"prompt": str(row["prompt"] or ""), "answer": str(row["response"] or "")}
-    if {"instruction", "output"} <= row.keys():
-        given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
-        prompt = f"{OPENING}{row['instruction']}{given}\n\n### Response:\n"
-        return {"prompt": prompt, "answer": str(row["output"] or "")}
-    raise Refusal(
-        f"{dataset}, row {number}: found the columns {', '.join(row)}, expected prompt and "
-        "response, or instruction and output; choose another --dataset"
-    )
+def pairs(dataset: str, split: Split) -> Iterator[dict[str, str]]:
+    """The rows as prompt and answer; Refusal where the columns are others."""
+    columns = set(split.columns)
+    if {"prompt", "response"} <= columns:
+        for row in split.texts(["prompt", "response"]):
+            yield {"prompt": row["prompt"], "answer": row["response"]}
+    elif {"instruction", "output"} <= columns:
+        for row in split.texts(["instruction", "output", *({"input"} & columns)]):
+            given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+            prompt = f"{OPENING}{row['instruction']}{given}\n\n### Response:\n"
+            yield {"prompt": prompt, "answer": row["output"]}
+    else:
+        raise Refusal(
+            f"{dataset}: found the columns {', '.join(split.columns)}, expected prompt and "
+            "response, or instruction and output; choose another --dataset"
+        )
 
 
 def is_held_out(row: Mapping[str, str]) -> bool:

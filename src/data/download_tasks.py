@@ -9,19 +9,15 @@ last. A task added to the list is all that a second call downloads.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from src.data.hub import MIRROR_HELP, Loaded, find_mirror, load
-from src.spec.progress import track
+from src.data.hub import MIRROR_HELP, Loaded, find_mirror, is_plain, load
+from src.data.tasks import TASKS_FILE, Task, load_tasks, needed_fields
+from src.spec.command_line import Parser, Refusal
+from src.spec.progress import say, track
 from src.storage.files import (
-    Parser,
-    Refusal,
     locked,
     make_directory,
     publish,
@@ -30,19 +26,6 @@ from src.storage.files import (
     workshop,
     write_json,
 )
-
-TASKS_FILE = Path(__file__).resolve().parents[2] / "configs" / "smallbench.yaml"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What the task list says about one task's rows."""
-
-    name: str
-    path: str
-    config: str
-    split: str
-    only_in_mirror: bool
 
 
 def main() -> None:
@@ -57,7 +40,12 @@ def main() -> None:
     parser.add_argument("--mirror", help=MIRROR_HELP)
     parser.add_argument("--force", action="store_true", help="download everything again")
     arguments = parser.parse_args()
-    tasks = read_tasks(arguments.tasks)
+    try:
+        tasks = load_tasks(arguments.tasks)
+        for task in tasks:
+            needed_fields(task)  # templates that are none are refused before the download
+    except ValueError as error:
+        raise Refusal(str(error)) from None
     mirror = find_mirror(arguments.mirror)
     left_out = [task.name for task in tasks if task.only_in_mirror and mirror is None]
     if left_out:
@@ -75,40 +63,6 @@ def main() -> None:
         download(missing, kept, mirror, output)
         for name in held.keys() - kept.keys() - {task.name for task in tasks}:
             (output / f"{name}.jsonl").unlink(missing_ok=True)
-
-
-def read_tasks(file: Path) -> list[Wanted]:
-    """Names and sources of the listed tasks; other keys are the evaluation's business."""
-    try:
-        listed = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Refusal(f"{file}: found no such file, expected a list of tasks") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refusal(f"{file}: found no valid YAML: {' '.join(str(error).split())}") from None
-    entries = listed.get("tasks") if isinstance(listed, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise Refusal(f"{file}: tasks: found no list of tasks, expected at least one")
-    tasks = [wanted(f"{file}: task {i}", entry) for i, entry in enumerate(entries, 1)]
-    names = [task.name for task in tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise Refusal(f"{file}: found two tasks called {name!r}, expected different names")
-    return tasks
-
-
-def wanted(where: str, entry: Any) -> Wanted:
-    """One entry of the task list; Refusal names the key."""
-    if not isinstance(entry, dict):
-        raise Refusal(f"{where}: found {entry!r}, expected keys and values")
-    texts = {}
-    for key in ("name", "path", "config", "split"):
-        value = entry.get(key)
-        if not isinstance(value, str) or not value:
-            raise Refusal(f"{where}: {key}: found {value!r}, expected a text")
-        texts[key] = value
-    if os.sep in texts["name"] or texts["name"].startswith("."):
-        raise Refusal(f"{where}: name: found {texts['name']!r}, expected a plain file name")
-    return Wanted(only_in_mirror=entry.get("only_in_mirror") is True, **texts)
 
 
 def read_held(output: Path, mirrored: bool, *, force: bool) -> dict[str, Any]:
@@ -129,7 +83,7 @@ def read_held(output: Path, mirrored: bool, *, force: bool) -> dict[str, Any]:
 
 
 def whole_tasks(
-    output: Path, held: Mapping[str, Any], tasks: Sequence[Wanted]
+    output: Path, held: Mapping[str, Any], tasks: Sequence[Task]
 ) -> dict[str, dict[str, Any]]:
     """What need not be downloaded again: same source as in the list, and the recorded bytes."""
     kept = {}
@@ -143,7 +97,7 @@ def whole_tasks(
 
 
 def download(
-    missing: Sequence[Wanted], kept: Mapping[str, Any], mirror: Path | None, output: Path
+    missing: Sequence[Task], kept: Mapping[str, Any], mirror: Path | None, output: Path
 ) -> None:
     """Load the missing tasks and publish them, source.json last."""
     print(f"{len(missing)} tasks from {f'the mirror {mirror}' if mirror else 'the hub'}")
@@ -159,23 +113,24 @@ def download(
     print(f"{output}: {len(facts)} tasks, {sum(task['rows'] for task in facts.values()):,} rows")
 
 
-def write_rows(task: Wanted, loaded: Loaded, file: Path) -> dict[str, Any]:
+def write_rows(task: Task, loaded: Loaded, file: Path) -> dict[str, Any]:
     """Write one task's rows as they are, numbered; return what source.json says of them."""
-    rows = loaded.splits[task.split]
+    split = loaded.splits[task.split]
+    needed = needed_fields(task)
+    columns = [c for c in split.columns if c in needed or split.holds(c, is_plain)]
+    if left_out := sorted(
+        {name for part in split.parts for name in part.schema.names} - {*columns}
+    ):
+        say(task.name, f"without {', '.join(left_out)}, which no template reads")
     with file.open("w", encoding="utf-8", newline="\n") as out:
+        rows = split.rows(columns, is_plain, "texts, numbers, or lists or structs of them")
         for number, row in enumerate(rows):
-            try:
-                out.write(json.dumps({"_row": number, **row}, ensure_ascii=False) + "\n")
-            except TypeError as error:
-                raise Refusal(
-                    f"task {task.name}: row {number} of {task.path} holds more than text, "
-                    f"numbers and lists of them ({error}); SmallBench cannot use it"
-                ) from None
+            out.write(json.dumps({"_row": number, **row}, ensure_ascii=False) + "\n")
     return {
         "path": task.path,
         "config": task.config,
         "split": task.split,
-        "rows": len(rows),
+        "rows": len(split),
         "sha256": sha256_of(file),
         "revision": loaded.revision,
         "licence": loaded.licence,

@@ -25,16 +25,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from src.data.corpus import SPLITS, is_finished, write_split
-from src.storage.files import (
-    Parser,
-    Refusal,
-    locked,
-    make_directory,
-    publish,
-    sha256_of,
-    workshop,
-    write_json,
-)
+from src.spec.command_line import Parser, Refusal
+from src.storage.files import locked, make_directory, publish, sha256_of, workshop, write_json
 
 if TYPE_CHECKING:
     import numpy as np

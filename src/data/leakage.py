@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from src.data.tasks import held_tasks
+
 
 def report_path(stated: str | None, smallbench_dir: Path, corpus: Mapping[str, Any]) -> Path | None:
     """The report to use: the stated file, else the one the script wrote for this corpus.
@@ -54,18 +56,9 @@ def contaminated_rows(
 def _check_rows(path: Path, checked: Mapping[str, str], smallbench_dir: Path) -> None:
     """Row numbers of another download would leave out the wrong rows, and none of a new task."""
     source = smallbench_dir / "source.json"
-    try:
-        held = {
-            task: str(entry["sha256"])
-            for task, entry in json.loads(source.read_bytes())["tasks"].items()
-        }
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{source}: found no list of downloaded tasks, expected one; run python "
-            f"scripts/download_smallbench.py --output {smallbench_dir}"
-        ) from None
     way_out = f"run python scripts/check_leakage.py --smallbench {smallbench_dir} again"
-    for task, sha256 in held.items():
+    for task, facts in held_tasks(smallbench_dir).items():
+        sha256 = facts["sha256"]
         if task not in checked:
             raise ValueError(
                 f"{path}: tasks: found no {task}, expected every task of {source}; {way_out}"

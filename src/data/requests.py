@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from src.data.tasks import Item, fixed_labels
+from src.data.tokenizer import END_OF_TEXT
 
-EOT = "<|endoftext|>"
 # Other items' prompts under which an item's own choices are scored for the calibration.
 HELD_OUT_PROMPTS = 1
 
@@ -57,9 +57,9 @@ def encode_requests(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> l
     blanks that end the context belong to the continuation; an empty context is the
     beginning-of-text token.
     """
-    eot = tokenizer.token_to_id(EOT)
+    eot = tokenizer.token_to_id(END_OF_TEXT)
     if eot is None:
-        raise ValueError(f"the tokenizer: found no token {EOT}, expected it as beginning of text")
+        raise ValueError(f"the tokenizer: found no token {END_OF_TEXT}, expected it as the start")
     contexts = sorted({context.rstrip() for context, _ in pairs})
     encoded = tokenizer.encode_batch(contexts)
     lengths = {text: len(e.ids) for text, e in zip(contexts, encoded, strict=True)}

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2.meta
 import jinja2.sandbox
 
+from src.spec.command_line import Refusal
 from src.spec.config import SMALLBENCH_TASKS
-from src.spec.strict_yaml import parse_yaml
+from src.spec.strict_yaml import read_yaml
+from src.storage.files import sha256_of
 
 TASKS_FILE = SMALLBENCH_TASKS
 BLIMP = "nyu-mll/blimp"
@@ -70,13 +73,11 @@ class Item:
 
 def load_tasks(path: Path) -> list[Task]:
     """Read a task list; ValueError names file, task, key, what was found and what is expected."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: found no such file, expected a list of tasks") from None
-    listed = parse_yaml(text, str(path))
+    listed = read_yaml(path, "a list of tasks")
     if not isinstance(listed, dict) or not isinstance(listed.get("tasks"), list):
         raise ValueError(f"{path}: tasks: found no list, expected a list of tasks under this key")
+    if not listed["tasks"]:
+        raise ValueError(f"{path}: tasks: found an empty list, expected at least one task")
     seed = listed.get("seed", 0)
     if not isinstance(seed, int):
         raise ValueError(f"{path}: seed: found {seed!r}, expected a whole number")
@@ -103,7 +104,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 def _task(where: str, entry: Any, seed: int) -> Task:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: found {entry!r}, expected keys and values")
-    fields = {**entry.pop("<<", {}), **entry}  # YAML's merge key, which the strict loader keeps
+    fields = dict(entry)
     where = f"{where} ({fields.get('name', 'without a name')})"
     required = [f.name for f in dataclasses.fields(Task) if f.default is dataclasses.MISSING]
     for key in required:
@@ -117,6 +118,11 @@ def _task(where: str, entry: Any, seed: int) -> Task:
         if not isinstance(value, _KINDS[key]) or (value is True and key != "only_in_mirror"):
             kinds = " or ".join("null" if k is type(None) else k.__name__ for k in _KINDS[key])
             raise ValueError(f"{where}: {key}: found {value!r}, expected {kinds}")
+    for key in ("name", "path", "config", "split"):
+        if not fields[key]:
+            raise ValueError(f"{where}: {key}: found an empty text, expected a name")
+    if "/" in fields["name"] or fields["name"].startswith("."):
+        raise ValueError(f"{where}: name: found {fields['name']!r}, expected a plain file name")
     choices = fields["choices"]
     if isinstance(choices, dict):
         if list(choices) != ["field"]:
@@ -158,7 +164,15 @@ class _Renderer:
         )
         environment.filters |= {"wikihow": wikihow, "full_stop": full_stop}
         self.task = task
+        as_choices = (
+            (f"{{{{ {task.choices} }}}}",) if isinstance(task.choices, str) else task.choices
+        )
         try:
+            parsed = [
+                environment.parse(text)
+                for text in (task.prompt, task.gold, task.keep or "", *as_choices)
+            ]
+            self.fields = set[str]().union(*map(jinja2.meta.find_undeclared_variables, parsed))
             self.prompt = environment.from_string(task.prompt)
             self.gold = environment.from_string(task.gold)
             self.keep = environment.from_string(task.keep or "True")
@@ -203,13 +217,8 @@ class _Renderer:
 
 def read_rows(task: Task, data_dir: Path) -> list[dict[str, Any]] | None:
     """The downloaded rows, checked against `source.json`; None where only a mirror has them."""
-    way_out = f"run python scripts/download_smallbench.py --output {data_dir}"
-    try:
-        source = json.loads((data_dir / "source.json").read_bytes())["tasks"]
-    except (FileNotFoundError, KeyError, ValueError):
-        raise ValueError(
-            f"{data_dir}/source.json: found no list of downloaded tasks, expected one; {way_out}"
-        ) from None
+    source = held_tasks(data_dir)
+    way_out = _way_out(data_dir)
     said = source.get(task.name)
     if said is None and task.only_in_mirror:
         return None
@@ -222,10 +231,37 @@ def read_rows(task: Task, data_dir: Path) -> list[dict[str, Any]] | None:
                 f"{path}: {key}: found the rows of {said[key]!r}, expected "
                 f"{getattr(task, key)!r} as in the task list; {way_out}"
             )
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != said["sha256"]:
-        raise ValueError(f"{path}: found other bytes than source.json says; {way_out}")
-    return [json.loads(line) for line in data.splitlines()]
+    check_rows(path, said["sha256"])
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def held_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
+    """What `source.json` says of each downloaded task; Refusal where it says nothing."""
+    try:
+        tasks = json.loads((data_dir / "source.json").read_bytes())["tasks"]
+        if all(isinstance(facts["sha256"], str) for facts in tasks.values()):
+            return tasks
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError, ValueError):
+        pass
+    raise Refusal(
+        f"{data_dir}/source.json: found no list of downloaded tasks, expected one; "
+        f"{_way_out(data_dir)}"
+    )
+
+
+def check_rows(file: Path, sha256: str) -> None:
+    """Refusal for rows that are missing or are not those of source.json."""
+    if not file.is_file() or sha256_of(file) != sha256:
+        raise Refusal(f"{file}: is not what source.json says; {_way_out(file.parent)} --force")
+
+
+def needed_fields(task: Task) -> set[str]:
+    """The fields of a row that the task's templates name."""
+    return _Renderer(task).fields | ({task.balanced} if task.balanced else set())
+
+
+def _way_out(data_dir: Path) -> str:
+    return f"run python scripts/download_smallbench.py --output {data_dir}"
 
 
 def select_rows(task: Task, rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]]:

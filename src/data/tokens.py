@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SPLITS = ("train", "validation", "test")
+from src.data.corpus import SPLITS
+from src.data.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,11 +160,8 @@ def outside_split(corpus: Path, name: str, tokenizer_path: Path, eot_id: int) ->
 
     Raises ValueError as `outside_texts` does.
     """
-    from tokenizers import Tokenizer
-
     texts, sha256 = outside_texts(corpus, name)
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    tokenizer.encode_special_tokens = True
+    tokenizer = load_tokenizer(tokenizer_path)
     ids = [entry.ids for entry in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     starts = np.cumsum([0] + [len(row) + 1 for row in ids[:-1]])
     sizes = [(len(text.encode()), len(text.split())) for text in texts]

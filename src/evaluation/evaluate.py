@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from src.compute.compute_config import Machine
 from src.data import leakage
 from src.data import tasks as smallbench
+from src.data.tokenizer import load_tokenizer
 from src.data.tokens import Split, TokenData, outside_split, read_source
 from src.evaluation import latency as eval_latency
 from src.evaluation import perplexity
@@ -118,7 +118,7 @@ def _smallbench(
 ) -> dict[str, Any]:
     asked = run.evaluation
     directory = Path(asked.smallbench_dir)
-    tokenizer = Tokenizer.from_file(str(data.tokenizer_path))
+    tokenizer = load_tokenizer(data.tokenizer_path)
     tasks = smallbench.load_tasks(run.smallbench_tasks)
     options: dict[str, Any] = {
         "context": run.training.seq_len,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,11 @@ import yaml
 from tokenizers import Tokenizer
 
 from src.data import leakage
+from src.data.tokenizer import load_tokenizer
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
 from src.storage import checkpoint
+from src.storage.files import sha256_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +46,12 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
     """Read `logs/<run>`; raises ValueError where it is no finished run or its files disagree."""
     try:
         resolved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        tokenizer = (path / "final" / "tokenizer.json").read_bytes()
+        sha256 = sha256_of(path / "final" / "tokenizer.json")
     except FileNotFoundError as error:
         raise ValueError(
             f"{error.filename}: found no such file, expected the directory of a finished run; "
             "run the experiment to its end first"
         ) from None
-    sha256 = hashlib.sha256(tokenizer).hexdigest()
     if sha256 != resolved["tokenizer_sha256"]:
         raise ValueError(
             f"{path}/final/tokenizer.json: found the hash {sha256[:12]}, expected "
@@ -72,5 +72,5 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
         path=path,
         resolved=resolved,
         model=model.to(device).eval(),
-        tokenizer=Tokenizer.from_str(tokenizer.decode("utf-8")),
+        tokenizer=load_tokenizer(path / "final" / "tokenizer.json"),
     )

@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.models.transformer import Attention, Block, Embedding, SwiGLU, Transformer
 from src.spec.config import ModelConfig
-from src.storage.run_dir import fsync_directory
-
-EOT = "<|endoftext|>"
+from src.storage.files import fsync_directory
 
 
 def export(
@@ -36,13 +34,14 @@ def export(
     built beside its place and renamed, an older one is replaced. Raises ValueError if the
     tokenizer has no `<|endoftext|>` or not the model's vocabulary.
     """
-    tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    eot = tokenizer.token_to_id(EOT)
+    tokenizer = load_tokenizer(tokenizer_json)
+    eot = tokenizer.token_to_id(END_OF_TEXT)
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if eot is None or size > model.config.vocab_size:
         raise ValueError(
-            f"{tokenizer_json}: found {size} entries and {EOT} as {eot}, expected {EOT} and at "
-            f"most the model's {model.config.vocab_size} entries; export with the run's tokenizer"
+            f"{tokenizer_json}: found {size} entries and {END_OF_TEXT} as {eot}, expected this "
+            f"token and at most the model's {model.config.vocab_size} entries; export with the "
+            "run's tokenizer"
         )
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
@@ -112,11 +111,13 @@ def _config(config: ModelConfig, max_position_embeddings: int, eot: int) -> dict
 def _tokenizer(max_position_embeddings: int) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOT,
-        "eos_token": EOT,
-        "pad_token": EOT,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
         "unk_token": None,
         "model_max_length": max_position_embeddings,
+        # A text that spells the token is a text, as it was in training.
+        "split_special_tokens": True,
         # Scores need ids that decode to the very text: no space is tidied away.
         "clean_up_tokenization_spaces": False,
     }

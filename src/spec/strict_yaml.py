@@ -20,26 +20,57 @@ import yaml
 # ------------------------------------------------------------------------------------ strict YAML
 
 
+LARGEST = 100_000  # values of a file, an alias counting as all that it stands for; ours: 5,000
+
+
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars (3e-4 is a number, 010 and `no` are not numbers or
-    booleans in disguise) and without silent duplicate keys."""
+    booleans in disguise) and merge keys, without silent duplicate keys and without aliases that
+    blow a small file up."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.sizes: dict[yaml.Node, int] = {}  # of the collections that are complete
+
+    def compose_sequence_node(self, anchor: Any) -> Any:
+        node = super().compose_sequence_node(anchor)
+        self._measure(node, node.value)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        self._measure(node, [part for pair in node.value for part in pair])
+        seen: dict[str, int] = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise ValueError(f"line {line}: found the key {key!r}, expected a name")
-            if key in seen:
+            if key_node.tag not in (f"{_TAG}str", f"{_TAG}merge"):
+                found = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
+                raise ValueError(f"line {line}: found the key {found}, expected a name")
+            if key_node.value in seen:
                 raise ValueError(
-                    f"line {line}: the key {key!r} is there twice (first on line {seen[key]}); "
-                    "expected each key once, so remove one of them"
+                    f"line {line}: the key {key_node.value!r} is there twice (first on line "
+                    f"{seen[key_node.value]}); expected each key once, so remove one of them"
                 )
-            seen[key] = line
-        return super().construct_mapping(node, deep)
+            seen[key_node.value] = line
+        return node
+
+    def _measure(self, node: yaml.Node, parts: Sequence[yaml.Node]) -> None:
+        size = 1
+        for part in parts:
+            if isinstance(part, yaml.CollectionNode) and part not in self.sizes:
+                raise ValueError(
+                    f"line {part.start_mark.line + 1}: found an alias inside of what it stands "
+                    "for, expected plain values"
+                )
+            size += self.sizes.get(part, 1)
+        if size > LARGEST:
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: found {size:,} values, its aliases "
+                f"written out, expected at most {LARGEST:,}"
+            )
+        self.sizes[node] = size
 
 
 def _strict_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
@@ -47,8 +78,10 @@ def _strict_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
+_TAG = "tag:yaml.org,2002:"
 _NUMBER_START = list("-+0123456789.")
 for _tag, _pattern, _first in (
+    ("merge", r"<<", ["<"]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("int", r"[-+]?(0|[1-9][0-9_]*)", _NUMBER_START),
@@ -59,10 +92,8 @@ for _tag, _pattern, _first in (
         _NUMBER_START,
     ),
 ):
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
-    )
-_StrictLoader.add_constructor("tag:yaml.org,2002:float", _strict_float)
+    _StrictLoader.add_implicit_resolver(f"{_TAG}{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_StrictLoader.add_constructor(f"{_TAG}float", _strict_float)
 
 
 def parse_yaml(text: str, source: str) -> Any:

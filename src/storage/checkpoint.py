@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from src.storage.run_dir import fsync_directory, remove_temporaries, write_atomic
+from src.storage.files import fsync_directory, remove_temporaries, write_atomic
 
 SCHEMA = 1
 _OBJECT = re.compile(r"step-(\d{8,})-g(\d{5,})\.pt")

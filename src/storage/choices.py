@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from src.storage.run_dir import open_lock_file, write_json
+from src.storage.files import open_lock_file, write_json
 
 
 def get(log_dir: Path, key: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""What the data scripts share: refusals, exit codes, atomic files, locked output directories."""
+"""Files that survive a crash: written atomically, locked, published whole. Imports no torch."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -10,85 +9,55 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-FAULT, IO_FAILURE, AGAIN, BAD_INPUT = 70, 74, 75, 78
+from src.spec.command_line import Refusal
 
-
-class Refusal(ValueError):
-    """Bad input: one whole sentence for the user, who has to change something."""
+TEMPORARY = ".tmp"
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes exit 78 with one sentence, like any other bad input."""
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to `path` so that a reader, or a crash at any instant, sees the old or the new
+    bytes and nothing between.
 
-    def __init__(self, description: str, *, example: str) -> None:
-        super().__init__(
-            description=description,
-            epilog=f"example: {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; --help says what is accepted", file=sys.stderr)
-        raise SystemExit(BAD_INPUT)
-
-
-def run_script(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and exit: 0 done, 78 bad input, 74 not read or written, 70 our fault."""
+    Raises OSError with the path and the number of bytes when the disk refuses (full, read-only);
+    the old file is then untouched and the temporary one is gone.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
-        main()
-    except Refusal as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"error: could not read or write {what}", file=sys.stderr)
-        raise SystemExit(IO_FAILURE) from None
-    except KeyboardInterrupt:
-        print("interrupted: nothing unfinished is left, run the same command again")
-        raise SystemExit(AGAIN) from None
-    except Exception:
-        traceback.print_exc()
-        raise SystemExit(FAULT) from None
-    raise SystemExit(0)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write so that a reader, or a crash at any instant, sees the old or the new bytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_new(temporary, data)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+        fsync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(
+            error.errno or errno.EIO, f"could not write {len(data)} bytes ({reason})", str(path)
+        ) from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    """`write_atomic` of indented JSON; NaN and infinity are refused by json (ValueError)."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+def _write_new(path: Path, data: bytes | memoryview) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in `path` durable; file systems that cannot (some network mounts) are let be."""
-    descriptor = os.open(path, os.O_RDONLY)
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and unlinks in `path` durable (some FUSE mounts cannot, and say EINVAL)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -96,6 +65,46 @@ def sync_directory(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """`write_atomic` of indented JSON, keys in the order given. NaN and infinity: ValueError."""
+    write_atomic(path, (json.dumps(obj, indent=2, allow_nan=False) + "\n").encode())
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what writers that died left in `directory`. Only the holder of the lock may call."""
+    for path in directory.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def open_lock_file(path: Path) -> int:
+    """Open (create) `path` to be flock'ed; the descriptor is closed in forked children.
+
+    A flock lives as long as any copy of its descriptor: a compile worker that outlives a killed
+    run would otherwise keep the run locked for ever.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    identity = _identity(descriptor)
+
+    def close_in_child() -> None:
+        with contextlib.suppress(OSError):  # closed before the fork, its number perhaps reused
+            if _identity(descriptor) == identity:
+                os.close(descriptor)
+
+    os.register_at_fork(after_in_child=close_in_child)
+    return descriptor
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:
@@ -120,7 +129,7 @@ def locked(path: Path) -> Iterator[None]:
 
     The lock dies with its process, so a killed holder never blocks the next one.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = open_lock_file(path)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,4 +166,4 @@ def publish(workshop_dir: Path, output: Path, manifest: str) -> None:
         with (workshop_dir / name).open("rb") as file:
             os.fsync(file.fileno())
         os.replace(workshop_dir / name, output / name)
-    sync_directory(output)
+    fsync_directory(output)

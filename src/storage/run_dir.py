@@ -6,7 +6,6 @@ Nothing here imports torch: refusing a held or foreign directory must not cost i
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -15,7 +14,6 @@ import shutil
 import signal
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -23,7 +21,14 @@ from typing import Any
 
 import yaml
 
-TEMPORARY = ".tmp"
+from src.storage.files import (
+    open_lock_file,
+    remove_temporaries,
+    write_all,
+    write_atomic,
+    write_json,
+)
+
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHOWN_DIFFERENCES = 6
 
@@ -37,88 +42,6 @@ class Held(Exception):
             f"{path} is held by process {pid or 'unknown'} on host {host or 'unknown'}: "
             f"wait for it or stop it, then run the same command again."
         )
-
-
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` to `path` so that a reader, or a crash at any instant, sees the old or the new
-    bytes and nothing between.
-
-    Raises OSError with the path and the number of bytes when the disk refuses (full, read-only);
-    the old file is then untouched and the temporary one is gone.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}")
-    try:
-        _write_new(temporary, data)
-        os.replace(temporary, path)
-        fsync_directory(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(
-            error.errno or errno.EIO, f"could not write {len(data)} bytes ({reason})", str(path)
-        ) from error
-
-
-def _write_new(path: Path, data: bytes | memoryview) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        _write_all(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames and unlinks in `path` durable (some FUSE mounts cannot, and say EINVAL)."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, obj: Any) -> None:
-    """`write_atomic` of indented JSON, keys in the order given. NaN and infinity: ValueError."""
-    write_atomic(path, (json.dumps(obj, indent=2, allow_nan=False) + "\n").encode())
-
-
-def remove_temporaries(directory: Path) -> None:
-    """Delete what writers that died left in `directory`. Only the holder of the lock may call."""
-    for path in directory.glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
-
-
-def open_lock_file(path: Path) -> int:
-    """Open (create) `path` to be flock'ed; the descriptor is closed in forked children.
-
-    A flock lives as long as any copy of its descriptor: a compile worker that outlives a killed
-    run would otherwise keep the run locked for ever.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    identity = _identity(descriptor)
-
-    def close_in_child() -> None:
-        with contextlib.suppress(OSError):  # closed before the fork, its number perhaps reused
-            if _identity(descriptor) == identity:
-                os.close(descriptor)
-
-    os.register_at_fork(after_in_child=close_in_child)
-    return descriptor
-
-
-def _identity(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino
 
 
 def _parse_rows(data: bytes, path: Path) -> list[dict[str, Any]]:
@@ -204,7 +127,7 @@ def _take_lock(path: Path) -> int:
         os.close(descriptor)
         raise
     os.ftruncate(descriptor, 0)
-    _write_all(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+    write_all(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
     return descriptor
 
 
@@ -342,7 +265,7 @@ class RunDir:
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         before = self.offset()
         try:
-            _write_all(self._metrics, line)
+            write_all(self._metrics, line)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._metrics, before)
@@ -382,7 +305,7 @@ class RunDir:
     def replace_metrics(self, data: bytes) -> None:
         """Make `metrics.jsonl` hold `data`, rows that another machine wrote for this run."""
         os.ftruncate(self._metrics, 0)
-        _write_all(self._metrics, data)
+        write_all(self._metrics, data)
         os.fsync(self._metrics)
 
     def _cut_torn_line(self) -> None:

@@ -35,8 +35,8 @@ from src.analysis.plots import (
     stem,
     tokens_text,
 )
+from src.spec.command_line import BAD_INPUT, IO_FAILED, Parser
 from src.spec.metric_keys import TOTAL_PARAMS
-from src.storage.files import BAD_INPUT, IO_FAILURE, Parser
 
 Found = Mapping[str, Any]
 PREDICTION = "#8B5A2B"
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             drawn = [path for figure in FIGURES for path in figure(found, options.output)]
     except OSError as error:
         print(f"plot_science: could not read or write {error}", file=sys.stderr)
-        return IO_FAILURE
+        return IO_FAILED
     except (ValueError, KeyError, TypeError) as error:
         print(
             f"plot_science: {options.science}: found {type(error).__name__} ({error}), expected "
