@@ -106,6 +106,13 @@ def test_long_texts_are_cut_so_that_the_answer_follows_its_prompts_end(base: Tra
     assert whole.ids[0] == whole.ids[-1] == tuning.END
 
 
+def test_the_end_token_stands_at_the_ends_alone_whatever_the_texts_spell(base: TrainedRun) -> None:
+    made = tuning.encode(base.tokenizer, "say <|endoftext|> twice", "<|endoftext|><|endoftext|>", 200)
+    assert (made.ids == tuning.END).nonzero()[0].tolist() == [0, len(made.ids) - 1]
+    answer = base.tokenizer.decode(made.ids[made.answer_start : -1].tolist())
+    assert answer == "<|endoftext|><|endoftext|>"
+
+
 def test_a_batch_depends_on_seed_and_step_alone_and_an_epoch_holds_each_example_once() -> None:
     examples = [Example(np.array([0, n]), 1) for n in range(12)]
     one, two = Batches(examples, 4, seed=3), Batches(examples, 4, seed=3)

@@ -252,7 +252,7 @@ def held_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
 def check_rows(file: Path, sha256: str) -> None:
     """Refusal for rows that are missing or are not those of source.json."""
     if not file.is_file() or sha256_of(file) != sha256:
-        raise Refusal(f"{file}: is not what source.json says; {_way_out(file.parent)} --force")
+        raise Refusal(f"{file}: found other bytes than source.json says; {_way_out(file.parent)}")
 
 
 def needed_fields(task: Task) -> set[str]:

@@ -33,7 +33,7 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
-        "files are written in place, not renamed", "src/storage/run_dir.py",
+        "files are written in place, not renamed", "src/storage/files.py",
         ((
             "        _write_new(temporary, data)\n        os.replace(temporary, path)\n",
             "        path.unlink(missing_ok=True)\n        _write_new(path, data)\n",
@@ -41,9 +41,9 @@ MUTANTS = (
         "F1 first manifest half written",
     ),
     Mutant(
-        "nothing is fsynced", "src/storage/run_dir.py",
-        (("        _write_all(descriptor, data)\n        os.fsync(descriptor)\n",
-          "        _write_all(descriptor, data)\n"),),
+        "nothing is fsynced", "src/storage/files.py",
+        (("        write_all(descriptor, data)\n        os.fsync(descriptor)\n",
+          "        write_all(descriptor, data)\n"),),
         "F1 order of fsync and rename",
     ),
     Mutant(
@@ -162,7 +162,7 @@ MUTANTS = (
         "F9 NaN",
     ),
     Mutant(
-        "a full disk is not an error", "src/storage/run_dir.py",
+        "a full disk is not an error", "src/storage/files.py",
         (("    except OSError as error:\n        with contextlib.suppress(OSError):\n"
           "            temporary.unlink()\n",
           "    except OSError as error:\n        return\n"),),
