@@ -280,7 +280,9 @@ class _Loop:
         self.optimizer = build_optimizer(model, training)
         self.step, self.seconds_before = 0, 0.0
         self.begun = time.perf_counter()
-        found = checkpoint.load_latest(directory.checkpoints, digests=digests)
+        found = checkpoint.load_latest(
+            directory.checkpoints, digests=digests, misfit=directory.misfit
+        )
         if found is None:
             directory.truncate(0)
             return

@@ -13,9 +13,7 @@ from src.data.tokenizer import load_tokenizer
 from src.spec import costs, kill_rule
 from src.spec.allocation import Allocation
 from src.spec.config import RunConfig, Sweep
-from src.storage import run_dir
-
-STORES = ("s3", "gs", "gcs", "abfs", "abfss", "file")
+from src.storage import address, run_dir
 
 
 def check(
@@ -29,6 +27,7 @@ def check(
 ) -> data.TokenData:
     """The verified tokens of `run`; ValueError, one sentence, for whatever would fail later."""
     _check_machine(run, device, remote)
+    run_dir.check_log_dir(log_dir)
     checkpoints = log_dir / run.run_name / "checkpoints"
     run_dir.check_disk(checkpoints, 12 * answer.params.total)  # weights, two moments; float32
     tokens = data.load(run.token_dir, run.model.vocab_size, run.data.train_tokens)
@@ -59,11 +58,8 @@ def check(
 
 
 def _check_machine(run: RunConfig, device: str, remote: str | None) -> None:
-    if remote is not None and remote.partition("://")[0] not in STORES:
-        raise ValueError(
-            f"--remote: found {remote!r}, expected an address that starts with one of "
-            f"{', '.join(f'{store}://' for store in STORES)}"
-        )
+    if remote is not None:
+        address.check(remote)
     if run.training.compile == "on" and compiler() is None:
         raise ValueError(
             "training.compile: found on, but this machine has no C++ compiler (g++ or clang++); "

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from src.compute import conditions, runtime
 from src.compute.compute_config import Machine
@@ -32,6 +31,7 @@ from src.spec import kill_rule
 from src.spec.config import ModelConfig, RunConfig, TrainingConfig
 from src.spec.progress import Progress
 from src.storage import checkpoint
+from src.storage.event_file import EventFile
 from src.storage.run_dir import Preemption, RunDir, read_rows
 
 # Rows in metrics.jsonl for training; a longer run logs every k-th step.
@@ -41,6 +41,7 @@ MOST_SKIPPED_STEPS = 40
 # Nats a token; its exponential, the perplexity, is still a number.
 LARGEST_LOSS = 700.0
 _UTILISATION = "gpu_utilisation_percent"
+_FINAL = ".final"  # event files of the final evaluation
 
 
 class NonFinite(RuntimeError):
@@ -259,7 +260,9 @@ class Trainer:
 
     def restore(self) -> bool:
         """Load the newest valid checkpoint, or cut the record back to nothing."""
-        found = checkpoint.load_latest(self.directory.checkpoints, digests=self.digests)
+        found = checkpoint.load_latest(
+            self.directory.checkpoints, digests=self.digests, misfit=self.directory.misfit
+        )
         if found is None:
             self.directory.truncate(0)
             return False
@@ -394,9 +397,7 @@ def train(
         team.tell("begin", {name: choices[name] for name in choices if name != "device"})
     steps, every = training.steps, training.eval_every_steps
     log_every = math.ceil(steps / MOST_TRAIN_ROWS)
-    board = SummaryWriter(
-        str(directory.path / "tensorboard"), purge_step=trainer.step + 1 if resumed else None
-    )
+    board = EventFile(directory.path / "tensorboard", trainer.step + 1 if resumed else 0)
     status, reason = "trained", None
     saved_at, saved_step = time.perf_counter(), trainer.step if resumed else -1
     _freeze_garbage()
@@ -596,12 +597,12 @@ def _kill_row(step: int, training: TrainingConfig, verdict: kill_rule.Verdict) -
 # ---------------------------------------------------------------------------------------- views
 
 
-def _board_dev(board: SummaryWriter, row: dict[str, Any], training: TrainingConfig) -> None:
+def _board_dev(board: EventFile, row: dict[str, Any], training: TrainingConfig) -> None:
     board.add_scalar("dev/loss", row["dev_loss"], row["step"])
     board.add_scalar("dev/perplexity", row["dev_perplexity"], row["step"])
 
 
-def _board_train(board: SummaryWriter, row: dict[str, Any], machine: Machine) -> None:
+def _board_train(board: EventFile, row: dict[str, Any], machine: Machine) -> None:
     step = row["step"]
     board.add_scalar("train/loss", row["train_loss"], step)
     board.add_scalar("train/perplexity", math.exp(min(row["train_loss"], LARGEST_LOSS)), step)
@@ -615,7 +616,10 @@ def _board_train(board: SummaryWriter, row: dict[str, Any], machine: Machine) ->
 
 def board_final(directory: RunDir, measured: dict[str, Any], step: int) -> None:
     """The numbers of the final evaluation, as scalars at the last step."""
-    with SummaryWriter(str(directory.path / "tensorboard")) as board:
+    views = directory.path / "tensorboard"
+    for cut in views.glob(f"*{_FINAL}"):  # by a kill before metrics.json
+        cut.unlink()
+    with EventFile(views, step + 1, _FINAL) as board:
         for name, value in measured.items():
             if isinstance(value, int | float):
                 board.add_scalar(f"final/{name}", value, step)

@@ -148,3 +148,7 @@ def test_what_is_no_finished_run_or_scored_other_documents_is_refused(
     np.savez(other / "documents_test.npz", **shuffled)
     told = refused(["--baseline", str(base), "--ours", str(other)], capsys)
     assert "scored other documents" in told
+    whole = (base / "documents_test.npz").read_bytes()
+    (other / "documents_test.npz").write_bytes(whole[: len(whole) // 2])
+    damaged = ["--baseline", str(base), "--ours", str(other)]
+    assert "documents_test.npz: found a damaged file" in refused(damaged, capsys)

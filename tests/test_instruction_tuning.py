@@ -107,7 +107,9 @@ def test_long_texts_are_cut_so_that_the_answer_follows_its_prompts_end(base: Tra
 
 
 def test_the_end_token_stands_at_the_ends_alone_whatever_the_texts_spell(base: TrainedRun) -> None:
-    made = tuning.encode(base.tokenizer, "say <|endoftext|> twice", "<|endoftext|><|endoftext|>", 200)
+    made = tuning.encode(
+        base.tokenizer, "say <|endoftext|> twice", "<|endoftext|><|endoftext|>", 200
+    )
     assert (made.ids == tuning.END).nonzero()[0].tolist() == [0, len(made.ids) - 1]
     answer = base.tokenizer.decode(made.ids[made.answer_start : -1].tolist())
     assert answer == "<|endoftext|><|endoftext|>"

@@ -27,6 +27,7 @@ from src.study.engines import local, runs, sky, slurm
 from tests.conftest import ROOT, SWEEP
 from tests.faults.bench import differences
 
+SECRET = "s3://key:SECRET@bucket/prefix"
 # Long enough to be interrupted: 320 steps, about two seconds.
 LONGER = ("--set", "training.tokens=81920", "--set", "training.checkpoint_every_steps=40")
 
@@ -196,6 +197,10 @@ def test_a_place_for_each_visible_gpu(monkeypatch):
         (("--exp", "base", "--engine", "cloud"), "invalid choice: 'cloud'"),
         (("--exp", "base", "--engine", "slurm", "--time", "2"), "expected at least 10 minutes"),
         (("--exp", "base", "--engine", "slurm", "--time", "soon"), "--time: found 'soon'"),
+        (("--exp", "base", "--engine", "slurm", "--remote", SECRET), "holds credentials"),
+        (("--exp", "base", "--engine", "sky", "--remote", SECRET), "holds credentials"),
+        (("--exp", "base", "--log_dir", "/dev/null/logs"), "/dev/null is no directory"),
+        (("--exp", "base", "--engine", "slurm", "--output", "/dev/null"), "expected a directory"),
         (("--exp", "base", "--engine", "sky"), "--remote: found nothing, expected a bucket"),
         (("--exp", "base", "--engine", "sky", "--remote", "file:///x"), "expected a bucket"),
     ],
@@ -209,7 +214,8 @@ def test_wrong_requests_are_refused_and_nothing_is_written(
         code = launcher.main(command)
     except SystemExit as ended:
         code = ended.code
-    assert code == 78 and says in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert code == 78 and says in error and "SECRET" not in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,6 +267,7 @@ def as_slurm_task(script: Path, number: int) -> subprocess.CompletedProcess[str]
     scontrol.chmod(0o755)
     environment = {
         **os.environ, "SLURM_ARRAY_TASK_ID": str(number), "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_JOB_ID": "7",
         "PATH": f"{script.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return subprocess.run(
@@ -273,11 +280,11 @@ def test_a_task_that_cannot_run_ends_with_its_code_and_75_alone_asks_slurm(scrip
     with RunDir.open(logs, "deep"):
         held = as_slurm_task(script, 1)
     assert held.returncode == 75 and "is held by" in held.stderr
-    assert asked.read_text() == "requeue 7\n"
+    assert asked.read_text() == "requeue Incomplete 7_1\n"  # 7 would be all tasks of the array
     (logs / "deep" / "config.yaml").write_text("config_digest: of another config\n")
     assert as_slurm_task(script, 1).returncode == 78
     assert as_slurm_task(script, 3).returncode == 78
-    assert asked.read_text() == "requeue 7\n"
+    assert asked.read_text() == "requeue Incomplete 7_1\n"
 
 
 # --------------------------------------------------------------------------------------- SkyPilot
@@ -435,10 +442,14 @@ def test_skypilots_own_parser_reads_every_file(checkout, tmp_path):
     files = sky_files(checkout, "s3://bucket/prefix", exp=("base", "deep", "idle"))
     code = """
 import json, sys, sky
+from sky.utils import schemas
+recovery = schemas.get_resources_schema()["properties"]["job_recovery"]["anyOf"]
+(known,) = (kind["properties"] for kind in recovery if kind["type"] == "object")
 for path in sys.argv[1:]:
     task = sky.Task.from_yaml(path)
     (resources,) = task.resources
     task.validate_name()
+    assert set(resources.job_recovery) <= set(known)  # its parser takes any key here
     print(json.dumps([task.name, resources.use_spot, resources.accelerators,
                       resources.job_recovery, task.workdir, task.file_mounts]))
 """

@@ -15,6 +15,7 @@ import torch
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
+from src.storage import address
 from src.storage import remote as remote_module
 from src.storage.checkpoint import NoValidCheckpoint, load_latest, manifest_bytes, save
 from src.storage.remote import Remote, Timing
@@ -492,15 +493,26 @@ def test_the_same_directory_takes_over_from_its_killed_process(store, tmp_path):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("http://host/x", "expected s3://"),
-        ("bucket/prefix", "expected s3://"),
+        ("http://host/x", "expected one of s3://"),
+        ("bucket/prefix", "expected one of s3://"),
         ("s3://key:secret@bucket/prefix", "holds credentials"),
         ("s3://key@bucket/prefix", "holds credentials"),
         ("s3:///prefix", "no bucket"),
         ("s3://bucket/prefix?request_timeout=3", "request_timeout"),
+        ("s3://bucket/prefix?access_key=secret", "access_key"),
+        ("abfs://account:secret@container/x", "holds credentials"),
+        ("abfss://account/container?sig=secret", "credentials belong in the environment"),
+        ("gs://bucket/x?access_token=secret", "access_token"),
+        ("gcs://bucket/x", "found gcs scheme"),
+        ("htps://key:secret@host/x", "found htps scheme"),
+        ("file:///", "no bucket or path"),
+        ("s3://[secret/x", "no address"),
     ],
 )
 def test_unusable_uris_are_refused_without_repeating_secrets(uri, message):
+    """As every door refuses them before it writes: `address.check` is what they call."""
+    with pytest.raises(ValueError, match=message):
+        address.check(uri)
     with pytest.raises(ValueError, match=message) as caught:
         Remote.open(uri, "r")
     assert "secret" not in str(caught.value)

@@ -376,6 +376,9 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["--phase", "rank", "--set", "kill_rule.window_tokens=5_000"],
         ["kill_rule", "never fire"],
     ),
+    "a key in the remote": (["--remote", "s3://key:SECRET@bucket/x"], ["holds credentials"]),
+    "a store's option that is none": (["--remote", "s3://bucket/x?regoin=a"], ["'regoin'"]),
+    "a store without a bucket": (["--remote", "gs:///x"], ["no bucket"]),
     "a store that nobody knows": (["--remote", "http://x/y"], ["--remote", "s3://"]),
     "a kill rule that its default grace keeps from firing": (
         ["--set", "kill_rule.window_tokens=3_700"],
@@ -525,8 +528,43 @@ def test_damaged_tokens_are_refused_before_anything_is_written(
     assert not logs.exists()
 
 
-def test_a_log_directory_that_cannot_be_made_ends_with_74(tiny_sweep, tmp_path, main, capsys):
+@pytest.mark.parametrize("place", ["file", "file/logs", "link"])
+def test_a_log_directory_that_is_a_file_is_refused(place, tiny_sweep, tmp_path, main, capsys):
     (tmp_path / "file").write_text("")
-    code = main("--config", tiny_sweep, "--exp", "base", "--log_dir", tmp_path / "file" / "logs")
-    assert code == 74
-    assert "could not read or write" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    code = main("--config", tiny_sweep, "--exp", "base", "--log_dir", tmp_path / place)
+    assert code == BAD_INPUT
+    assert "is no directory" in capsys.readouterr().err
+
+
+def test_a_refusal_by_the_store_takes_the_new_run_directory_away(
+    finished, tiny_sweep, tmp_path, main, capsys
+):
+    """What only the store knows is found after the lock: nothing was learnt, nothing is left."""
+    arguments = ("--config", tiny_sweep, "--exp", "base", "--remote", f"file://{tmp_path}/store")
+    short = ("--set", "training.tokens=512")
+    assert main(*arguments, *short, "--log_dir", tmp_path / "one") == OK
+    there = tmp_path / "there"
+    there.mkdir()
+    for log_dir in (tmp_path / "deep" / "two", there):
+        assert main(*arguments, "--log_dir", log_dir) == BAD_INPUT
+        assert "digests.config" in capsys.readouterr().err
+    assert not (tmp_path / "deep").exists() and list(there.iterdir()) == []
+
+
+def test_a_deleted_export_is_written_again_by_the_same_command(
+    finished, tiny_sweep, tmp_path, main, capsys
+):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    run, command = tmp_path / "base", ("--config", tiny_sweep, "--exp", "base")
+    before = fingerprint(run)
+    shutil.rmtree(run / "final")
+    with pytest.raises(ValueError, match="final: found no whole export"):
+        load_run(run)
+    assert main(*command, "--log_dir", tmp_path) == OK
+    assert "written again" in capsys.readouterr().out
+    assert fingerprint(run) == before
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints")
+    assert main(*command, "--log_dir", tmp_path) == BAD_INPUT
+    assert "neither final/ nor the checkpoint" in capsys.readouterr().err

@@ -23,13 +23,14 @@ import yaml
 import run_experiment
 from src.evaluation import latency as eval_latency
 from src.spec import config
+from src.storage.documents import Documents
 from src.storage.run_dir import read_rows
 from src.study import jobs as study_jobs
 from src.study import plan as study_plan
 from src.study import runner as study
 from src.study import sanity_training
 from src.study.phases import cells, costs
-from src.study.phases.cells import STAGES, Documents, Job, Plan, Record, Study
+from src.study.phases.cells import STAGES, Job, Plan, Record, Study
 from src.study.phases.costs import Rate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -180,6 +180,19 @@ def test_the_budget_counts_what_runs(asked: Study, capsys: pytest.CaptureFixture
     assert not machine.running  # what was begun has ended
 
 
+def test_damaged_losses_of_documents_and_failures_are_named(asked: Study) -> None:
+    run = Path(asked.config.log_dir) / "emb35"
+    run.mkdir(parents=True)
+    reader = study_record.Reader(asked)
+    assert reader.documents("emb35", "validation") is None
+    (run / "documents_test.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match="documents_test.npz: found a damaged file.*metrics.json"):
+        reader.documents("emb35", "test")
+    (run / "failure.json").write_text("{")
+    with pytest.raises(ValueError, match="failure.json: found no JSON"):
+        reader.record()
+
+
 def test_what_another_process_holds_is_waited_for(
     asked: Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

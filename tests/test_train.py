@@ -287,6 +287,34 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert_same(lab.state(), reference.state())
 
 
+@pytest.mark.parametrize("lost", [1, 6])
+def test_lost_last_rows_fall_back_to_the_checkpoint_that_fits(
+    reference, lab, at_step, monkeypatch, lost
+):
+    """The newest checkpoint, of step 15, has counted on rows that a power cut took."""
+    at_step(16, die)
+    with pytest.raises(Cut):
+        lab.train("base", "training.checkpoint_every_steps=5")
+    monkeypatch.undo()
+    record = lab.path() / "metrics.jsonl"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-lost]))
+    with pytest.warns(UserWarning, match="lost rows.*going on from step 10"):
+        lab.train()
+    assert lab.rows() == reference.rows()
+    assert_same(lab.state(), reference.state())
+
+
+def test_rows_that_no_checkpoint_can_do_without_are_not_made_up(lab, at_step, monkeypatch):
+    at_step(16, die)
+    with pytest.raises(Cut):
+        lab.train("base", "training.checkpoint_every_steps=5")
+    monkeypatch.undo()
+    record = lab.path() / "metrics.jsonl"
+    record.write_text(record.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match="none that can be trusted.*lost rows"):
+        lab.train()
+
+
 def test_a_preempted_run_saves_where_it_stands(reference, lab, at_step, monkeypatch):
     at_step(7, lambda _: os.kill(os.getpid(), signal.SIGUSR1))
     outcome = lab.train()

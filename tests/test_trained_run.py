@@ -80,7 +80,22 @@ def test_another_tokenizer_or_no_run_is_refused(run: tuple[Path, Transformer]) -
     with pytest.raises(ValueError, match="found the hash"):
         load_run(path)
     tokenizer.unlink()
+    with pytest.raises(ValueError, match="final: found no whole export"):
+        load_run(path)
+    (path / "metrics.json").write_text('{"status": "killed", "steps": 5}')
+    with pytest.raises(ValueError, match="the kill rule stopped this run"):
+        load_run(path)
+    (path / "config.yaml").unlink()
     with pytest.raises(ValueError, match="expected the directory of a finished run"):
+        load_run(path)
+
+
+def test_an_earlier_checkpoint_is_not_taken_for_the_final_model(
+    run: tuple[Path, Transformer],
+) -> None:
+    path, _ = run
+    (path / "metrics.json").write_text('{"status": "finished", "steps": 9}')
+    with pytest.raises(ValueError, match="found step 5 .*expected the final one of step 9"):
         load_run(path)
 
 

@@ -26,6 +26,8 @@ from src.analysis import intervals, repeats
 from src.evaluation import perplexity
 from src.spec import run_identity
 from src.spec.command_line import OK, Parser, refuse
+from src.storage import documents
+from src.storage.run_dir import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,18 +184,19 @@ def _noise(runs: Sequence[Run], measure: str, unlike: bool) -> repeats.Noise | N
 
 def read_run(path: Path, split: str) -> Run:
     """A run directory's losses, published ones too; raises ValueError where it has none."""
+    losses = documents.read(path, split)
     try:
-        metrics = json.loads((path / "metrics.json").read_bytes())
-        with np.load(path / f"documents_{split}.npz") as arrays:
-            nats, tokens, size = (
-                arrays[f"document_{name}"].astype(np.float64)
-                for name in ("nats", "tokens", "bytes")
-            )
-    except FileNotFoundError as error:
+        metrics = read_json(path / "metrics.json")
+    except FileNotFoundError:
+        losses = None
+    if losses is None:
         raise ValueError(
-            f"{path}: found no {Path(error.filename).name}, expected a finished run with "
+            f"{path}: expected a finished run with metrics.json and documents_{split}.npz, its "
             f"per-document losses of {split}"
-        ) from None
+        )
+    nats, tokens, size = (
+        part.astype(np.float64) for part in (losses.nats, losses.tokens, losses.bytes)
+    )
     return Run(
         path=path,
         label=(metrics["seed"], metrics.get("compute_digest")),

@@ -17,6 +17,7 @@ from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
 from src.storage import checkpoint
 from src.storage.files import sha256_of
+from src.storage.run_dir import exported, read_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +47,20 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
     """Read `logs/<run>`; raises ValueError where it is no finished run or its files disagree."""
     try:
         resolved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        sha256 = sha256_of(path / "final" / "tokenizer.json")
     except FileNotFoundError as error:
         raise ValueError(
-            f"{error.filename}: found no such file, expected the directory of a finished run; "
-            "run the experiment to its end first"
+            f"{error.filename}: found no such file, expected the directory of a finished run"
         ) from None
+    done = path / "metrics.json"
+    metrics = read_json(done) if done.is_file() else {}
+    if metrics.get("status") == "killed":
+        raise ValueError(f"{path}: the kill rule stopped this run, so it has no final model")
+    if not exported(path):
+        raise ValueError(
+            f"{path}/final: found no whole export; run the experiment's command (again): it goes "
+            "on to the end, or writes the export of a finished run from its last checkpoint"
+        )
+    sha256 = sha256_of(path / "final" / "tokenizer.json")
     if sha256 != resolved["tokenizer_sha256"]:
         raise ValueError(
             f"{path}/final/tokenizer.json: found the hash {sha256[:12]}, expected "
@@ -65,6 +74,11 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
     found = checkpoint.load_latest(path / "checkpoints", digests=digests)
     if found is None:
         raise ValueError(f"{path}/checkpoints: found no checkpoint, expected the final one")
+    if found[1]["step"] != metrics.get("steps", found[1]["step"]):
+        raise ValueError(
+            f"{path}/checkpoints: found step {found[1]['step']} as the newest that can be trusted, "
+            f"expected the final one of step {metrics['steps']}; restore it, or train again"
+        )
     with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
         model = Transformer(ModelConfig(**resolved["model"]))
     model.load_state_dict(found[0]["model"])

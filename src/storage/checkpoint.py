@@ -213,24 +213,36 @@ def _prune(directory: Path, keep: int) -> None:
     _remove_leftovers(directory)
 
 
-def newest_verified(directory: Path) -> dict[str, Any] | None:
-    """Manifest of the newest checkpoint whose bytes verify; changes and loads nothing."""
+Misfit = Callable[[Mapping[str, Any]], str | None]
+"""Says of a state that verifies why it cannot be gone on from all the same, or None."""
+
+
+def newest_verified(directory: Path, *, misfit: Misfit = lambda _: None) -> dict[str, Any] | None:
+    """Manifest of the newest checkpoint that `load_latest` would take; changes nothing."""
     for path in _manifests(directory) if directory.is_dir() else []:
         try:
             manifest = read_manifest(path)
-            read_object(directory, manifest)
+            _read_state(directory, manifest, misfit)
         except Bad:
             continue
         return manifest
     return None
 
 
+def _read_state(directory: Path, manifest: dict[str, Any], misfit: Misfit) -> dict[str, Any]:
+    state = _unpickle(read_object(directory, manifest), manifest["file"])
+    if (reason := misfit(state)) is not None:
+        raise Bad(f"{manifest['file']}: {reason}")
+    return state
+
+
 def load_latest(
-    directory: Path, *, digests: dict[str, str]
+    directory: Path, *, digests: dict[str, str], misfit: Misfit = lambda _: None
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """(state on the CPU, manifest) of the newest checkpoint that verifies; None if none was saved.
 
-    Damaged ones are warned about and, once an older one is taken, renamed to `*.bad`. Raises
+    Damaged ones, and those that are a `misfit` (their rows are lost, see `RunDir.misfit`), are
+    warned about and, once an older one is taken, renamed to `*.bad`. Raises
     NoValidCheckpoint if there are checkpoints and none verifies, and ValueError if the newest was
     saved under another config, tokenizer or data (`digests`).
 
@@ -247,7 +259,7 @@ def load_latest(
         try:
             manifest = read_manifest(path)
             check_digests(path, manifest["digests"], digests)
-            state = _unpickle(read_object(directory, manifest), manifest["file"])
+            state = _read_state(directory, manifest, misfit)
         except Bad as error:
             damaged.append((path, str(error)))
             continue

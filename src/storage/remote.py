@@ -52,7 +52,7 @@ from typing import Any, BinaryIO, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from src.storage import checkpoint
+from src.storage import address, checkpoint
 from src.storage.checkpoint import (
     Bad,
     NoValidCheckpoint,
@@ -65,7 +65,6 @@ from src.storage.run_dir import Held, RunDir, write_atomic, write_json
 SCHEMA = 1
 _CHUNK = 4 << 20
 _MANIFEST = re.compile(r"g(\d{5,})-([0-9a-f]{8})-step-(\d{8,})\.json")
-_S3_OPTIONS = {"endpoint_override", "region", "scheme", "tls_ca_file_path"}
 _STORE_ERRORS = (OSError, pa.ArrowException)
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -93,16 +92,7 @@ class Fenced(Exception):
 
 def _connect(uri: str, timing: Timing) -> tuple[fs.FileSystem, str]:
     """(file system, path below it) of a URI; ValueError for one that cannot be used."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme not in ("s3", "gs", "abfs", "abfss", "file"):
-        raise ValueError(
-            f"--remote scheme {parts.scheme!r}: expected s3://, gs://, abfs:// or file://."
-        )
-    if parts.password is not None or (parts.scheme == "s3" and parts.username is not None):
-        raise ValueError(
-            "--remote holds credentials, which would end up in logs: leave them out of the URI and "
-            "set the store's environment variables (AWS_ACCESS_KEY_ID and so on)."
-        )
+    parts = address.check(uri)
     try:
         if parts.scheme == "s3":
             return _connect_s3(parts, timing)
@@ -113,11 +103,7 @@ def _connect(uri: str, timing: Timing) -> tuple[fs.FileSystem, str]:
 
 def _connect_s3(parts: urllib.parse.SplitResult, timing: Timing) -> tuple[fs.FileSystem, str]:
     """As FileSystem.from_uri, which cannot set timeouts or turn background writes off."""
-    options = dict(urllib.parse.parse_qsl(parts.query, strict_parsing=bool(parts.query)))
-    unknown = sorted(set(options) - _S3_OPTIONS)
-    if unknown or not parts.netloc:
-        found = f"option {unknown[0]!r}" if unknown else "no bucket"
-        raise ValueError(f"s3 URI with {found}: expected a bucket and {sorted(_S3_OPTIONS)}.")
+    options = dict(urllib.parse.parse_qsl(parts.query))
     in_environment = any(os.environ.get(n) for n in ("AWS_REGION", "AWS_DEFAULT_REGION"))
     if not (options.keys() & {"region", "endpoint_override"} or in_environment):
         options["region"] = fs.resolve_s3_region(parts.netloc)
@@ -555,7 +541,7 @@ class Remote:
         `digests`, OSError if the store cannot be read: never a silent start at 0.
         """
         names = self._patiently(self._manifest_names)
-        here = checkpoint.newest_verified(run.checkpoints)
+        here = checkpoint.newest_verified(run.checkpoints, misfit=run.misfit)
         reasons = []
         for name in names:
             if here is not None and _rank(name)[1] <= here["step"]:

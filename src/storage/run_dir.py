@@ -14,7 +14,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from src.storage.files import (
     write_json,
 )
 
+EXPORTED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHOWN_DIFFERENCES = 6
 
@@ -42,6 +43,30 @@ class Held(Exception):
             f"{path} is held by process {pid or 'unknown'} on host {host or 'unknown'}: "
             f"wait for it or stop it, then run the same command again."
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the log directory; ValueError for one that holds none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: found no JSON ({error}); delete it to go on") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: found no JSON object, expected one; delete it to go on")
+    return found
+
+
+def read_failure(run: Path) -> dict[str, Any] | None:
+    """A run's failure.json, None where it has not failed."""
+    try:
+        return read_json(run / "failure.json")
+    except FileNotFoundError:
+        return None
+
+
+def exported(run: Path) -> bool:
+    """Whether `final/` holds what other programs load."""
+    return all((run / "final" / name).is_file() for name in EXPORTED)
 
 
 def _parse_rows(data: bytes, path: Path) -> list[dict[str, Any]]:
@@ -101,6 +126,7 @@ def _resolve_run(log_dir: Path, run_name: str) -> Path:
             f"run name {run_name!r}: expected letters, digits, '.', '_' and '-', beginning with a "
             f"letter or digit; rename the experiment."
         )
+    check_log_dir(log_dir)
     path = log_dir / run_name
     if path.resolve().parent != log_dir.resolve():
         raise ValueError(f"{path} leads to {path.resolve()}, outside {log_dir}: remove the link.")
@@ -126,6 +152,9 @@ def _take_lock(path: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+        os.close(descriptor)  # its holder refused the run and took the directory away
+        raise Held(path.parent, None, None)
     os.ftruncate(descriptor, 0)
     write_all(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
     return descriptor
@@ -139,6 +168,13 @@ def _read_holder(path: Path) -> tuple[int | None, str | None]:
         except (ValueError, KeyError, TypeError):
             time.sleep(0.01)
     return None, None
+
+
+def check_log_dir(log_dir: Path) -> None:
+    """Refuse (ValueError) a log directory that is a file, or would have to be made inside one."""
+    existing = next(p for p in [log_dir, *log_dir.absolute().parents] if os.path.lexists(p))
+    if not existing.is_dir():
+        raise ValueError(f"--log_dir: {existing} is no directory; expected one, or a free name")
 
 
 def check_disk(directory: Path, bytes_needed: int) -> None:
@@ -175,8 +211,9 @@ class RunDir:
     metrics_path `<path>/metrics.jsonl`, one JSON object a line, the record of the run
     """
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: int, made: Sequence[Path] = ()) -> None:
         self.path = path
+        self._made = made  # by this process: `path` and parents of it that were not there
         self.checkpoints = path / "checkpoints"
         self.metrics_path = path / "metrics.jsonl"
         self._lock = lock
@@ -200,14 +237,26 @@ class RunDir:
         share nothing else need `remote.py`'s owner file.
         """
         path = _resolve_run(log_dir, run_name)
+        made = [place for place in (path, *path.parents) if not place.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        return cls(path, _take_lock(path / ".lock"))
+        return cls(path, _take_lock(path / ".lock"), made)
 
     def __enter__(self) -> RunDir:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, ValueError):
+            self._discard()
         self.close()
+
+    def _discard(self) -> None:
+        """A refusal leaves nothing behind: what this process made goes, if nothing was learnt."""
+        if not self._made or self.offset() or any(self.checkpoints.iterdir()):
+            return
+        shutil.rmtree(self.path)
+        for parent in self._made[1:]:
+            with contextlib.suppress(OSError):  # something else is in it by now
+                parent.rmdir()
 
     def close(self) -> None:
         """Give the lock back. Nothing may be written through this object afterwards."""
@@ -218,16 +267,10 @@ class RunDir:
 
     def finished(self) -> dict[str, Any] | None:
         """`metrics.json` if the run is done, else None."""
-        path = self.path / "metrics.json"
         try:
-            metrics = json.loads(path.read_bytes())
+            return read_json(self.path / "metrics.json")
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}): delete it to go on.") from error
-        if not isinstance(metrics, dict):
-            raise ValueError(f"{path}: expected a JSON object: delete it to go on.")
-        return metrics
 
     def claim_config(self, resolved: dict[str, Any], digest: str) -> None:
         """Write `config.yaml` on the first call; later, refuse a config with another digest.
@@ -282,23 +325,18 @@ class RunDir:
         """Make every appended row durable; to be called before a checkpoint stores `offset()`."""
         os.fsync(self._metrics)
 
-    def truncate(self, offset: int) -> None:
-        """Cut `metrics.jsonl` back to a checkpoint's byte offset.
-
-        Raises ValueError if the file is shorter, or `offset` is not the end of a row: then the
-        file is not the one that the checkpoint was saved with.
-        """
-        size = self.offset()
-        if not 0 <= offset <= size:
-            raise ValueError(
-                f"{self.metrics_path} has {size} bytes, but the checkpoint was saved when it had "
-                f"{offset}: rows are lost. Restore the file, or delete {self.path} to start over."
-            )
+    def misfit(self, state: Mapping[str, Any]) -> str | None:
+        """Why `metrics.jsonl` is not the one that a checkpoint's state was saved with, or None."""
+        offset = state.get("metrics_offset", 0)
+        if not 0 <= offset <= self.offset():
+            return f"{self.metrics_path} has lost rows: {self.offset()} of {offset} bytes are there"
         if offset and os.pread(self._metrics, 1, offset - 1) != b"\n":
-            raise ValueError(
-                f"{self.metrics_path}: the checkpoint's byte offset {offset} is not the end of a "
-                f"row. Restore the file, or delete {self.path} to start over."
-            )
+            return f"{self.metrics_path}: no row ends at byte {offset}"
+        return None
+
+    def truncate(self, offset: int) -> None:
+        """Cut `metrics.jsonl` back to the byte offset of a checkpoint that is no `misfit`."""
+        assert self.misfit({"metrics_offset": offset}) is None
         os.ftruncate(self._metrics, offset)
         os.fsync(self._metrics)
 

@@ -21,7 +21,8 @@ from src.compute import cores
 from src.spec import config
 from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
 from src.spec.strict_yaml import read_yaml
-from src.storage.run_dir import locked, write_atomic, write_json
+from src.storage import address
+from src.storage.run_dir import check_log_dir, locked, write_atomic, write_json
 from src.study import plan as study_plan
 from src.study.jobs import REPOSITORY, Holder, Running, Start, is_held, starter
 from src.study.phases import costs
@@ -81,6 +82,9 @@ def run(
     `jobs: auto` finds out what nothing else settles.
     """
     log_dir, count = Path(study.config.log_dir), cores.available_cores()
+    check_log_dir(log_dir)
+    if remote is not None:
+        address.check(remote)
     known = known_threads(study)
     places = settle(study.config.jobs, count, gpus(study.config.device), known)
     reader = Reader(study, None if places is None else places.threads)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from src.spec import config, costs
 from src.spec.kill_rule import Curve
-from src.storage.run_dir import read_rows
-from src.study.phases.cells import Documents, Job, Plan, Record, Study, baseline_cell
+from src.storage import documents
+from src.storage.documents import Documents
+from src.storage.run_dir import read_failure, read_json, read_rows
+from src.study.phases.cells import Job, Plan, Record, Study, baseline_cell
 from src.study.phases.costs import Rate
 from src.study.threads import probe
 
@@ -73,15 +72,7 @@ class Reader:
         """Per-document losses of a finished run; None where it kept none."""
         key = (name, split)
         if key not in self._documents:
-            path = self.log_dir / name / f"documents_{split}.npz"
-            self._documents[key] = None
-            if path.is_file():
-                with np.load(path) as arrays:
-                    self._documents[key] = Documents(
-                        nats=arrays["document_nats"].astype(np.float64),
-                        tokens=arrays["document_tokens"],
-                        bytes=arrays["document_bytes"],
-                    )
+            self._documents[key] = documents.read(self.log_dir / name, split)
         return self._documents[key]
 
     def _train_tokens(self) -> dict[int, int]:
@@ -159,18 +150,4 @@ class Reader:
 
 def diverged(path: Path) -> bool:
     """Whether the run's failure.json says that it met a NaN: a result, unlike other failures."""
-    try:
-        return json.loads((path / "failure.json").read_bytes()).get("kind") == "NonFinite"
-    except FileNotFoundError:
-        return False
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of the log directory; raises ValueError for one that is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: found no JSON ({error}); delete it to go on") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: found no JSON object, expected one; delete it to go on")
-    return found
+    return (read_failure(path) or {}).get("kind") == "NonFinite"

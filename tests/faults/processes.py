@@ -121,9 +121,9 @@ class Watch:
 
 def preload() -> None:
     """Import what a run imports, so that forks of this process start at once."""
+    import tensorboard.summary.writer.record_writer  # noqa: F401
     import tokenizers  # noqa: F401
     import torch._dynamo  # the optimizer's constructor imports it, which takes seconds
-    import torch.utils.tensorboard
 
     torch.set_num_threads(1)
 

@@ -1,14 +1,19 @@
-"""A real Slurm array whose every run is interrupted once: python -m tests.slurm
+"""Slurm arrays whose tasks are preempted, cancelled and timed out: python -m tests.slurm
 
     apt-get install slurm-wlm        # as root, once; Debian 12 has 22.05
     python -m tests.slurm --results results/slurm
 
-Seven tiny runs are submitted by `python -m src.study.engines --engine slurm --submit`. At a
-random step of each, half are requeued over their heads (`scontrol requeue`, what a preempting
-partition does) and half get TERM (`scancel --batch --signal=TERM`, what `--signal` sends before the
-time limit), so that they save, exit 75 and requeue themselves. Then weights, optimizer, generators,
-rows and results are compared, bit for bit, with runs that nobody interrupted. An eighth is bad
-input and has to stay down (78). Exit code 1 unless all of that holds.
+Three arrays of four tiny runs are submitted by `python -m src.study.engines --engine slurm
+--submit`. In each, at a random step, something happens to the last task and to one in the middle:
+
+- preempted: `scontrol requeue`, what a preempting partition does. It comes back, once.
+- cancelled: `scancel`. It saves, stays cancelled, and the same run started again goes on.
+- timed out: the limit is set to three minutes, and Slurm says two minutes before that it is over.
+  The run stands still until then, so that it cannot end first. It saves and requeues itself.
+
+The first task is left alone, the second is bad input (78); neither may be started a second time.
+Weights, optimizer, generators, rows and results are compared, bit for bit, with runs that nobody
+interrupted. Exit code 1 unless all of that holds.
 
 Slurm holds a requeued job back for two minutes; the test moves that forward (`scontrol update
 StartTime=now`), nothing else of Slurm is shortened or stood in for.
@@ -17,10 +22,11 @@ StartTime=now`), nothing else of Slurm is shortened or stood in for.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,20 +38,27 @@ from pathlib import Path
 from tests.faults.bench import EXPERIMENT, ROOT, Bench, clean_environment, differences, say
 from tests.slurm.cluster import Cluster, cluster, missing
 
-STEPS = 600
+STEPS = 240
 SETTINGS = (f"training.tokens={STEPS * 128}", "training.checkpoint_every_steps=50")
-WAYS = {"requeued": "scontrol requeue", "signalled": "scancel --batch --signal=TERM"}
-HUNG_S = 600
+WAYS = {
+    "preempted": "`scontrol requeue`",
+    "cancelled": "`scancel`",
+    "timed out": "the time limit",
+}
+SEEDS = 4  # tasks of an array
+UNTOUCHED, BAD_INPUT, INTERRUPTED = 0, 1, (2, 3)
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+HUNG_S = 3600  # a busy machine takes its time
 
 
 @dataclass
 class Task:
-    """One task of the array, and how it went."""
+    """One task of an array, and how it went."""
 
+    way: str  # of the array
     number: int
     run: str
-    way: str
-    at_row: int  # interrupted once the record has so many rows
+    at_row: int | None  # interrupted once the record has so many rows
     interrupted_at_step: int | None = None
     attempts: int = 0  # that got as far as training
     restarts: int = 0
@@ -59,7 +72,6 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, help="write the table into this directory")
     asked = parser.parse_args()
@@ -70,14 +82,14 @@ def main() -> int:
     # A blank in the path: what is written for Slurm must be quoted.
     work = Path(tempfile.mkdtemp(prefix="slurm test "))
     try:
-        tasks, refused, script, version = trial(work, asked.runs, asked.seed)
+        tasks, script, version = trial(work, asked.seed)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     invocation = (
-        f"`python -m tests.slurm --runs {asked.runs} --seed {asked.seed}`, "
-        f"{time.strftime('%Y-%m-%d')}, {version}, one node, {time.monotonic() - begun:.0f} s"
+        f"`python -m tests.slurm --seed {asked.seed}`, {time.strftime('%Y-%m-%d')}, {version}, "
+        f"one node, {time.monotonic() - begun:.0f} s"
     )
-    table = markdown(tasks, refused, invocation)
+    table = markdown(tasks, invocation)
     print(table)
     if asked.results:
         asked.results.mkdir(parents=True, exist_ok=True)
@@ -85,66 +97,65 @@ def main() -> int:
         (asked.results / "slurm.json").write_text(rows, encoding="utf-8")
         (asked.results / "slurm.md").write_text(table, encoding="utf-8")
         (asked.results / "array.sbatch").write_text(script, encoding="utf-8")
-    return 1 if refused or any(task.problems for task in tasks) else 0
+    return 1 if any(task.problems for task in tasks) else 0
 
 
-def trial(work: Path, runs: int, seed: int) -> tuple[list[Task], list[str], str, str]:
-    """Interrupt an array of `runs` runs; returns the tasks, what was wrong with the refused one,
-    the batch script and Slurm's version."""
+def trial(work: Path, seed: int) -> tuple[list[Task], str, str]:
+    """Interrupt three arrays; returns their tasks, a batch script and Slurm's version."""
     bench = Bench(work, seed, quick=True)
     bench.build()
-    seeds = [str(number) for number in range(runs)]
     say("the uninterrupted runs")
-    command(bench, "run_experiment.py", work / "references", seeds)
-    names = [EXPERIMENT + (f"-seed{number}" if number != "0" else "") for number in seeds]
+    command(bench, "run_experiment.py", work / "references", (UNTOUCHED, *INTERRUPTED))
     draw = random.Random(seed)
-    ways = [list(WAYS)[number % 2] for number in range(runs)]
-    draw.shuffle(ways)
-    tasks = [
-        Task(number, name, way, draw.randint(20, STEPS * 3 // 4))
-        for number, (name, way) in enumerate(zip(names, ways, strict=True))
-    ]
-    bad = work / "logs" / f"{EXPERIMENT}-seed{runs}"  # begun with another config
-    bad.mkdir(parents=True)
-    (bad / "config.yaml").write_text("config_digest: of another config\n")
+    arrays: dict[str, list[Task]] = {}
     with cluster() as slurm:
-        options = ("--engine", "slurm", "--submit", "--gpu", "none", "--cpus", "1")
-        options += ("--output", str(work / "launch"))
-        answer = command(
-            bench,
-            "src.study.engines",
-            work / "logs",
-            [*seeds, str(runs)],
-            options,
-            slurm.environment,
-        )
-        array = answer.split()[-1]
-        say(answer.strip())
         version = slurm.command("sbatch", "--version").strip()
-        jobs = watch(slurm, array, tasks, work / "logs")
-    for task in tasks:
-        judge(task, jobs[task.number], work)
-    found = {key: jobs[runs][key] for key in ("JobState", "ExitCode", "Restarts")}
-    expected = {"JobState": "FAILED", "ExitCode": "78:0", "Restarts": "0"}
-    refused = [] if found == expected else [f"found {found}, expected {expected}"]
-    script = (work / "launch" / f"{bench.config.stem}.sbatch").read_text()
-    for path, name in ((work, "WORK"), (sys.executable, "PYTHON"), (ROOT, "REPOSITORY")):
-        script = script.replace(str(path), name)
-    return tasks, refused, script, version
+        for way in WAYS:
+            logs = work / way
+            bad = logs / name(BAD_INPUT)  # begun with another config
+            bad.mkdir(parents=True)
+            (bad / "config.yaml").write_text("config_digest: of another config\n")
+            options = ("--engine", "slurm", "--submit", "--gpu", "none", "--cpus", "1")
+            options += ("--output", str(logs / "launch"))
+            answer = command(
+                bench, "src.study.engines", logs, range(SEEDS), options, slurm.environment
+            )
+            say(f"{way}: {answer.strip()}")
+            arrays[answer.split()[-1]] = [
+                Task(
+                    way,
+                    number,
+                    name(number),
+                    draw.randint(20, STEPS * 3 // 4) if number in INTERRUPTED else None,
+                )
+                for number in range(SEEDS)
+            ]
+        jobs = watch(slurm, arrays, work)
+    for array, tasks in arrays.items():
+        for task in tasks:
+            judge(task, jobs[array][task.number], bench)
+    script = next((work / "preempted" / "launch").glob("*.sbatch")).read_text()
+    for path, stands_for in ((work, "WORK"), (sys.executable, "PYTHON"), (ROOT, "REPOSITORY")):
+        script = script.replace(str(path), stands_for)
+    return [task for tasks in arrays.values() for task in tasks], script, version
+
+
+def name(seed: int) -> str:
+    return EXPERIMENT + (f"-seed{seed}" if seed else "")
 
 
 def command(
     bench: Bench,
     entry: str,
     logs: Path,
-    seeds: Sequence[str],
+    seeds: Sequence[int],
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> str:
     """Standard output of run_experiment.py or `python -m src.study.engines` for the given seeds."""
     program = [str(ROOT / entry)] if entry.endswith(".py") else ["-m", entry]
     words = [sys.executable, *program, "--config", str(bench.config), "--exp", EXPERIMENT]
-    words += ["--log_dir", str(logs), "--device", "cpu", "--seed", *seeds, *options]
+    words += ["--log_dir", str(logs), "--device", "cpu", "--seed", *map(str, seeds), *options]
     words += [word for setting in SETTINGS for word in ("--set", setting)]
     done = subprocess.run(
         words, cwd=ROOT, env=clean_environment() | dict(environment or {}), capture_output=True,
@@ -156,32 +167,56 @@ def command(
 
 
 def watch(
-    slurm: Cluster, array: str, tasks: Sequence[Task], logs: Path
-) -> dict[int, dict[str, str]]:
-    """Interrupt each task once, bring requeued ones forward; returns how Slurm says each ended."""
+    slurm: Cluster, arrays: Mapping[str, Sequence[Task]], work: Path
+) -> dict[str, dict[int, dict[str, str]]]:
+    """Interrupt what is to be, bring requeued tasks forward; how Slurm says each task ended."""
     deadline = time.monotonic() + HUNG_S
     while time.monotonic() < deadline:
-        for task in tasks:
-            if task.interrupted_at_step is None and rows(logs / task.run) >= task.at_row:
-                interrupt(slurm, f"{array}_{task.number}", task, logs / task.run)
-        jobs = slurm.jobs(array)
-        for number, job in jobs.items():
-            if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
-                slurm.command("scontrol", "update", f"jobid={array}_{number}", "StartTime=now")
-        ended = [job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED") for job in jobs.values()]
-        if len(jobs) == len(tasks) + 1 and all(ended):
+        for array, tasks in arrays.items():
+            for task in tasks:
+                step(slurm, f"{array}_{task.number}", task, work / task.way)
+        jobs = {array: slurm.jobs(array) for array in arrays}
+        for array, found in jobs.items():
+            for number, job in found.items():
+                if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+                    slurm.command(
+                        "scontrol", "update", f"jobid={array}_{number}", "StartTime=now",
+                        "TimeLimit=60",
+                    )  # fmt: skip
+        every = [job["JobState"] for found in jobs.values() for job in found.values()]
+        if len(every) == len(arrays) * SEEDS and all(state in ENDED for state in every):
             return jobs
-        time.sleep(0.1)
+        time.sleep(0.2)
     raise RuntimeError(f"not ended after {HUNG_S} s: {slurm.command('squeue')}")
 
 
-def interrupt(slurm: Cluster, job: str, task: Task, run: Path) -> None:
-    """Once. scancel sometimes delivers the signal, hears "Job can not be altered now" and would try
-    for a minute longer, into the next attempt: it is ended; `judge` sees whether it was heard."""
-    task.interrupted_at_step = newest_step(run)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        slurm.command(*WAYS[task.way].split(), job, seconds=3)
-    say(f"{task.run}: {task.way} at step {task.interrupted_at_step}")
+def step(slurm: Cluster, job: str, task: Task, logs: Path) -> None:
+    """Interrupt the task, once; one that stands still goes on when Slurm has told it to end."""
+    if task.at_row is None:
+        return
+    run = logs / task.run
+    if task.interrupted_at_step is None and rows(run) >= task.at_row:
+        if task.way == "preempted":
+            slurm.command("scontrol", "requeue", job)
+        elif task.way == "cancelled":
+            slurm.command("scancel", job)
+        else:
+            os.kill(process_of(run), signal.SIGSTOP)
+            slurm.command("scontrol", "update", f"jobid={job}", "TimeLimit=3")
+        task.interrupted_at_step = newest_step(run)
+        say(f"{task.run}: {task.way} at step {task.interrupted_at_step}")
+    elif task.way == "timed out" and task.interrupted_at_step is not None and not task.attempts:
+        if "told to save" in output(task, logs):
+            os.kill(process_of(run), signal.SIGCONT)
+            task.attempts = 1
+
+
+def process_of(run: Path) -> int:
+    return int(json.loads((run / ".lock").read_text())["pid"])
+
+
+def output(task: Task, logs: Path) -> str:
+    return next((logs / "launch").glob(f"*_{task.number}.out")).read_text()
 
 
 def rows(run: Path) -> int:
@@ -194,41 +229,59 @@ def newest_step(run: Path) -> int:
     return int(json.loads(lines[-2])["step"])  # the last may be half a row
 
 
-def judge(task: Task, job: Mapping[str, str], work: Path) -> None:
+def judge(task: Task, job: Mapping[str, str], bench: Bench) -> None:
     """Fill in how the task ended, and what of it is wrong."""
+    logs = bench.work / task.way
     task.state, task.restarts = job["JobState"], int(job["Restarts"])
-    output = next((work / "launch").glob(f"*_{task.number}.out")).read_text()
-    task.attempts = output.count(" parameters on ")
-    if task.state != "COMPLETED" or task.restarts != 1 or task.attempts != 2:
-        task.problems.append(
-            f"{task.state} after {task.restarts} restarts, {task.attempts} attempts: {output}"
-        )
-    if task.interrupted_at_step is None:
+    task.attempts = output(task, logs).count(" parameters on ")
+    back = task.at_row is not None and task.way != "cancelled"
+    if task.number == BAD_INPUT:
+        expected = ("FAILED", 0, 0)
+        if job["ExitCode"] != "78:0":
+            task.problems.append(f"exit code {job['ExitCode']}")
+    elif task.at_row is not None and task.way == "cancelled":
+        expected = ("CANCELLED", 0, 1)
+    else:
+        expected = ("COMPLETED", int(back), 1 + int(back))
+    found = (task.state, task.restarts, task.attempts)
+    if found != expected:
+        said = f"{job['Reason']}, exit code {job['ExitCode']}: {output(task, logs)}"
+        task.problems.append(f"found {found}, expected {expected}; {said}")
+    if task.at_row is not None and task.interrupted_at_step is None:
         task.problems.append("it was never interrupted")
-    task.problems += differences(work / "logs" / task.run, work / "references" / task.run)
+    if task.number == BAD_INPUT or task.problems:
+        return
+    if expected[0] == "CANCELLED":
+        saved = max((logs / task.run / "checkpoints").glob("step-*.json"), default=None)
+        if saved is None or int(saved.stem[5:]) < (task.interrupted_at_step or 0):
+            task.problems.append(f"it did not save when it was cancelled: newest is {saved}")
+        command(bench, "run_experiment.py", logs, (task.number,))
+    task.problems += differences(logs / task.run, bench.work / "references" / task.run)
 
 
-def markdown(tasks: Sequence[Task], refused: Sequence[str], invocation: str) -> str:
+def markdown(tasks: Sequence[Task], invocation: str) -> str:
     """The table, with what made it."""
     good = sum(not task.problems for task in tasks)
     lines = [
-        f"# A Slurm array, each run interrupted once: {good}/{len(tasks)} bitwise equal",
+        f"# Slurm arrays, preempted, cancelled, timed out: {good}/{len(tasks)} as they should be",
         "",
-        f"{invocation}; 95,320 parameters, {STEPS} steps, a checkpoint "
-        "every 50 and at the signal. Compared with uninterrupted runs: weights, optimizer, "
-        "generators, metrics.jsonl, metrics.json, exported weights; clocks and memory left out.",
+        f"{invocation}; 95,320 parameters, {STEPS} steps, a checkpoint every 50 and at the signal. "
+        "Compared with uninterrupted runs: weights, optimizer, generators, metrics.jsonl, "
+        "metrics.json, exported weights; clocks and memory left out. Cancelled runs were started "
+        "again by hand before they were compared.",
         "",
-        "| task | run | interrupted by | at step | Slurm restarts | ended | bitwise equal |",
+        "| array | task | interrupted by | at step | Slurm restarts | ended | as it should |",
         "|---|---|---|---|---|---|---|",
     ]
     for task in tasks:
-        same = "; ".join(task.problems) or "yes"
+        which = {UNTOUCHED: "", BAD_INPUT: " (bad input)", SEEDS - 1: " (last)"}
+        by = "nobody" if task.at_row is None else WAYS[task.way]
+        at = "" if task.interrupted_at_step is None else task.interrupted_at_step
+        good_end = "78, not started again" if task.number == BAD_INPUT else "bitwise equal"
         lines.append(
-            f"| {task.number} | {task.run} | `{WAYS[task.way]}` | {task.interrupted_at_step} "
-            f"| {task.restarts} | {task.state} | {same} |"
+            f"| {task.way} | {task.number}{which.get(task.number, '')} | {by} | {at} "
+            f"| {task.restarts} | {task.state} | {'; '.join(task.problems) or good_end} |"
         )
-    stayed = "; ".join(refused) or "FAILED with 78, 0 restarts, as it should"
-    lines.append(f"| {len(tasks)} | bad input | nobody | | 0 | {stayed} | |")
     return "\n".join(lines) + "\n"
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.spec import config
+from src.storage import address
+from src.storage.run_dir import check_log_dir
 
 ENTRY = Path(__file__).resolve().parents[3] / "run_experiment.py"
 
@@ -48,8 +50,12 @@ def plan(
 ) -> Launch:
     """The runs that `run_experiment.py` would do one after the other, one command line each.
 
-    Raises ValueError for a file, an experiment or a seed that run_experiment.py would refuse.
+    Raises ValueError for a file, an experiment, a seed, a log directory or a remote that
+    run_experiment.py would refuse.
     """
+    check_log_dir(Path(log_dir))
+    if remote is not None:
+        address.check(remote)
     sweep = config.load_sweep(config_file, overrides, phase)
     shared = ["--config", config_file, "--log_dir", log_dir]
     shared += ["--phase", phase] if phase != "full" else []

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from src.data import leakage
 from src.data import tokens as data
+from src.storage.files import make_directory
 from src.storage.run_dir import write_atomic
 from src.study.engines.runs import ENTRY, Launch, Run
 
@@ -95,7 +96,7 @@ def task(launch: Launch, run: Run, *, gpu: str, spot: bool) -> str:
 def write(launch: Launch, directory: Path, *, gpu: str, spot: bool) -> list[Path]:
     """`<directory>/<sweep>-<run>.yaml` of every run."""
     texts = {run.name: task(launch, run, gpu=gpu, spot=spot) for run in launch.runs}
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     paths = []
     for name, text in texts.items():
         paths.append(directory / f"{launch.sweep}-{name}.yaml")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from src.storage.files import make_directory
 from src.storage.run_dir import write_atomic
 from src.study.engines.runs import ENTRY, Launch
 
@@ -19,9 +20,17 @@ SHORTEST_S = 600
 
 # bash forwards no signals, and one that it traps ends its `wait` early: hence the loop. Python
 # dies of a signal that comes before its handlers are installed (143); nothing was begun then.
+#
+# The last task of an array carries the array's own id as SLURM_JOB_ID, and a requeue of that id is
+# one of all tasks: hence the array's and the task's. `Incomplete` leaves a task alone that Slurm is
+# already ending: a cancelled one stays cancelled, a preempted one comes back once.
 _BODY = """
 stopped= child=
-trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM INT USR1 USR2
+signalled() {
+  stopped=1
+  [ -z "$child" ] || { echo "$name: told to save and end"; kill -TERM "$child" 2> /dev/null; }
+}
+trap signalled TERM INT USR1 USR2
 "${command[@]}" &
 child=$!
 [ -z "$stopped" ] || kill -TERM "$child"
@@ -32,10 +41,12 @@ while :; do
 done
 wait "$child"  # of a process that has ended: its own code, whatever interrupted the first wait
 code=$?
+child=  # a requeue brings one more TERM; the number may be another process's by then
 if [ -n "$stopped" ] && [ "$code" -eq 143 ]; then code=75; fi
 echo "$name: exit code $code"
 if [ "$code" -eq 75 ]; then
-  scontrol requeue "$SLURM_JOB_ID" && sleep 30  # Slurm ends this script meanwhile
+  scontrol requeue Incomplete "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" \\
+    && sleep 30  # Slurm ends this script meanwhile
 fi
 exit "$code"
 """
@@ -113,7 +124,7 @@ def seconds(time_limit: str) -> int:
 
 def write(launch: Launch, text: str, directory: Path) -> Path:
     """`<directory>/<sweep>.sbatch`."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     path = directory / f"{launch.sweep}.sbatch"
     write_atomic(path, text.encode())
     return path

@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from src.spec import allocation, config, kill_rule
 from src.spec.config import ModelRequest, RunConfig, StudyConfig, Sweep
+from src.storage.documents import Documents
 
 Metrics = Mapping[str, Any]
 Decision = dict[str, str]
@@ -44,15 +42,6 @@ class Study:
     embedding: Source
     glu: Source
     vocabulary: Source | None
-
-
-@dataclass(frozen=True, slots=True)
-class Documents:
-    """Per-document losses of one run and split: nats (D,), tokens (D,), UTF-8 bytes (D,)."""
-
-    nats: NDArray[np.float64]
-    tokens: NDArray[np.int64]
-    bytes: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,10 +14,10 @@ from src.analysis import repeats
 from src.spec import config, kill_rule
 from src.spec.config import Sweep
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION
+from src.storage.documents import Documents
 from src.study.phases.cells import (
     Cell,
     Decision,
-    Documents,
     Job,
     Metrics,
     Record,
