@@ -30,7 +30,7 @@ from torch import Tensor
 from src.compute import compute_config as machine
 from src.compute import runtime
 from src.compute.compute_config import Machine
-from src.evaluation.trained_run import TrainedRun, load_run
+from src.evaluation.trained_run import TrainedRun, export_again, load_run
 from src.models.export import export
 from src.models.transformer import Transformer
 from src.spec import config, costs
@@ -204,6 +204,10 @@ def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: s
     with RunDir.open(log_dir, resolved["experiment"]) as directory:
         directory.claim_config(resolved, digest)
         if directory.finished() is not None:
+            export_again(
+                directory.path, base.model, base.path / "final" / "tokenizer.json",
+                digests=digests, steps=training.steps, context=base.context,
+            )  # fmt: skip
             print(f"{directory.path}: finished before, nothing to do")
             return OK
         directory.clear_failure()

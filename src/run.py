@@ -20,7 +20,7 @@ from src.data.tokens import TokenData
 from src.evaluation import metrics as record
 from src.spec.allocation import Allocation
 from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
-from src.spec.config import ModelConfig, RunConfig, Sweep
+from src.spec.config import RunConfig, Sweep
 from src.storage.run_dir import Held, RunDir, exported, read_failure, write_json
 
 
@@ -57,7 +57,13 @@ def execute(
             finished = directory.finished()
             if finished is not None:
                 if finished.get("status") == "finished" and not exported(directory.path):
-                    _export_again(run, answer.model, data, directory, digests)
+                    from src.evaluation.trained_run import export_again
+                    from src.models.transformer import Transformer
+
+                    export_again(
+                        directory.path, Transformer(answer.model), data.tokenizer_path,
+                        digests=digests, steps=run.training.steps, context=run.training.seq_len,
+                    )  # fmt: skip
                 print(f"{run.run_name}: finished before, nothing to do ({directory.path})")
                 return OK
             diverged = _diverged(directory.path)
@@ -191,32 +197,6 @@ def _diverged(path: Path) -> str | None:
         f"{path / 'failure.json'}: found a run that diverged ({failure.get('message')}), expected "
         "one that can go on; change the config under another name, or delete the directory"
     )
-
-
-def _export_again(
-    run: RunConfig, model: ModelConfig, data: TokenData, directory: RunDir, digests: dict[str, str]
-) -> None:
-    """Write `final/` of a finished run that has lost it, from the checkpoint of its last step."""
-    from src import train
-    from src.models.export import export
-    from src.storage import checkpoint
-
-    assert run.training.init_seed is not None
-    found = checkpoint.load_latest(directory.checkpoints, digests=digests)
-    if found is None or found[1]["step"] != run.training.steps:
-        raise ValueError(
-            f"{directory.path}: found neither final/ nor the checkpoint of the last step, from "
-            "which it could be written; restore one of them, or delete the directory to train again"
-        )
-    trained = train.build_model(model, run.training.init_seed)
-    trained.load_state_dict(found[0]["model"])
-    export(
-        trained,
-        data.tokenizer_path,
-        directory.path / "final",
-        max_position_embeddings=run.training.seq_len,
-    )
-    print(f"{run.run_name}: final/ was missing and is written again", flush=True)
 
 
 def _train_and_measure(

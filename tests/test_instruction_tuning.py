@@ -161,8 +161,12 @@ def test_a_tuned_run_learns_the_answers_and_leaves_its_record(
 
     exported = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert sum(p.numel() for p in exported.parameters()) == metrics["total_params_built"]
+    weights = (folder / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "final")
     assert tune(base_path, data, tmp_path, "--epochs", "6", *fast) == 0
-    assert "nothing to do" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "nothing to do" in told and "written again" in told
+    assert (folder / "final" / "model.safetensors").read_bytes() == weights
     assert tune(base_path, data, tmp_path, "--epochs", "5", *fast) == 78
     assert "tuning.epochs: 6 -> 5" in capsys.readouterr().err
 

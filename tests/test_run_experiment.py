@@ -567,4 +567,4 @@ def test_a_deleted_export_is_written_again_by_the_same_command(
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints")
     assert main(*command, "--log_dir", tmp_path) == BAD_INPUT
-    assert "neither final/ nor the checkpoint" in capsys.readouterr().err
+    assert "found none as the newest" in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_an_earlier_checkpoint_is_not_taken_for_the_final_model(
 ) -> None:
     path, _ = run
     (path / "metrics.json").write_text('{"status": "finished", "steps": 9}')
-    with pytest.raises(ValueError, match="found step 5 .*expected the final one of step 9"):
+    with pytest.raises(ValueError, match="found step 5 .*expected that of the last step, 9"):
         load_run(path)
 
 

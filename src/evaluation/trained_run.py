@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from src.data import leakage
 from src.data.tokenizer import load_tokenizer
+from src.models.export import export
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
 from src.storage import checkpoint
@@ -71,20 +72,44 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
         "tokenizer": resolved["tokenizer_sha256"],
         "data": resolved["data_sha256"],
     }
-    found = checkpoint.load_latest(path / "checkpoints", digests=digests)
-    if found is None:
-        raise ValueError(f"{path}/checkpoints: found no checkpoint, expected the final one")
-    if found[1]["step"] != metrics.get("steps", found[1]["step"]):
-        raise ValueError(
-            f"{path}/checkpoints: found step {found[1]['step']} as the newest that can be trusted, "
-            f"expected the final one of step {metrics['steps']}; restore it, or train again"
-        )
+    weights = _final_weights(path, digests, metrics.get("steps"))
     with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
         model = Transformer(ModelConfig(**resolved["model"]))
-    model.load_state_dict(found[0]["model"])
+    model.load_state_dict(weights)
     return TrainedRun(
         path=path,
         resolved=resolved,
         model=model.to(device).eval(),
         tokenizer=load_tokenizer(path / "final" / "tokenizer.json"),
     )
+
+
+def export_again(
+    path: Path,
+    model: Transformer,
+    tokenizer_json: Path,
+    *,
+    digests: dict[str, str],
+    steps: int,
+    context: int,
+) -> None:
+    """Write `final/` of a finished run that has lost it, from the checkpoint of its last step; does
+    nothing where it is there. `model` has the run's shape, its weights are replaced."""
+    if exported(path):
+        return
+    model.load_state_dict(_final_weights(path, digests, steps))
+    export(model, tokenizer_json, path / "final", max_position_embeddings=context)
+    print(f"{path.name}: final/ was missing and is written again", flush=True)
+
+
+def _final_weights(path: Path, digests: dict[str, str], steps: int | None) -> dict[str, Any]:
+    """Of the newest checkpoint, which has to be the last step's where that is known."""
+    found = checkpoint.load_latest(path / "checkpoints", digests=digests)
+    if found is None or found[1]["step"] != (steps or found[1]["step"]):
+        step = "none" if found is None else f"step {found[1]['step']}"
+        raise ValueError(
+            f"{path}/checkpoints: found {step} as the newest that can be trusted, expected that of "
+            f"the last step{'' if steps is None else f', {steps}'}; restore it from a copy, or "
+            "delete the directory to train again"
+        )
+    return found[0]["model"]
