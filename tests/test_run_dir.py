@@ -1,8 +1,10 @@
 """The run directory: lock, config claim, append-only metrics, atomic writes, signals."""
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +233,31 @@ def test_temporaries_of_dead_writers_are_removed_at_open(tmp_path):
     RunDir.open(tmp_path, "r").close()
     names = sorted(p.name for p in (tmp_path / "r").iterdir())
     assert names == [".lock", "checkpoints", "metrics.jsonl"]
+
+
+def test_a_lock_that_its_holder_has_just_taken_away_is_none(tmp_path, monkeypatch):
+    """A holder whose run was refused removes the new directory, its lock file in it."""
+    real = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        shutil.rmtree(tmp_path / "r")
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(Held):
+        RunDir.open(tmp_path, "r")
+
+
+def test_a_refusal_takes_away_only_what_this_process_made_and_has_not_used(tmp_path):
+    for name, use in (("r", False), ("used", True)):
+        with pytest.raises(ValueError), RunDir.open(tmp_path / "new" / name, "run") as run:
+            if use:
+                run.append({"step": 0, "kind": "dev"})
+            raise ValueError
+    with pytest.raises(OSError), RunDir.open(tmp_path / "disk", "run"):
+        raise OSError
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("**/run"))
+    assert found == ["disk/run", "new/used/run"] and not (tmp_path / "new" / "r").exists()
 
 
 # --- metrics ------------------------------------------------------------------------------------
