@@ -93,13 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs = sweep.chosen(arguments.exp, arguments.seed)
         codes = [
             execution.execute_together(
-                run,
-                answers,
-                sweep,
-                data,
-                log_dir=Path(arguments.log_dir),
-                device=arguments.device,
-                remote_uri=arguments.remote,
+                execution.RunContext(
+                    run=run,
+                    sweep=sweep,
+                    allocations=answers,
+                    data=data,
+                    log_dir=Path(arguments.log_dir),
+                    device=arguments.device,
+                    remote=arguments.remote,
+                )
             )
             for run, data in zip(runs, _check_inputs(sweep, answers, runs, arguments), strict=True)
         ]

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +29,41 @@ class Preempted(BaseException):
     """Somebody wants this process to end; nothing is lost, run me again."""
 
 
-def execute(
-    run: RunConfig,
-    answers: Mapping[str, Allocation],
-    sweep: Sweep,
-    data: TokenData,
-    *,
-    log_dir: Path,
-    device: str,
-    remote_uri: str | None = None,
-    team: Team | None = None,
-) -> int:
-    """Bring `run` to its end, or find it there; returns the exit code. `answers` of all `sweep`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunContext:
+    """One run as asked for, in its sweep, and where it happens."""
+
+    run: RunConfig
+    sweep: Sweep
+    allocations: Mapping[str, Allocation]  # of every experiment of `sweep`
+    data: TokenData
+    log_dir: Path
+    device: str
+    remote: str | None = None  # a store's address
+    team: Team | None = None  # the processes that share each batch, where there are several
+
+    @property
+    def name(self) -> str:
+        return self.run.run_name
+
+    @property
+    def allocation(self) -> Allocation:
+        return self.allocations[self.run.experiment]
+
+
+def execute(context: RunContext) -> int:
+    """Bring the run to its end, or find it there; returns the exit code.
 
     Raises ValueError (bad input), OSError (could not read or write), Preempted, PeerLost.
     """
-    answer = answers[run.experiment]
-    resolved, digest = record.resolved(run, answers, sweep, data)
-    digests = record.digests(digest, data)
+    resolved, digest = record.resolved(
+        context.run, context.allocations, context.sweep, context.data
+    )
+    digests = record.digests(digest, context.data)
     try:
         with (
-            RunDir.open(log_dir, run.run_name) as directory,
-            _Remote(remote_uri, run.run_name, directory.path) as remote,
+            RunDir.open(context.log_dir, context.name) as directory,
+            _Remote(context.remote, context.name, directory.path) as remote,
         ):
             if directory.finished() is None:
                 remote.fetch(directory, digests)
@@ -57,63 +71,41 @@ def execute(
             finished = directory.finished()
             if finished is not None:
                 if finished.get("status") == "finished" and not exported(directory.path):
-                    from src.evaluation.trained_run import export_again
-                    from src.models.transformer import Transformer
-
-                    export_again(
-                        directory.path, Transformer(answer.model), data.tokenizer_path,
-                        digests=digests, steps=run.training.steps, context=run.training.seq_len,
-                    )  # fmt: skip
-                print(f"{run.run_name}: finished before, nothing to do ({directory.path})")
+                    _export_again(context, directory.path, digests)
+                print(f"{context.name}: finished before, nothing to do ({directory.path})")
                 return OK
             diverged = _diverged(directory.path)
             if diverged is not None:  # refused alone: the command's other runs go on
                 print(diverged, file=sys.stderr)
                 return BAD_INPUT
             directory.clear_failure()
-            with _recorded_failure(directory, run.run_name):
-                _train_and_measure(
-                    run, answer, sweep, data, directory, log_dir, device, digest, remote, team
-                )
+            with _recorded_failure(directory, context.name):
+                _train_and_measure(context, directory, digest, remote)
                 return OK
             return OUR_FAULT
     except Held as held:
-        print(f"{run.run_name}: {held}", file=sys.stderr)
+        print(f"{context.name}: {held}", file=sys.stderr)
         return TRY_AGAIN
 
 
-def execute_together(
-    run: RunConfig,
-    answers: Mapping[str, Allocation],
-    sweep: Sweep,
-    data: TokenData,
-    *,
-    log_dir: Path,
-    device: str,
-    remote_uri: str | None = None,
-) -> int:
+def execute_together(context: RunContext) -> int:
     """`execute` by as many processes as torchrun has started: rank 0 is the run, the others help.
 
     Raises as `execute` does.
     """
     if size() == 1:
-        return execute(
-            run, answers, sweep, data, log_dir=log_dir, device=device, remote_uri=remote_uri
-        )
+        return execute(context)
     try:
-        with Team.join(device) as team:
+        with Team.join(context.device) as team:
             if team.rank:
                 from src.worker_rank import assist
 
-                return assist(run, answers[run.experiment].model, data, team)
-            code = execute(
-                run, answers, sweep, data, log_dir=log_dir, device=str(team.device),
-                remote_uri=remote_uri, team=team,
-            )  # fmt: skip
+                return assist(context.run, context.allocation.model, context.data, team)
+            code = execute(replace(context, device=str(team.device), team=team))
             team.dismiss(code)
             return code
     except PeerLost as lost:
-        print(f"{run.run_name}: {lost}", file=sys.stderr)
+        print(f"{context.name}: {lost}", file=sys.stderr)
         return TRY_AGAIN
 
 
@@ -199,17 +191,19 @@ def _diverged(path: Path) -> str | None:
     )
 
 
+def _export_again(context: RunContext, path: Path, digests: dict[str, str]) -> None:
+    from src.evaluation.trained_run import export_again
+    from src.models.transformer import Transformer
+
+    training, model = context.run.training, Transformer(context.allocation.model)
+    export_again(
+        path, model, context.data.tokenizer_path,
+        digests=digests, steps=training.steps, context=training.seq_len,
+    )  # fmt: skip
+
+
 def _train_and_measure(
-    run: RunConfig,
-    answer: Allocation,
-    sweep: Sweep,
-    data: TokenData,
-    directory: RunDir,
-    log_dir: Path,
-    device: str,
-    digest: str,
-    remote: _Remote,
-    team: Team | None,
+    context: RunContext, directory: RunDir, digest: str, remote: _Remote
 ) -> None:
     begun = time.perf_counter()
     from src import train
@@ -218,10 +212,13 @@ def _train_and_measure(
     from src.evaluation import evaluate as evaluation
     from src.models.export import export
 
-    chosen = machine.choose(run.training, answer.model, log_dir, device, run.run_name)
+    run, data, team, answer = context.run, context.data, context.team, context.allocation
+    chosen = machine.choose(
+        run.training, answer.model, context.log_dir, context.device, context.name
+    )
     environment = runtime.environment_stamp(chosen.device)
     write_json(directory.path / "environment.json", environment)
-    facts = record.facts(run, answer, sweep, data, digest, environment)
+    facts = record.facts(run, answer, context.sweep, data, digest, environment)
     print(
         f"{run.run_name}: {answer.params.total:,} parameters on "
         f"{runtime.device_name(chosen.device)} ({chosen.precision}, {chosen.threads} threads, "

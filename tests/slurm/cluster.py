@@ -43,7 +43,6 @@ AccountingStorageType=accounting_storage/none
 MailProg=/bin/true
 ReturnToService=2
 MinJobAge=3600
-MessageTimeout=100
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
