@@ -57,9 +57,10 @@ def row(share: float, seed: int, loss: float, **extra: Any) -> dict[str, Any]:
 PREDICTIONS = {
     "sweeps": {
         "frontier.yaml": {
-            "total_params": 10, "vocab_size": 5, "tao_best_share": 0.2, "levine_best_share": 0.5,
-            "levine_best_layers": 3.0,
-            "cells": {"s45": {"share": 0.45, "tao_ln_ppl_ratio": 0.1, "embedding_dim": None},
+            "total_params_asked": 10, "vocab_size": 5, "baseline": "s35",
+            "tao_best_share": 0.2, "levine_best_share": 0.5, "levine_best_layers": 3.0,
+            "cells": {"s35": {"share": 0.35, "tao_ln_ppl_ratio": 0.0, "embedding_dim": None},
+                      "s45": {"share": 0.45, "tao_ln_ppl_ratio": 0.1, "embedding_dim": None},
                       "s25": {"share": 0.25, "tao_ln_ppl_ratio": -0.1, "embedding_dim": None}},
         }
     }
@@ -76,5 +77,7 @@ def test_a_prediction_that_agrees_stands_beside_one_that_does_not() -> None:
     observed = f"{100 * math.expm1(-0.1):+.1f} %"
     assert f"| {100 * math.expm1(0.1):+.1f} % | – | {observed} | 0, 1, 2 | no |" in at_45
     assert at_25.endswith("| 0 of 3 | no |")  # one seed beside three, and it says so
+    near = [row(0.35, 0, 6.0), row(0.351, 0, 5.9)]  # a GLU sweep: its share is not what varies
+    assert "no prediction on record" in decision_tables.predictions_table(near, PREDICTIONS)
     other = [{**r, "vocab_size": 6} for r in rows]
     assert "no prediction on record" in decision_tables.predictions_table(other, PREDICTIONS)

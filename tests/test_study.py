@@ -740,8 +740,11 @@ def check_the_csv(tiny: Path) -> None:
     subprocess.run(
         [sys.executable, str(script), "--log_dir", "whole", "--no_figures"], check=True, cwd=tiny
     )
-    with (tiny / "results_summary.csv").open(newline="") as file:
-        found = {row["run"]: row for row in csv.DictReader(file)}
+    found: dict[str, dict[str, str]] = {}
+    for name in ("results_summary.csv", "results_details.csv"):
+        with (tiny / name).open(newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(row["run"], {}).update(row)
     alias, original = found["e10-v304-tied-rank"], found["e10-rank"]
     assert alias["dev_loss"] == original["dev_loss"] and alias["status"] == "finished"
     assert (alias["cost_usd"], alias["sweep"]) == ("", "vocab_tying.yaml")

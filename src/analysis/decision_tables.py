@@ -14,6 +14,7 @@ from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
 
 NOT_RUN = "not run"
 SAME_SHARE = 0.002  # built shares this near are the same prediction's
+SWEPT = 0.02  # a sweep whose built shares lie nearer is of something else
 
 
 def winner_table(study: Mapping[str, Any]) -> str:
@@ -51,10 +52,11 @@ def predictions_table(rows: Sequence[Row], predictions: Mapping[str, Any]) -> st
         laws = [
             law
             for law in predictions.get("sweeps", {}).values()
-            if (law["total_params"], law["vocab_size"]) == (total, vocab)
+            if (law[TOTAL_PARAMS.asked], law["vocab_size"]) == (total, vocab)
         ]
+        built = [r[EMBEDDING_RATIO.built] for r in runs]
         base = {r["seed"]: r for r in runs if r.get("experiment") == r.get("baseline_name")}
-        if laws and base:
+        if laws and base and max(built) - min(built) > SWEPT:
             body += _of_sweep(sweep, runs, base, laws)
     head = "sweep | what | Tao et al. | Levine et al. | observed | seeds | agree in direction"
     return _table(head, body, "no prediction on record for a sweep that was run")
@@ -96,7 +98,9 @@ def _of_sweep(
                 math.expm1(c["tao_ln_ppl_ratio"])
                 for found in laws
                 for c in found["cells"].values()
-                if abs(c["share"] - share) < SAME_SHARE and c["embedding_dim"] is None
+                if abs(c["share"] - share) < SAME_SHARE
+                and abs(found["cells"][found["baseline"]]["share"] - own) < SAME_SHARE
+                and c["embedding_dim"] is None
             ),
             None,
         )
