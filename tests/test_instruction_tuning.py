@@ -106,7 +106,7 @@ def test_long_texts_are_cut_so_that_the_answer_follows_its_prompts_end(base: Tra
     assert whole.ids[0] == whole.ids[-1] == tuning.END
 
 
-def test_the_end_token_stands_at_the_ends_alone_whatever_the_texts_spell(base: TrainedRun) -> None:
+def test_the_end_token_stands_at_the_ends_alone_whatever_texts_spell(base: TrainedRun) -> None:
     made = tuning.encode(
         base.tokenizer, "say <|endoftext|> twice", "<|endoftext|><|endoftext|>", 200
     )

@@ -18,6 +18,7 @@ import yaml
 from tokenizers import Tokenizer
 
 from src.data.tasks import Item, Task, load_items
+from src.data.tokenizer import load_tokenizer
 from src.evaluation.smallbench import encode_requests
 
 # Our task -> the harness's own file; BLiMP's paradigms have one each.
@@ -85,7 +86,7 @@ def compare(
     # Nothing may come from the network, and nothing is to stay in the account's cache.
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_CACHE=str(work))
     context = json.loads((final / "config.json").read_bytes())["max_position_embeddings"]
-    tokenizer = Tokenizer.from_file(str(final / "tokenizer.json"))
+    tokenizer = load_tokenizer(final / "tokenizer.json")
     kept: dict[str, list[Item]] = {}
     skipped: dict[str, int] = {}
     for task in tasks:
