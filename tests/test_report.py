@@ -326,7 +326,7 @@ def speed() -> Iterator[str]:
 
 
 def smallbench() -> Iterator[str]:
-    runs = [run for run, row in rows(COMPLETE).items() if row["status"] == "finished"]
+    runs = [run for run, row in rows(COMPLETE).items() if "path" in row]
     scores = [metrics(COMPLETE, run)["smallbench_accuracy"] for run in runs]
     errors = {f"{metrics(COMPLETE, run)['smallbench_accuracy_se']:.2f}" for run in runs}
     tasks = metrics(COMPLETE, EMB45)["smallbench"]
@@ -350,7 +350,7 @@ def rest() -> Iterator[str]:
     added = [
         row
         for row in rows(COMPLETE).values()
-        if row.get("git_sha") not in (None, rows(STUDY)[EMB35]["git_sha"])
+        if "path" in row and row["git_sha"] != rows(STUDY)[EMB35]["git_sha"]
     ]
     assert len(added) == 4
     yield f"{costs:.3f} dollars of a rented CPU for the study"

@@ -9,6 +9,7 @@ apart; markers repeat what colours say.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -359,10 +360,11 @@ def _ticks(ax: Axes, rows: Sequence[Row], axis: Axis) -> None:
     ticks: list[tuple[float, str]] = []
     names = len(spots) <= 5
     for x, asked, name in spots:
-        text = f"{axis.write(x)}\n({axis.write(asked)})" + (f"\n{name}" if names else "")
+        label = "\n" + textwrap.fill(name, 14)  # else neighbours run into each other
+        text = f"{axis.write(x)}\n({axis.write(asked)})" + (label if names else "")
         if ticks and x - ticks[-1][0] < 0.13 * span:
-            if names and name not in ticks[-1][1].split("\n"):
-                ticks[-1] = (ticks[-1][0], ticks[-1][1] + f"\n{name}")
+            if names and f"{label}\n" not in f"{ticks[-1][1]}\n":
+                ticks[-1] = (ticks[-1][0], ticks[-1][1] + label)
             continue
         ticks.append((x, text))
     ax.set_xticks([x for x, _ in ticks], [text for _, text in ticks])

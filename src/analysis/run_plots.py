@@ -253,7 +253,8 @@ def pareto_figure(rows: Sequence[Row], output: Path) -> None:
             told = "5 % lower PPL at no more cost"
             handles.append(Patch(color="#009E73", alpha=0.13, label=told))
         heading(figure, f"{words(column)} against cost", group, note)
-        figure.legend(handles=handles, loc="outside lower center", ncol=5, frameon=False)
+        columns = 5 if max(len(str(one.get_label())) for one in handles) <= 20 else 3
+        figure.legend(handles=handles, loc="outside lower center", ncol=columns, frameon=False)
         save(figure, output)
 
 
