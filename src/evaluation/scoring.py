@@ -26,6 +26,8 @@ IntArray = NDArray[np.int64]
 # Rows that begin with so many equal tokens are read together: the beginning once, then each rest.
 # Below that a second pass costs more than it saves.
 SHARED_TOKENS = 12
+# Tokens below which a part of a batch is not made smaller still, to pad less.
+SMALLEST_PART = 192
 # Fewer full batches than this are read by eager code: compiling costs about as much as they do.
 COMPILED_BATCHES = 12
 
@@ -149,6 +151,9 @@ class _Batch:
         while first < len(rows):
             width = int(lengths[rows[first]]) - shared
             end = min(len(rows), first + max(1, part_tokens // width))
+            if shared:  # what is shorter by a quarter waits for the next part
+                alike = int(np.sum(lengths[rows[first:end]] - shared >= 0.75 * width))
+                end = min(end, first + max(alike, -(-SMALLEST_PART // width)))
             parts.append((first, end, width))
             begins[first:end] = place + np.arange(end - first) * width
             first, place = end, place + (end - first) * width
