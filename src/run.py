@@ -70,9 +70,13 @@ def execute(context: RunContext) -> int:
             directory.claim_config(resolved, digest)
             finished = directory.finished()
             if finished is not None:
-                if finished.get("status") == "finished" and not exported(directory.path):
+                lost = finished.get("status") == "finished" and not exported(directory.path)
+                gone = ""
+                if lost and any(directory.checkpoints.glob("*")):
                     _export_again(context, directory.path, digests)
-                print(f"{context.name}: finished before, nothing to do ({directory.path})")
+                elif lost:  # small files from another machine are a finished run too
+                    gone = "; it has neither final/ nor a checkpoint"
+                print(f"{context.name}: finished before, nothing to do ({directory.path}){gone}")
                 return OK
             diverged = _diverged(directory.path)
             if diverged is not None:  # refused alone: the command's other runs go on

@@ -63,7 +63,8 @@ def leave(line: Sequence[str]) -> None:
         run = name + "-rank" * rank + (f"-seed{seed}" if seed else "")
         path = Path(stated["--log_dir"]) / run / "metrics.json"
         content = {
-            "status": "finished", "dev_loss": loss, "dev_bits_per_byte": loss / 3,
+            "status": "finished", "phase": stated["--phase"],
+            "dev_loss": loss, "dev_bits_per_byte": loss / 3,
             "test_loss": loss, "peak_memory_mib": 50.0, "latency_ms_p50_l128": 4.0,
             "latency_ms_p50_l512": 9.0,
         }  # fmt: skip
@@ -152,6 +153,16 @@ def test_a_signal_ends_all_that_runs_and_a_rerun_goes_on(asked: Study) -> None:
     assert study.run(one, start=Machine().start) == 0
     assert study.run(whole, start=Machine().start) == 0
     assert decided(one) == decided(whole)
+
+
+def test_a_command_that_ends_well_and_leaves_nothing_is_not_started_for_ever(
+    asked: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine()
+    monkeypatch.setitem(globals(), "leave", lambda line: None)
+    with pytest.raises(RuntimeError, match="left no result"):
+        study.run(with_jobs(asked, 1, "empty"), start=machine.start)
+    assert len(machine.beside) == 1
 
 
 def test_a_failure_ends_the_others_too(asked: Study) -> None:

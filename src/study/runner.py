@@ -126,6 +126,7 @@ class _Conductor:
         self.remote, self.start, self.jobs = remote, start, jobs
         self.log_dir = Path(study.config.log_dir)
         self.running = Running()
+        self.begun: set[str] = set()  # jobs of ours that ended with 0, or still run
         self.told = -1  # steps done when progress was last printed
 
     def conduct(self) -> int:
@@ -152,6 +153,8 @@ class _Conductor:
                 _tell_end(found, spent)
                 return OK
             job, code = self.running.first_ended()
+            if code != OK:
+                self.begun.discard(job.name)
             if code == TRY_AGAIN and self._is_held(job):
                 self._wait_for(job)
             elif code != OK and not diverged(self.log_dir / job.name):
@@ -172,6 +175,12 @@ class _Conductor:
                 continue
             if job.path in found.sweeps:
                 _write_sweep(job.path, found.sweeps[job.path])
+            if job.name in self.begun:
+                raise RuntimeError(
+                    f"{job.name}: its command ended with 0 and left no result that the study can "
+                    f"read in {self.log_dir}, so it would be started for ever"
+                )
+            self.begun.add(job.name)
             print(f"--- {job.stage}: {job.name}", flush=True)
             self.running.add(job, self.start(command(self.study, job, self.remote)))
         return None

@@ -317,7 +317,7 @@ def structural(draw: random.Random) -> Mutation:
         ("micro-batch", {"training": {"batch_size": 16, "micro_batch": 5}},
          ("micro_batch", "expected")),
         ("budget", {"model": {"total_params": 100_000, "vocab_size": 64_000}},
-         ("total_params", "nearest feasible")),
+         ("total_params", "No shape comes near")),
         ("missing data", {}, ("data.dir", "preprocess_lm.py")),
     ]  # fmt: skip
     says, change, names = draw.choice(options)
