@@ -52,7 +52,6 @@ def test_each_epoch_reads_every_window_once(seed, batch_size, seq_len):
     for epoch in range(3):
         seen = starts[epoch * reader.count : (epoch + 1) * reader.count]
         assert sorted(seen) == [seq_len * i for i in range(reader.count)]
-    assert reader.epochs(steps) == steps * batch_size / reader.count >= 3
 
 
 def test_epochs_differ_in_order():
@@ -206,7 +205,6 @@ def test_a_part_of_train_has_a_digest_of_its_own(token_root: Path) -> None:
     part = data.load(token_root / "v300", 300, train_tokens=500)
     assert part.train.tokens.tolist() == whole.train.tokens[:500].tolist()
     assert part.sha256 != whole.sha256 and part.validation.sha256 == whole.validation.sha256
-    windows = data.Windows(part.train.tokens, batch_size=3, seq_len=16, seed=0)
-    assert windows.epochs(100) == pytest.approx(100 * 3 / 31)
+    assert data.Windows(part.train.tokens, batch_size=3, seq_len=16, seed=0).count == 31
     with pytest.raises(ValueError, match="data.train_tokens: found 9,999,999, but train has"):
         data.load(token_root / "v300", 300, train_tokens=9_999_999)

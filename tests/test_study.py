@@ -92,9 +92,10 @@ def simulate(
         record = Record(results=results, curves=curves, documents=documents, train_tokens=tokens,
                         sanity=checks, latency=compared)  # fmt: skip
         plan = study_plan.plan(asked, record)
-        job = plan.next
-        if job is None or until(plan):
+        ready = plan.ready()
+        if not ready or until(plan):
             return plan, order
+        job = ready[0]
         order.append(job.name)
         if job.kind == "tokens":
             tokens[job.vocab_size] = {16_000: 2_500_000, 8_000: 2_750_000}[job.vocab_size]
@@ -132,7 +133,8 @@ def readings(strict: str, margin: str | None = None) -> str:
 
 def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: Study) -> None:
     plan = study_plan.plan(prd, Record())
-    assert plan.next is not None and (plan.next.kind, plan.next.vocab_size) == ("tokens", 16_000)
+    (first,) = plan.ready()
+    assert (first.kind, first.vocab_size) == ("tokens", 16_000)
     assert not plan.complete and plan.decisions == ()
     assert plan.assumptions and "emb35" in plan.assumptions[0]
     trained = [job for job in plan.jobs if job.kind == "train"]
@@ -142,7 +144,7 @@ def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: S
     assert len(full) == 3 * 3 and all(50_000_000 <= job.tokens < 50_040_000 for job in full)
     assert all(job.assumed for job in by_stage["1 glu"] + full)
     after = study_plan.plan(prd, Record(train_tokens={16_000: 2_500_000}))
-    assert after.next is not None and after.next.kind == "sanity"
+    assert [job.kind for job in after.ready()] == ["sanity"]
 
 
 def test_the_kill_rules_baseline_runs_before_the_cells_that_it_judges(prd: Study) -> None:

@@ -35,11 +35,6 @@ BASELINE_COLOUR = "#000000"
 OTHER_COLOUR = "#BBBBBB"
 KILLED_COLOUR = "#D55E00"
 BAR = 0.95  # PRD section 8: a winner's perplexity is at least 5 % below the baseline's
-METRICS = tuple(
-    prefix + name
-    for prefix in ("", "test_", "dev_")
-    for name in ("perplexity", "bits_per_byte", "word_perplexity")
-)
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,

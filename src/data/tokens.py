@@ -215,10 +215,6 @@ class Windows:
         columns = np.arange(self._seq_len + 1)
         return self._tokens[index[:, None] * self._seq_len + columns].astype(np.int64)
 
-    def epochs(self, steps: int) -> float:
-        """How often `steps` steps read the corpus."""
-        return steps * self._batch_size / self.count
-
 
 def consecutive_windows(
     tokens: NDArray[np.uint16], *, limit: int, seq_len: int

@@ -14,19 +14,6 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 
-def plain_cross_entropy(
-    hidden: Tensor, table: Tensor, targets: Tensor, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    """Reference: (N, E), (V, E), (N,) -> (objective, mean nats), both scalars in float32.
-
-    objective = mean(nats) + z_loss * mean(logsumexp^2) (PaLM, arXiv 2204.02311).
-    """
-    logits = F.linear(hidden, table).float()  # (N, V)
-    log_z = torch.logsumexp(logits, dim=-1)
-    nats = (log_z - logits.gather(1, targets[:, None])[:, 0]).mean()
-    return nats + z_loss * log_z.square().mean(), nats.detach()
-
-
 def _row_gradient(
     logits: Tensor, target: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,8 +107,10 @@ def chunked_cross_entropy(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `plain_cross_entropy`, `chunk` rows at a time, matrix products in `dtype`.
+    """(N, E), (V, E), (N,) -> (objective, mean nats), both scalars in float32.
 
+    objective = mean(nats) + z_loss * mean(logsumexp^2) (PaLM, arXiv 2204.02311), `chunk` rows at a
+    time, matrix products in `dtype`.
     compiled: the passes over the logits between the products are one kernel.
     """
     return _ChunkedCrossEntropy.apply(hidden, table, targets, z_loss, chunk, dtype, compiled)

@@ -34,11 +34,6 @@ class Verdict:
     literal_kind: Kind
     literal_tokens: int | None
 
-    @property
-    def grace_changes_it(self) -> bool:
-        """True where the PRD's literal rule would have decided otherwise, or earlier."""
-        return (self.kind, self.tokens) != (self.literal_kind, self.literal_tokens)
-
 
 @dataclass(frozen=True, slots=True)
 class _Streak:

@@ -7,7 +7,6 @@ at 10M parameters they are extrapolations, made so that they can be wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from scipy.optimize import brentq, minimize_scalar
 
@@ -19,7 +18,6 @@ TAO_E = 5.5327846803337435
 TAO_A1, TAO_ALPHA1 = 1.8313851559554126, 0.44660634152009615  # parameters outside the table
 TAO_A2, TAO_ALPHA2 = 0.19584238398665638, 0.6707374679896795  # parameters of the table
 TAO_B, TAO_BETA = 2.1241123120064955, 0.44660634152009615  # tokens
-TAO_ROOT = math.exp(-2.4846510161625193)  # best N_nv = TAO_ROOT sqrt(training FLOPs)
 
 
 def tao_loss(table: float, rest: float, tokens: float) -> float:
@@ -52,25 +50,6 @@ def tao_best_share(total: float) -> float:
     return float(found.x)
 
 
-def tao_best_vocabulary(rest: float, d_model: int) -> float:
-    """The compute-optimal vocabulary of a model with `rest` parameters outside its table.
-
-    As in the release: the training FLOPs F for which `rest` is best, then the table that minimises
-    the loss at tokens F / (6 N), N all parameters.
-    """
-    flops = (rest / TAO_ROOT) ** 2
-
-    def loss(log_table: float) -> float:
-        table = math.exp(log_table)
-        return tao_loss(table, rest, flops / (6 * (rest + table)))
-
-    found = minimize_scalar(
-        loss, bounds=(math.log(rest * 1e-6), math.log(rest)), method="bounded",
-        options={"xatol": 1e-9},
-    )  # fmt: skip
-    return math.exp(found.x) / d_model
-
-
 # --- Levine et al. 2020, arXiv 2006.12467 -------------------------------------------------------
 # ln d = a + b L is the width at which a depth L stops paying. The two constants are from memory:
 # no text that we could read prints them. They are held to the abstract's one number, a width of 30K
@@ -84,21 +63,14 @@ def levine_depth(d_model: float) -> float:
     return (math.log(d_model) - LEVINE_A) / LEVINE_B
 
 
-def levine_best_width(body: float) -> float:
-    """The width of `body` parameters in layers of 12 d^2, L of them as `levine_depth` has it."""
-    return _root(lambda d: 12 * levine_depth(d) * d * d - body, body)
-
-
 def levine_best_share(total: float, vocab_size: int) -> float:
     """The share of a tied table V d when depth suits width: V d + 12 L d^2 = total.
 
     Layers of 12 d^2 are 4 d^2 of attention and 8 d^2 of a SwiGLU at expansion 8/3.
     """
-    width = _root(lambda d: vocab_size * d + 12 * levine_depth(d) * d * d - total, total)
-    return vocab_size * width / total
-
-
-def _root(excess: Callable[[float], float], total: float) -> float:
-    """Where an increasing function of the width crosses zero."""
     smallest = math.exp(LEVINE_A)
-    return float(brentq(excess, smallest, max(2 * smallest, math.sqrt(total))))
+    width = brentq(
+        lambda d: vocab_size * d + 12 * levine_depth(d) * d * d - total,
+        smallest, max(2 * smallest, math.sqrt(total)),
+    )  # fmt: skip
+    return vocab_size * float(width) / total

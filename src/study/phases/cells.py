@@ -88,7 +88,6 @@ class Job:
     done: bool
     assumed: bool = False
     alias_of: str | None = None
-    is_baseline: bool = False
     after: str | None = None
     arguments: tuple[str, ...] = ()
 
@@ -127,11 +126,6 @@ class Plan:
             if job.name not in running and job.after not in waiting:
                 found.append(job)
         return found
-
-    @property
-    def next(self) -> Job | None:
-        """The first job that may begin."""
-        return next(iter(self.ready()), None)
 
     @property
     def aliases(self) -> dict[str, str]:

@@ -161,7 +161,6 @@ class Ledger:
                     done=self.result(cell) is not None,
                     assumed=not self.decided,
                     alias_of=self.aliases.get(cell.name),
-                    is_baseline=is_baseline,
                     after=None
                     if is_baseline
                     or cell.run.kill_rule is None
@@ -198,7 +197,6 @@ class Ledger:
                 vocab_size=cell.run.model.vocab_size,
                 done=done,
                 assumed=not (self.decided or done),
-                is_baseline=True,
                 arguments=arguments,
             )
         )
