@@ -38,7 +38,7 @@ from src.spec.config import TrainingConfig
 from src.spec.metric_keys import REQUESTS, complete
 from src.spec.progress import Progress
 from src.storage import checkpoint
-from src.storage.run_dir import Held, Preemption, RunDir, write_json
+from src.storage.run_dir import Held, Preemption, RunDir, read_json, write_json
 from src.train import NonFinite, build_optimizer, learning_rate, next_token_loss
 
 OK, OUR_FAULT, IO_FAILED, TRY_AGAIN, BAD_INPUT = 0, 70, 74, 75, 78
@@ -401,7 +401,7 @@ def _metrics(
 ) -> dict[str, Any]:
     """metrics.json: what the run is and what it cost. Its losses are answers', not a corpus', so
     they stand in tuning.json alone."""
-    before = json.loads((base.path / "metrics.json").read_bytes())
+    before = read_json(base.path / "metrics.json")
     device_name = runtime.device_name(chosen.device)
     price = costs.price_per_hour(chosen.device.type, device_name)
     stamp = runtime.environment_stamp(chosen.device)

@@ -32,7 +32,7 @@ from src.spec.config import ModelConfig, RunConfig, TrainingConfig
 from src.spec.progress import Progress
 from src.storage import checkpoint
 from src.storage.event_file import EventFile
-from src.storage.run_dir import Preemption, RunDir, read_rows
+from src.storage.run_dir import Preemption, RunDir, read_curve
 
 # Rows in metrics.jsonl for training; a longer run logs every k-th step.
 MOST_TRAIN_ROWS = 5_000
@@ -543,8 +543,8 @@ def _verdict(
         return None, ()
     rule = run.kill_rule.in_run(run.training.tokens)
     baseline = directory.path.parent / run.baseline_run_name
-    reference = _curve(baseline) if _comparable(directory.path, baseline) else []
-    return kill_rule.verdict(rule, reference, _curve(directory.path)), reference
+    reference = read_curve(baseline) if _comparable(directory.path, baseline) else []
+    return kill_rule.verdict(rule, reference, read_curve(directory.path)), reference
 
 
 def _stops(run: RunConfig) -> bool:
@@ -566,11 +566,6 @@ def _verdict_row(
         "baseline_checks": len(reference),
         "baseline_tokens": reference[-1][0] if reference else None,
     }
-
-
-def _curve(path: Path) -> list[tuple[int, float]]:
-    rows = read_rows(path / "metrics.jsonl", "dev")
-    return [(row["tokens"], row["dev_perplexity"]) for row in rows]
 
 
 def _comparable(mine: Path, baseline: Path) -> bool:

@@ -16,7 +16,6 @@ Exit codes: 0 done, 78 bad input (the CSV is still written when only a figure is
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from src.analysis import bundle, decision_tables, kill_table
 from src.analysis.report_tables import fill, tables
 from src.analysis.run_csv import Row, details_path, read_csv, unlisted, write_csv
 from src.analysis.run_joins import STATUSES
-from src.analysis.run_table import read_curve, read_rows
+from src.analysis.run_table import read_curve, read_object, read_rows
 from src.spec.command_line import BAD_INPUT, IO_FAILED, Parser
 from src.storage.files import write_atomic, write_json
 
@@ -101,7 +100,7 @@ def _run(options: argparse.Namespace) -> int:
         if study is not None:
             made["winner"] = decision_tables.winner_table(study)
         if options.predictions is not None:
-            on_record = _read_json_object(options.predictions)
+            on_record = read_object(options.predictions)
             made["predictions"] = decision_tables.predictions_table(rows, on_record)
         filled = _filled(options.report, made, study)
     status = 0
@@ -203,17 +202,7 @@ def _draw(rows: Sequence[Row], folder: Path, metric: str) -> int:
 def _read_study(path: Path, asked: Path | None) -> dict[str, Any] | None:
     if asked is None and not path.is_file():
         return None
-    return _read_json_object(path)
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object.")
-    return found
+    return read_object(path)
 
 
 def _filled(path: Path, made: Mapping[str, str], study: Mapping[str, Any] | None) -> str:

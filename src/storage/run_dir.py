@@ -101,6 +101,12 @@ def read_rows(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     raise AssertionError("unreachable")
 
 
+def read_curve(run: Path) -> list[tuple[int, float]]:
+    """(tokens, dev perplexity) of a run's dev evaluations so far."""
+    rows = read_rows(run / "metrics.jsonl", "dev")
+    return [(row["tokens"], row["dev_perplexity"]) for row in rows]
+
+
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():

@@ -8,7 +8,6 @@ sanity.json; interrupted anywhere, it goes on. torch is imported once the direct
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from src.spec import config, costs
 from src.spec.allocation import Allocation
 from src.spec.config import RunConfig
 from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
-from src.storage.run_dir import Preemption, locked, write_json
+from src.storage.run_dir import Preemption, locked, read_json, write_json
 
 
 def check(
@@ -39,7 +38,7 @@ def check(
     with locked(directory), Preemption() as stop:
         done = directory / "sanity.json"
         if done.is_file():
-            return _same(json.loads(done.read_bytes()), digests["config"], done)
+            return _same(read_json(done), digests["config"], done)
         from src.compute import compute_config as machine
         from src.study import sanity_training
 

@@ -11,7 +11,7 @@ from src.spec import config, costs
 from src.spec.kill_rule import Curve
 from src.storage import documents
 from src.storage.documents import Documents
-from src.storage.run_dir import read_failure, read_json, read_rows
+from src.storage.run_dir import read_curve, read_failure, read_json, read_rows
 from src.study.phases.cells import Job, Plan, Record, Study, baseline_cell
 from src.study.phases.costs import Rate
 from src.study.threads import probe
@@ -44,8 +44,7 @@ class Reader:
                     self._beside[name] = metrics
                     continue
                 self._results[name] = metrics
-                rows = read_rows(path.parent / "metrics.jsonl", "dev")
-                self._curves[name] = [(row["tokens"], row["dev_perplexity"]) for row in rows]
+                self._curves[name] = read_curve(path.parent)
             elif path.name == "failure.json" and diverged(path.parent):
                 failed[name] = {"status": "failed", "reason": read_json(path).get("message")}
         return Record(

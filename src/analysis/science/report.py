@@ -25,6 +25,7 @@ from typing import Any
 from src.analysis import rankings, repeats, run_table
 from src.analysis.run_csv import Row, number, read_csv
 from src.analysis.run_joins import each_once
+from src.analysis.run_table import read_object
 from src.analysis.science import fits
 from src.spec import config
 from src.spec.command_line import OK, Parser, refuse
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Analyse the runs that were named; returns the exit code."""
     asked = _arguments(argv)
     try:
-        predictions = _json(asked.predictions) if asked.predictions else {}
+        predictions = read_object(asked.predictions) if asked.predictions else {}
         content = analyse(read_runs(asked.csv, asked.log_dir), predictions)
         asked.output.mkdir(parents=True, exist_ok=True)
         target = asked.output / "science.json"
@@ -106,16 +107,6 @@ def _says_enough(row: Row) -> bool:
         and row.get("phase") in config.PHASES
         and number(row, "dev_bits_per_byte") is not None
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: found no JSON object, expected one")
-    return content
 
 
 def read_curve(row: Row) -> list[tuple[int, float]]:
