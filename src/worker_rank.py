@@ -31,7 +31,7 @@ def assist(run: RunConfig, config: ModelConfig, data: TokenData, team: Team) -> 
         machine = Machine(device=team.device, **answer)
         runtime.pin_threads(machine.threads)
         if training.deterministic:
-            runtime.deterministic(True)
+            runtime.deterministic()
         model = build_model(config, training.init_seed).to(machine.device)
         compile_blocks(model, machine)
         windows = Windows(

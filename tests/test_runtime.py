@@ -238,13 +238,14 @@ def test_seeding_repeats_draws():
     assert draws[0] == draws[2] != draws[1]
 
 
-def test_deterministic_can_be_switched_on_and_off(monkeypatch):
+def test_deterministic_kernels_are_switched_on(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    runtime.deterministic(True)
+    before = torch.backends.cudnn.deterministic
+    runtime.deterministic()
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    runtime.deterministic(False)
-    assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = before
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
 

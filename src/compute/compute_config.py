@@ -68,7 +68,7 @@ def choose(
     """
     device = runtime.choose_device(device_asked)
     if training.deterministic:
-        runtime.deterministic(True)  # first: cuBLAS reads its setting when the probe starts it
+        runtime.deterministic()  # first: cuBLAS reads its setting when the probe starts it
     if device.type == "cpu":
         runtime.keep_freed_memory()
 

@@ -285,15 +285,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def deterministic(on: bool) -> None:
-    """Switch PyTorch's deterministic kernels on or off; on the CPU they already are.
+def deterministic() -> None:
+    """Switch PyTorch's deterministic kernels on; on the CPU they already are.
 
     To be called before CUDA starts, because cuBLAS reads its workspace setting once.
     """
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on)
-    torch.backends.cudnn.deterministic = on
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
 
