@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
@@ -276,8 +277,8 @@ def _draw_series(
     means = []
     for runs in cells.values():
         values = [v for v in (number(row, column) for row in runs) if v is not None]
-        x = mean([v for v in (number(row, axis.key) for row in runs) if v is not None])
-        means.append((x, mean(values), t_half_width(values), any(r.get("baseline") for r in runs)))
+        x = fmean([v for v in (number(row, axis.key) for row in runs) if v is not None])
+        means.append((x, fmean(values), t_half_width(values), any(r.get("baseline") for r in runs)))
         if len(values) > 1:  # beside the mean, which would hide the middle seed
             ax.plot(
                 [x - offset] * len(values),
@@ -308,10 +309,7 @@ def _draw_series(
 def t_half_width(values: Sequence[float], level: float = 0.95) -> float | None:
     """Half width of the t interval of a mean: t_{n-1} sd / sqrt(n); None below two values."""
     n = len(values)
-    if n < 2:
-        return None
-    sd = math.sqrt(sum((v - mean(values)) ** 2 for v in values) / (n - 1))
-    return float(stdtrit(n - 1, 0.5 + level / 2)) * sd / math.sqrt(n)
+    return float(stdtrit(n - 1, 0.5 + level / 2)) * stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def _limits(
@@ -346,7 +344,7 @@ def _ticks(ax: Axes, rows: Sequence[Row], axis: Axis) -> None:
             row
         )
     spots = sorted(
-        (mean([number(r, axis.key) or 0.0 for r in runs]), asked, name)
+        (fmean([number(r, axis.key) or 0.0 for r in runs]), asked, name)
         for (asked, name), runs in cells.items()
     )
     if not spots:
@@ -484,11 +482,7 @@ def _asked(row: Row, axis: Axis) -> float:
 
 
 def mean_of(rows: Sequence[Row], key: str) -> float:
-    return mean([v for v in (number(row, key) for row in rows) if v is not None])
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return fmean([v for v in (number(row, key) for row in rows) if v is not None])
 
 
 def sweep_of(row: Row) -> str:

@@ -7,9 +7,9 @@ outside the markers is a person's prose and is never touched. `<!-- table:decisi
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from src.analysis import kill_table
@@ -274,11 +274,8 @@ def _mean_sd(rows: Sequence[Row], key: str, digits: int, scale: float = 1.0) -> 
     values = [v * scale for v in (number(row, key) for row in rows) if v is not None]
     if not values:
         return _DASH
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
+    told = f"{fmean(values):.{digits}f}"
+    return told if len(values) == 1 else f"{told} ± {stdev(values):.{digits}f}"
 
 
 def _built(rows: Sequence[Row], quantity: Request, scale: float, form: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -29,7 +30,6 @@ from src.analysis.plots import (
     grid_of,
     heading,
     hide_unused,
-    mean,
     save,
     stem,
     sweep_of,
@@ -319,7 +319,7 @@ def _draw_front(
         ys = [v for v in (number(row, column) for row in runs) if v is not None]
         if xs and ys:
             base = any(row.get("baseline") for row in runs)
-            points.append((mean(xs), mean(ys), colour, marker, base, runs, name))
+            points.append((fmean(xs), fmean(ys), colour, marker, base, runs, name))
     if not points:
         ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="#666666")
         return
