@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.faults.bench import Tally, state_differences
-from tests.faults.report import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9", "teeth")
@@ -64,13 +63,3 @@ def test_the_judge_sees_a_single_bit():
         else:
             other["rng"] = (1, [2.0, 0])
         assert len(state_differences(other, state())) == 1, change
-
-
-def test_the_table_does_not_hide_what_failed():
-    good, bad = Tally("F1", "a", 3, 3), Tally("F2", "b", 4, 3, problems=["x"])
-    nothing = Tally("F3", "c")
-    assert good.passed and not bad.passed and not nothing.passed
-    table = markdown([good, bad, nothing], seed=0, begun=0.0, quick=True)
-    assert (
-        "FAILED, 75 %" in table and "not run" in table and "| all |  | 7 | 6 |  | FAILED |" in table
-    )

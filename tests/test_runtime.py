@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,30 +42,6 @@ def test_cpu_and_unknown_devices(monkeypatch):
     for name in ("cuda", "cuda:0"):
         with pytest.raises(ValueError, match="no CUDA device"):
             runtime.choose_device(name)
-
-
-def _pretend_gpus(monkeypatch, tmp_path, free_mib):
-    """GPUs that exist for the choice alone: the current device, UUIDs and free memory."""
-    current = []
-    monkeypatch.setattr(runtime, "claims_directory", lambda: tmp_path / "claims")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free_mib))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"uuid{i}")
-    )
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(runtime, "_free_mib", lambda key: free_mib[int(key[-1])])
-    return current
-
-
-def test_the_gpu_with_most_free_memory_is_taken_and_kept(monkeypatch, tmp_path):
-    current = _pretend_gpus(monkeypatch, tmp_path, [10.0, 30.0, 20.0])
-    assert runtime.choose_device("auto") == torch.device("cuda", 1)
-    assert runtime.choose_device("cuda") == torch.device("cuda", 1)
-    assert runtime.choose_device("cuda:2") == torch.device("cuda", 2)
-    assert [device.index for device in current] == [1, 1, 2]
-    with pytest.raises(ValueError, match="cuda:0 to 2"):
-        runtime.choose_device("cuda:3")
 
 
 # Forks (after the slow import) processes that choose at once and live until they are killed.
