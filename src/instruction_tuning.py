@@ -38,7 +38,8 @@ from src.spec.config import TrainingConfig
 from src.spec.metric_keys import REQUESTS, complete
 from src.spec.progress import Progress
 from src.storage import checkpoint
-from src.storage.run_dir import Held, Preemption, RunDir, read_json, write_json
+from src.storage.files import read_json
+from src.storage.run_dir import Held, Preemption, RunDir, write_json
 from src.train import NonFinite, build_optimizer, learning_rate, next_token_loss
 
 OK, OUR_FAULT, IO_FAILED, TRY_AGAIN, BAD_INPUT = 0, 70, 74, 75, 78

@@ -26,9 +26,9 @@ from src.analysis import bundle, decision_tables, kill_table
 from src.analysis.report_tables import fill, tables
 from src.analysis.run_csv import Row, details_path, read_csv, unlisted, write_csv
 from src.analysis.run_joins import STATUSES
-from src.analysis.run_table import read_curve, read_object, read_rows
+from src.analysis.run_table import read_curve, read_rows
 from src.spec.command_line import BAD_INPUT, IO_FAILED, Parser
-from src.storage.files import write_atomic, write_json
+from src.storage.files import read_json, write_atomic, write_json
 
 OUTPUT = Path("results_summary.csv")
 
@@ -100,7 +100,7 @@ def _run(options: argparse.Namespace) -> int:
         if study is not None:
             made["winner"] = decision_tables.winner_table(study)
         if options.predictions is not None:
-            on_record = read_object(options.predictions)
+            on_record = read_json(options.predictions)
             made["predictions"] = decision_tables.predictions_table(rows, on_record)
         filled = _filled(options.report, made, study)
     status = 0
@@ -202,7 +202,7 @@ def _draw(rows: Sequence[Row], folder: Path, metric: str) -> int:
 def _read_study(path: Path, asked: Path | None) -> dict[str, Any] | None:
     if asked is None and not path.is_file():
         return None
-    return read_object(path)
+    return read_json(path)
 
 
 def _filled(path: Path, made: Mapping[str, str], study: Mapping[str, Any] | None) -> str:

@@ -27,7 +27,7 @@ from src.evaluation import perplexity
 from src.spec import run_identity
 from src.spec.command_line import OK, Parser, refuse
 from src.storage import documents
-from src.storage.run_dir import read_json
+from src.storage.files import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -187,14 +187,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return _parse(path.read_bytes())
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """As `read_json`, where nothing can be done without it."""
-    found = read_json(path)
-    if found is None:
-        raise ValueError(f"{path}: found no JSON object, expected one")
-    return found
-
-
 def _parse(data: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(data)

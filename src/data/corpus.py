@@ -25,7 +25,7 @@ def is_finished(
         source = read_json(output / "source.json")
     except FileNotFoundError:
         return False
-    held = source if isinstance(source, dict) and isinstance(source.get("splits"), dict) else {}
+    held = source if isinstance(source.get("splits"), dict) else {}
     if held.get("dataset") != path or config not in (None, held.get("config")):
         raise Refusal(
             f"{output}: holds {held.get('dataset')}, configuration {held.get('config')}, expected "
@@ -68,7 +68,7 @@ def read_source(corpus: Path) -> dict[str, Any]:
         raise Refusal(
             f"{corpus / 'source.json'}: found no such file, expected a whole corpus; {way_out}"
         ) from None
-    splits = source.get("splits") if isinstance(source, dict) else None
+    splits = source.get("splits")
     for split in SPLITS:
         facts = splits.get(split) if isinstance(splits, dict) else None
         if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):

@@ -71,7 +71,7 @@ def read_held(output: Path, mirrored: bool, *, force: bool) -> dict[str, Any]:
         source = read_json(output / "source.json")
     except FileNotFoundError:
         return {}
-    tasks = source.get("tasks") if isinstance(source, dict) else None
+    tasks = source.get("tasks")
     if not isinstance(tasks, dict):
         if force:
             return {}

@@ -17,8 +17,8 @@ from src.models.export import export
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
 from src.storage import checkpoint
-from src.storage.files import sha256_of
-from src.storage.run_dir import exported, read_json
+from src.storage.files import read_json, sha256_of
+from src.storage.run_dir import exported
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

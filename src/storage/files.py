@@ -107,12 +107,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; Refusal if it is not one. FileNotFoundError passes through."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; Refusal where it holds none. FileNotFoundError passes through."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except ValueError as error:
-        raise Refusal(f"{path}: found no valid JSON ({error}); make the file again") from None
+        found = error
+    if not isinstance(found, dict):
+        raise Refusal(
+            f"{path}: found no JSON object ({str(found)[:80]}); delete it or make it again"
+        )
+    return found
 
 
 def make_directory(path: Path) -> None:

@@ -23,6 +23,7 @@ import yaml
 
 from src.storage.files import (
     open_lock_file,
+    read_json,
     remove_temporaries,
     write_all,
     write_atomic,
@@ -43,17 +44,6 @@ class Held(Exception):
             f"{path} is held by process {pid or 'unknown'} on host {host or 'unknown'}: "
             f"wait for it or stop it, then run the same command again."
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the log directory; ValueError for one that holds none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: found no JSON ({error}); delete it to go on") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: found no JSON object, expected one; delete it to go on")
-    return found
 
 
 def read_failure(run: Path) -> dict[str, Any] | None:

@@ -16,7 +16,8 @@ from src.spec import config, costs
 from src.spec.allocation import Allocation
 from src.spec.config import RunConfig
 from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
-from src.storage.run_dir import Preemption, locked, read_json, write_json
+from src.storage.files import read_json
+from src.storage.run_dir import Preemption, locked, write_json
 
 
 def check(

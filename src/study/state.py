@@ -11,7 +11,8 @@ from src.spec import config, costs
 from src.spec.kill_rule import Curve
 from src.storage import documents
 from src.storage.documents import Documents
-from src.storage.run_dir import read_curve, read_failure, read_json, read_rows
+from src.storage.files import read_json
+from src.storage.run_dir import read_curve, read_failure, read_rows
 from src.study.phases.cells import Job, Plan, Record, Study, baseline_cell
 from src.study.phases.costs import Rate
 from src.study.threads import probe

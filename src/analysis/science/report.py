@@ -25,12 +25,12 @@ from typing import Any
 from src.analysis import rankings, repeats, run_table
 from src.analysis.run_csv import Row, number, read_csv
 from src.analysis.run_joins import each_once
-from src.analysis.run_table import read_object
 from src.analysis.science import fits
 from src.spec import config
 from src.spec.command_line import OK, Parser, refuse
 from src.spec.config import KillRule
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS
+from src.storage.files import read_json
 
 SCHEMA = 1
 SHARED = (
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Analyse the runs that were named; returns the exit code."""
     asked = _arguments(argv)
     try:
-        predictions = read_object(asked.predictions) if asked.predictions else {}
+        predictions = read_json(asked.predictions) if asked.predictions else {}
         content = analyse(read_runs(asked.csv, asked.log_dir), predictions)
         asked.output.mkdir(parents=True, exist_ok=True)
         target = asked.output / "science.json"
