@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from src.storage import run_dir
 from src.storage.run_dir import Held, Preemption, RunDir, read_rows, write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -400,9 +399,3 @@ def test_interrupt_reaches_a_background_job_of_a_shell(tmp_path):
     os.kill(pid, signal.SIGINT)
     rest, _ = shell.communicate(timeout=20)
     assert rest == "SIGINT\nexit 75\n"
-
-
-def test_the_module_does_not_import_torch():
-    code = "import sys, src.storage.run_dir; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    assert run_dir.__doc__
