@@ -34,6 +34,7 @@ from src.evaluation.trained_run import TrainedRun, export_again, load_run
 from src.models.export import export
 from src.models.transformer import Transformer
 from src.spec import config, costs
+from src.spec.command_line import OK, OUR_FAULT, TRY_AGAIN, refuse
 from src.spec.config import TrainingConfig
 from src.spec.metric_keys import REQUESTS, complete
 from src.spec.progress import Progress
@@ -42,7 +43,6 @@ from src.storage.files import read_json
 from src.storage.run_dir import Held, Preemption, RunDir, write_json
 from src.train import NonFinite, build_optimizer, learning_rate, next_token_loss
 
-OK, OUR_FAULT, IO_FAILED, TRY_AGAIN, BAD_INPUT = 0, 70, 74, 75, 78
 END = 0  # <|endoftext|>: begins each prompt and ends each answer
 SAMPLES = 4
 SAMPLE_TOKENS = 48
@@ -479,12 +479,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Held as held:
         print(held, file=sys.stderr)
         return TRY_AGAIN
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
-    except OSError as error:
-        print(f"could not read or write: {error}", file=sys.stderr)
-        return IO_FAILED
+    except (ValueError, OSError) as error:
+        return refuse(error)
 
 
 if __name__ == "__main__":

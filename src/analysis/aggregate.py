@@ -16,7 +16,6 @@ Exit codes: 0 done, 78 bad input (the CSV is still written when only a figure is
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from src.analysis.report_tables import fill, tables
 from src.analysis.run_csv import Row, details_path, read_csv, unlisted, write_csv
 from src.analysis.run_joins import STATUSES
 from src.analysis.run_table import read_curve, read_rows
-from src.spec.command_line import BAD_INPUT, IO_FAILED, Parser
+from src.spec.command_line import Parser, refuse
 from src.storage.files import read_json, write_atomic, write_json
 
 OUTPUT = Path("results_summary.csv")
@@ -37,12 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         return _run(options)
-    except ValueError as error:
-        return _refuse(str(error))
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"aggregate_results: could not read or write {what}", file=sys.stderr)
-        return IO_FAILED
+    except (ValueError, OSError) as error:
+        return refuse(error)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -183,7 +178,7 @@ def _draw(rows: Sequence[Row], folder: Path, metric: str) -> int:
             print(f"{folder / name}")
         except plots.MixedTokenizers as error:
             (folder / name).unlink(missing_ok=True)  # an older figure would contradict the CSV
-            status = _refuse(f"{name}: {error}")
+            status = refuse(ValueError(f"{name}: {error}"))
     if vocabularies:
         name = "bits_per_byte_vs_embedding_ratio.png"
         chosen = [row for row in rows if str(row.get("sweep") or "") in vocabularies]
@@ -222,12 +217,7 @@ def _filled(path: Path, made: Mapping[str, str], study: Mapping[str, Any] | None
 def _report(path: Path, filled: str, check_only: bool) -> int:
     if path.read_text(encoding="utf-8") != filled:
         if check_only:
-            return _refuse(f"{path}: its tables differ from the results; run without --check.")
+            raise ValueError(f"{path}: its tables differ from the results; run without --check.")
         write_atomic(path, filled.encode())
     print(f"{path}: tables are up to date")
     return 0
-
-
-def _refuse(sentence: str) -> int:
-    print(f"aggregate_results: {sentence}", file=sys.stderr)
-    return BAD_INPUT
