@@ -336,4 +336,5 @@ print(plain, faults())
     if done.returncode == 3:
         pytest.skip("not glibc")
     plain, kept = map(int, done.stdout.split())
-    assert plain > 10_000 and kept < plain / 10, done.stdout + done.stderr
+    # How many pages glibc returned before depends on its own moving threshold: 7,813 or 46,872.
+    assert plain > 1_000 and kept < plain / 10, done.stdout + done.stderr
