@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from src.analysis.report_tables import _plain, _table, _text
+from src.analysis.report_tables import cell_text, markdown_table, plain_number
 from src.analysis.run_csv import Row, number
 from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
 
@@ -24,21 +24,23 @@ def winner_table(study: Mapping[str, Any]) -> str:
         return "(no finalist was judged)"
     body = [
         [
-            _text(candidate["name"]),
+            cell_text(candidate["name"]),
             f"{100 * (candidate['perplexity_ratio'] - 1):+.1f} %",
-            _text(candidate["strict"]),
-            _text(candidate["margin"]),
-            _text("; ".join(candidate["reasons"])),
+            cell_text(candidate["strict"]),
+            cell_text(candidate["margin"]),
+            cell_text("; ".join(candidate["reasons"])),
         ]
         for candidate in found["candidates"]
     ]
     outcome = [found[key] or "no winner" for key in ("strict", "margin")]
-    body.append(["**winner**", "", *(f"**{_text(name)}**" for name in outcome), found["reason"]])
+    body.append(
+        ["**winner**", "", *(f"**{cell_text(name)}**" for name in outcome), found["reason"]]
+    )
     head = (
         f"configuration | perplexity against {found['baseline']} | strict: latency and memory not "
         "above the baseline's | with 3 % above allowed | why"
     )
-    return _table(head, body, "")
+    return markdown_table(head, body, "")
 
 
 def predictions_table(rows: Sequence[Row], predictions: Mapping[str, Any]) -> str:
@@ -59,7 +61,7 @@ def predictions_table(rows: Sequence[Row], predictions: Mapping[str, Any]) -> st
         if laws and base and max(built) - min(built) > SWEPT:
             body += _of_sweep(sweep, runs, base, laws)
     head = "sweep | what | Tao et al. | Levine et al. | observed | seeds | agree in direction"
-    return _table(head, body, "no prediction on record for a sweep that was run")
+    return markdown_table(head, body, "no prediction on record for a sweep that was run")
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, Any, Any], list[Row]]:
@@ -88,8 +90,8 @@ def _of_sweep(
     lines = [
         [sweep, "best share", *(f"{100 * share:.1f} %" for _, share in told),
          f"{100 * best:.1f} %{end}", _seeds(shares[best]), ", ".join(agree) or "neither"],
-        [sweep, "layers at the best share", "–", _plain(law["levine_best_layers"], 1),
-         _text(layers), _seeds(shares[best]), "–"],
+        [sweep, "layers at the best share", "–", plain_number(law["levine_best_layers"], 1),
+         cell_text(layers), _seeds(shares[best]), "–"],
     ]  # fmt: skip
     for share in sorted(gaps):
         gap, seeds = gaps[share]
@@ -105,7 +107,7 @@ def _of_sweep(
             None,
         )
         observed = NOT_RUN if gap is None else f"{100 * math.expm1(gap):+.1f} %"
-        agrees = "–" if tao is None or gap is None else _text((tao > 0) == (gap > 0))
+        agrees = "–" if tao is None or gap is None else cell_text((tao > 0) == (gap > 0))
         lines.append(
             [sweep, f"PPL at {100 * share:.1f} % against {100 * own:.1f} %",
              "–" if tao is None else f"{100 * tao:+.1f} %", "–", observed, seeds, agrees]

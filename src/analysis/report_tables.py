@@ -44,7 +44,9 @@ def tables(
     if study is not None:
         made["decisions"] = decisions_table(study)
     if kills is not None:
-        made["kill-rule"] = _table(*kill_table.table(kills), "no run was judged by a kill rule")
+        made["kill-rule"] = markdown_table(
+            *kill_table.table(kills), "no run was judged by a kill rule"
+        )
         made["kill-rule"] += f"\n\n{kill_table.summary(kills)}" if kills else ""
     return made
 
@@ -85,12 +87,12 @@ def metrics_table(rows: Sequence[Row]) -> str:
         mark = " **(baseline)**" if first.get("baseline") else ""
         body.append(
             [
-                _text(first.get("phase")),
-                f"{_text(first.get('experiment'))}{mark}",
+                cell_text(first.get("phase")),
+                f"{cell_text(first.get('experiment'))}{mark}",
                 _count(first, "vocab_size"),
                 _built(runs, EMBEDDING_RATIO, 100, "{:.1f} %"),
                 _built(runs, GLU_EXPANSION, 1, "{:.2f}"),
-                _text(first.get("n_layers")),
+                cell_text(first.get("n_layers")),
                 _tokens(number(first, "tokens")),
                 str(len(runs)),
                 _mean_sd(runs, "test_perplexity", 2),
@@ -103,7 +105,7 @@ def metrics_table(rows: Sequence[Row]) -> str:
                 _total(runs, "cost_usd", 2),
             ]
         )
-    return _table(head, body, "no finished run")
+    return markdown_table(head, body, "no finished run")
 
 
 def _smallbench(runs: Sequence[Row]) -> str:
@@ -149,23 +151,23 @@ def allocation_table(rows: Sequence[Row]) -> str:
         flops = number(row, "flops_per_token")
         body.append(
             [
-                _text(row.get("experiment")),
+                cell_text(row.get("experiment")),
                 _count(row, "vocab_size"),
-                _text(row.get("tie_embeddings")),
-                _text(row.get("d_model")),
-                _text(row.get("n_layers")),
-                f"{_text(row.get('n_heads'))} x {_text(row.get('head_dim'))}",
-                _text(row.get("d_ff")),
-                _plain(number(row, "attention_width_ratio"), 2),
+                cell_text(row.get("tie_embeddings")),
+                cell_text(row.get("d_model")),
+                cell_text(row.get("n_layers")),
+                f"{cell_text(row.get('n_heads'))} x {cell_text(row.get('head_dim'))}",
+                cell_text(row.get("d_ff")),
+                plain_number(number(row, "attention_width_ratio"), 2),
                 _count(row, TOTAL_PARAMS.built),
                 *(
                     _count(row, f"params_{part}")
                     for part in ("embedding", "projection", "attention", "ffn", "norm")
                 ),
-                _plain(None if flops is None else flops / 1e6, 1),
+                plain_number(None if flops is None else flops / 1e6, 1),
             ]
         )
-    return _table(head, body, "no run whose model is known")
+    return markdown_table(head, body, "no run whose model is known")
 
 
 def runs_table(rows: Sequence[Row]) -> str:
@@ -176,19 +178,19 @@ def runs_table(rows: Sequence[Row]) -> str:
     )
     body = [
         [
-            _text(row.get("status")),
-            _text(row.get("run")),
-            _text(row.get("sweep")),
-            _text(row.get("seed")),
+            cell_text(row.get("status")),
+            cell_text(row.get("run")),
+            cell_text(row.get("sweep")),
+            cell_text(row.get("seed")),
             _tokens(number(row, "tokens")),
-            _plain(number(row, "test_perplexity"), 2),
-            _plain(number(row, "dev_perplexity"), 2),
-            _text(row.get("reason")),
+            plain_number(number(row, "test_perplexity"), 2),
+            plain_number(number(row, "dev_perplexity"), 2),
+            cell_text(row.get("reason")),
         ]
         for row in ranked
     ]
     head = "status | run | sweep | seed | tokens | test PPL | dev PPL | reason"
-    return _table(head, body, "no run")
+    return markdown_table(head, body, "no run")
 
 
 def cost_table(rows: Sequence[Row]) -> str:
@@ -196,19 +198,19 @@ def cost_table(rows: Sequence[Row]) -> str:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.get("status") != "missing":
-            key = (_text(row.get("phase")), _text(row.get("status")))
+            key = (cell_text(row.get("phase")), cell_text(row.get("status")))
             groups.setdefault(key, []).append(row)
     body = [[*key, *_costs(runs)] for key, runs in sorted(groups.items())]
     if body:
         body.append(["**all**", "", *_costs([row for runs in groups.values() for row in runs])])
-    return _table("phase | status | runs | wall hours | GPU hours | USD", body, "no run")
+    return markdown_table("phase | status | runs | wall hours | GPU hours | USD", body, "no run")
 
 
 def _costs(runs: Sequence[Row]) -> list[str]:
     seconds = [v for v in (number(row, "wall_seconds") for row in runs) if v is not None]
     return [
         str(len(runs)),
-        _plain(sum(seconds) / 3600 if seconds else None, 2),
+        plain_number(sum(seconds) / 3600 if seconds else None, 2),
         _total(runs, "gpu_hours", 2),
         _total(runs, "cost_usd", 2),
     ]
@@ -227,9 +229,9 @@ def environment_table(rows: Sequence[Row]) -> str:
         ("precision", "precision"),
         ("seed", "seeds"),
     ):
-        values = sorted({_text(row[key])[:16] for row in rows if row.get(key) is not None})
+        values = sorted({cell_text(row[key])[:16] for row in rows if row.get(key) is not None})
         body.append([label, ", ".join(values) or _DASH])
-    return _table("what | values", body, "no run")
+    return markdown_table("what | values", body, "no run")
 
 
 def decisions_table(study: Mapping[str, Any]) -> str:
@@ -241,13 +243,15 @@ def decisions_table(study: Mapping[str, Any]) -> str:
         )
     keys = list(dict.fromkeys(key for decision in decisions for key in decision))
     body = [[_decision(decision.get(key)) for key in keys] for decision in decisions]
-    return _table(" | ".join(key.replace("_", " ") for key in keys), body, "no decision yet")
+    return markdown_table(
+        " | ".join(key.replace("_", " ") for key in keys), body, "no decision yet"
+    )
 
 
 def _decision(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_decision(item) for item in value) or _DASH
-    return f"{value:.4g}" if isinstance(value, float) else _text(value)
+    return f"{value:.4g}" if isinstance(value, float) else cell_text(value)
 
 
 # --- cells of a table ---------------------------------------------------------------------------
@@ -291,7 +295,7 @@ def _total(rows: Sequence[Row], key: str, digits: int) -> str:
     return f"{sum(values):.{digits}f}" if values else _DASH
 
 
-def _plain(value: float | None, digits: int) -> str:
+def plain_number(value: float | None, digits: int) -> str:
     return _DASH if value is None else f"{value:.{digits}f}"
 
 
@@ -306,7 +310,7 @@ def _tokens(value: float | None) -> str:
     return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.0f} k"
 
 
-def _text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     if value is None:
         return _DASH
     if isinstance(value, bool):
@@ -314,7 +318,7 @@ def _text(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _table(head: str, body: Sequence[Sequence[str]], empty: str) -> str:
+def markdown_table(head: str, body: Sequence[Sequence[str]], empty: str) -> str:
     if not body:
         return f"({empty})"
     names = [name.strip() for name in head.split(" | ")]
