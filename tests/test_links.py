@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "REPORT.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md")]
+    [ROOT / "README.md", ROOT / "REPORT.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")]
 )
 # [text](target), ![text](target "title"), [label]: target and <img src="target">
 LINK = re.compile(

@@ -68,5 +68,5 @@ def test_the_published_tables_are_of_this_code() -> None:
     with (folder / "ties.csv").open(newline="") as file:
         tied = list(csv.DictReader(file))
     assert [float(row["run_sd"]) for row in tied] == list(simulate.TIE_SDS)
-    page = (folder.parents[1] / "docs" / "SCIENCE.md").read_text(encoding="utf-8")
+    page = (folder / "README.md").read_text(encoding="utf-8")
     assert simulate.named_table(rows) in page and simulate.ties_table(tied) in page
