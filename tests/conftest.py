@@ -16,7 +16,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 VOCAB = 300
 
 # Seeded: a property test tries the same cases every time.

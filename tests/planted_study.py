@@ -20,8 +20,8 @@ import numpy as np
 
 from src.evaluation import metrics as record
 from src.spec import allocation, config
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SD = 0.004
 BEST_SHARE, BOWL, DEPTH, BEST_RATE = 0.36, 1.2, -0.03, 4e-3
 BITS_PER_NAT = 1 / (3.5 * math.log(2))  # bits per byte of a nat per token, 3.5 bytes a token

@@ -19,8 +19,8 @@ import numpy as np
 from src.analysis.repeats import Noise
 from src.analysis.science import fits
 from src.spec import allocation, config
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SD = 0.005
 SHARES = np.array([0.25, 0.30, 0.35, 0.40, 0.45, 0.50])
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

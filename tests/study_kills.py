@@ -31,9 +31,9 @@ from typing import Any
 
 import yaml
 
+from tests import ROOT
 from tests.faults.bench import CLOCKS, clean_environment, rows, say
 
-ROOT = Path(__file__).resolve().parents[1]
 HUNG_S = 1_800  # a started command without an end is a failure
 BASE: dict[str, Any] = {
     "model": {"total_params": 98_192, "vocab_size": 304},

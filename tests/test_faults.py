@@ -8,13 +8,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.faults.bench import Tally, state_differences
 
-ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9", "teeth")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
 
 # From top to bottom; a room may know the rooms above it and itself, never one below.
 ROOMS = (

@@ -22,8 +22,8 @@ from src import instruction_tuning as tuning
 from src.compute.compute_config import Machine
 from src.evaluation.trained_run import TrainedRun, load_run
 from src.instruction_tuning import Batches, Example
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)
 
 

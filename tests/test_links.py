@@ -10,7 +10,8 @@ from urllib.parse import unquote
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "REPORT.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")]
 )

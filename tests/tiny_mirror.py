@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-TASKS_FILE = Path(__file__).resolve().parents[1] / "configs" / "smallbench.yaml"
+from tests import ROOT
+
+TASKS_FILE = ROOT / "configs" / "smallbench.yaml"
 TEXT_DATASET = "tiny/prose"
 ARTICLES = {"train": 40, "validation": 6, "test": 6}
 

@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def named_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """procedure.csv for results/decisions/README.md: a line for each noise and number of seeds, percent."""
+    """procedure.csv as a Markdown table: a line for each noise and number of seeds, percent."""
     lines = ["| run sd | seeds | null | 2 % | 5 % | 8 % | shown: null / 2 / 5 / 8 % | coverage |"]
     kinds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -290,7 +290,7 @@ def named_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def ties_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """ties.csv for results/decisions/README.md, percent."""
+    """ties.csv as a Markdown table, percent."""
     lines = ["| run sd, nats | tie by proof (before) | not told apart (now) |", "|---|---|---|"]
     for row in rows:
         before, now = (_percent(row[key]) for key in ("equivalent", "not_told_apart"))

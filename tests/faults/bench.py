@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 VOCAB = 320
 STEPS, SAVE_EVERY = 60, 10
 EXPERIMENT = "cut"

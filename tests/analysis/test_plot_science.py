@@ -1,0 +1,98 @@
+"""The figures of science.json: what is drawn stands where the numbers are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from matplotlib import pyplot as plt
+
+from src.analysis.science import plots as plot_science
+from src.analysis.science import report as science
+from tests import ROOT, planted_study
+
+GRID = ("model.total_params=10_485_760", "model.vocab_size=16_384", "training.batch_size=64",
+        "training.seq_len=512")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    logs = tmp_path_factory.mktemp("planted")
+    arms = ("frontier", "factorised", "depth_control", "glu_expansion")
+    planted_study.write(logs, arms, seeds=[0, 1], overrides=GRID)
+    planted_study.write(logs / "rates", ["miniature_lr"], seed=2)
+    told = json.loads((ROOT / "results" / "predictions.json").read_text())
+    return json.loads(json.dumps(science.analyse(science.read_runs([], [logs]), told)))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures as they are saved, by file name."""
+    kept = {}
+    monkeypatch.setattr(plot_science, "save", lambda figure, path: kept.update({path.name: figure}))
+    yield kept
+    plt.close("all")
+
+
+def test_every_figure_of_a_whole_study_is_made(found, tmp_path, capsys):
+    file = tmp_path / "science.json"
+    file.write_text(json.dumps(found))
+    assert plot_science.main(["--science", str(file), "--output", str(tmp_path / "out")]) == 0
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made == {f"{figure.__name__}.png" for figure in plot_science.FIGURES}
+    assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in made)
+    assert "kill_replay.png" in capsys.readouterr().out
+
+
+def test_share_arms_draws_means_fit_optimum_and_both_laws(found, figures, tmp_path):
+    plot_science.share_arms(found, tmp_path)
+    figure = figures["share_arms.png"]
+    titles = [ax.get_title(loc="left") for ax in figure.axes[:2]]
+    top = figure.axes[titles.index("Full runs, 50.0 M tokens, 10.5 M")]
+    lines = [line for line in top.get_lines() if line.get_xydata().size]
+    frontier = next(a for a in found["arms"] if a["sweep"] == "frontier.yaml")
+    at = frontier["curves"]["ln share"]["optimum"]
+    bars = [tuple(line.get_xdata()) for line in lines if len(line.get_xdata()) == 2]
+    assert (at["low"], at["high"]) in bars
+    upright = {line.get_xdata()[0] for line in lines if len(set(line.get_xdata())) == 1}
+    told = frontier["prediction"]
+    assert {told["tao_best_share"], told["levine_best_share"]} <= upright
+    labels = [text.get_text() for text in top.get_legend().get_texts()]
+    assert labels[:3] == ["factorised", "frontier", "Tao et al., 2026-11-23"]
+
+
+def test_the_prediction_goes_through_the_baseline(found, figures, tmp_path):
+    plot_science.predictions(found, tmp_path)
+    for ax in figures["predictions.png"].axes[:2]:
+        (dashed,) = [line for line in ax.get_lines() if len(line.get_xdata()) == 2]
+        assert list(dashed.get_xdata()) == list(dashed.get_ydata())
+        assert "slope" in ax.get_title(loc="left")
+
+
+def test_kill_cells_say_saved_tokens_and_false_kills(found, figures, tmp_path):
+    plot_science.kill_replay(found, tmp_path)
+    figure = figures["kill_replay.png"]
+    for ax, replay in zip(figure.axes, found["kill_replay"], strict=False):
+        texts = [text.get_text() for text in ax.texts]
+        assert len(texts) == len(replay["grid"])
+        for cell in replay["grid"]:
+            saved = f"{cell['saved']:.0%}"
+            told = f"\n{cell['false_kills']}/{cell['innocent']}" if cell["kills"] else ""
+            assert saved + told in texts
+
+
+def test_nothing_to_draw_and_what_is_no_science(tmp_path, capsys):
+    empty = {name: [] for name in ("arms", "learning_rates", "surfaces", "kill_replay")}
+    file = tmp_path / "science.json"
+    file.write_text(json.dumps(empty))
+    command = ["--science", str(file), "--output", str(tmp_path / "out")]
+    assert plot_science.main(command) == 0
+    assert "nothing to draw yet" in capsys.readouterr().out
+    for text in ("{}", "[1", "[]"):
+        file.write_text(text)
+        assert plot_science.main(command) == 78
+        assert (
+            "expected the science.json of python -m src.analysis.science.report"
+            in capsys.readouterr().err
+        )
+    assert plot_science.main(["--science", str(tmp_path / "none"), *command[2:]]) == 74

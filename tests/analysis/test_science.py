@@ -1,0 +1,219 @@
+"""The analysis of run directories finds what was planted in them, and says what it cannot know."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from src.analysis.run_csv import write_csv
+from src.analysis.run_table import read_rows
+from src.analysis.science import report as science
+from tests import ROOT, planted_study
+
+GRID = ("model.total_params=10_485_760", "model.vocab_size=16_384", "training.batch_size=64",
+        "training.seq_len=512")  # fmt: skip
+ARMS = ("frontier", "factorised", "depth_control", "glu_expansion")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Run directories of four arms, three seeds, a ranking phase and a sweep of rates."""
+    logs = tmp_path_factory.mktemp("planted")
+    planted_study.write(logs, ARMS, seeds=[0, 1, 2], overrides=GRID)
+    planted_study.write(logs, ["frontier"], phases=["rank"], seed=1)
+    planted_study.write(logs / "rates", ["miniature_lr"], seed=2)
+    return logs
+
+
+@pytest.fixture(scope="module")
+def found(planted, tmp_path_factory):
+    output = tmp_path_factory.mktemp("science")
+    command = ["--log_dir", str(planted), "--output", str(output)]
+    predictions = ["--predictions", str(ROOT / "results" / "predictions.json")]
+    assert science.main([*command, *predictions]) == 0
+    return json.loads((output / "science.json").read_text())
+
+
+def arm(found, sweep, phase="full", rate="one rate"):
+    return next(
+        a for a in found["arms"] if (a["sweep"], a["phase"], a["rate"]) == (sweep, phase, rate)
+    )
+
+
+def test_the_factorised_arm_shows_the_planted_optimum_and_the_frontier_one_that_depth_moved(found):
+    """Depth falls as the frontier's share grows, so its optimum is not the share's own."""
+    factorised, frontier = (arm(found, f"{name}.yaml") for name in ("factorised", "frontier"))
+    for shape in (factorised, frontier):
+        assert shape["axis"] == "share" and len(shape["cells"]) == 6
+        assert [len(cell["seeds"]) for cell in shape["cells"]] == [3] * 6
+        assert shape["seed_noise"]["df"] == 12
+        assert 0.002 < shape["seed_noise"]["sd"] < 0.008
+    own = frontier["curves"]["share"]["optimum"]
+    assert own["high"] < planted_study.BEST_SHARE  # where depth pays, the frontier leans to depth
+    assert factorised["curves"]["share"]["verdict"] in ("edge", "undecided")  # 36 % is its end
+
+
+def test_the_surface_over_both_arms_separates_share_from_depth(found):
+    both = next(s for s in found["surfaces"] if s["terms"] == ["share", "share^2", "ln L"])
+    assert both["sweep"] == ["factorised.yaml", "frontier.yaml"]
+    depth, bowl = both["coefficients"]["ln L"], both["coefficients"]["share^2"]
+    assert depth["low"] <= planted_study.DEPTH <= depth["high"] < 0
+    assert bowl["low"] <= planted_study.BOWL <= bowl["high"] and bowl["low"] > 0
+    best = both["best_share"]
+    assert best["low"] <= planted_study.BEST_SHARE <= best["high"]
+    assert best["high"] - best["low"] < 0.05
+    assert max(both["inflation"].values()) < 10 and not both["warnings"]
+    whole = next(s for s in found["surfaces"] if s["cells"] == "all cells")
+    for term, truth in (("share^2", planted_study.BOWL), ("glu^2", 0.01), ("share*glu", 0.0)):
+        estimate = whole["coefficients"][term]
+        assert estimate["low"] - 0.5 * (estimate["high"] - estimate["low"]) <= truth, term
+        assert truth <= estimate["high"] + 0.5 * (estimate["high"] - estimate["low"]), term
+
+
+def test_a_prediction_is_scored_by_its_slope(found):
+    told = arm(found, "frontier.yaml")["prediction"]
+    assert told["date"] == "2026-11-23" and told["tao_best_share"] == pytest.approx(0.2, abs=0.01)
+    predicted, observed = [], []
+    for cell in arm(found, "frontier.yaml")["cells"]:
+        predicted += [told["cells"][cell["label"]]] * 3
+        observed += cell["ln_ppl_ratio"]
+    mean = sum(predicted) / len(predicted)
+    slope = sum((p - mean) * o for p, o in zip(predicted, observed, strict=True))
+    slope /= sum((p - mean) ** 2 for p in predicted)
+    assert told["tao_slope"]["value"] == pytest.approx(slope)
+    assert arm(found, "depth_control.yaml")["prediction"] is None
+
+
+def test_the_glu_arms_are_curves_over_expansion(found):
+    control = arm(found, "depth_control.yaml")
+    assert control["axis"] == "glu" and set(control["curves"]) == {"glu", "ln glu"}
+    assert {cell["n_layers"] for cell in control["cells"]} == {9}
+
+
+def test_each_cell_is_judged_at_its_own_best_rate_and_at_the_shared_one(found):
+    (rates,) = found["learning_rates"]
+    for name, cell in rates["cells"].items():
+        assert [rate for rate, _ in cell["tried"]] == [1e-3, 2e-3, 4e-3, 8e-3], name
+        best = planted_study.best_rate(cell["share"])
+        assert cell["best_rate"]["low"] <= best <= cell["best_rate"]["high"], name
+    own = arm(found, "miniature_lr.yaml", rate="own best rate")
+    shared = arm(found, "miniature_lr.yaml", rate=f"shared rate {rates['shared_rate']:g}")
+    assert {cell["learning_rate"] for cell in shared["cells"]} == {rates["shared_rate"]}
+    assert {cell["learning_rate"] for cell in own["cells"]} != {rates["shared_rate"]}
+    for shape in (own, shared):
+        assert shape["baseline"] == "mini-tune35"
+        assert [cell["label"] for cell in shape["cells"] if cell["baseline"]] == ["mini-tune35"]
+    for cell in own["cells"]:
+        tried = dict(rates["cells"][cell["label"]]["tried"])
+        assert tried[cell["learning_rate"]] == min(tried.values())  # chosen on dev
+
+
+def test_a_run_and_its_twin_of_a_list_of_rates_count_once(tmp_path):
+    planted_study.write(tmp_path / "one", ["embed_ratio"])
+    rates = ["training.learning_rate=[4e-3, 2e-3, 8e-3]"]
+    planted_study.write(tmp_path / "list", ["embed_ratio"], overrides=rates)
+    content = science.analyse(science.read_runs([], [tmp_path]), {})
+    assert content["runs"] == 12
+    tried = content["learning_rates"][0]["cells"]["emb35"]["tried"]
+    assert [(rate, len(losses)) for rate, losses in tried] == [(2e-3, 1), (4e-3, 1), (8e-3, 1)]
+    for shape in content["arms"]:
+        assert [len(cell["seeds"]) for cell in shape["cells"]] == [1, 1, 1]
+
+
+def test_a_prediction_is_of_a_cell_at_any_rate(tmp_path):
+    planted_study.write(tmp_path, ["frontier"], overrides=["training.learning_rate=[4e-3, 2e-3]"])
+    told = json.loads((ROOT / "results" / "predictions.json").read_text())
+    content = science.analyse(science.read_runs([], [tmp_path]), told)
+    for shape in content["arms"]:
+        assert set(shape["prediction"]["cells"]) == {cell["label"] for cell in shape["cells"]}
+        assert shape["prediction"]["tao_slope"]["value"] > 0
+
+
+def test_ranking_runs_are_judged_on_dev_and_held_against_the_full_ones(found):
+    assert arm(found, "frontier.yaml", "rank")["split"] == "dev"
+    assert arm(found, "frontier.yaml", "full")["split"] == "test"
+    (agreement,) = found["rank_agreement"]
+    assert agreement["n"] == 6 and agreement["top1_regret"] >= 0
+    assert agreement["short_tokens"] < agreement["full_tokens"]
+
+
+def test_the_kill_rule_is_replayed_over_grace_and_margin(found):
+    replay = next(
+        r for r in found["kill_replay"] if (r["sweep"], r["phase"]) == ("frontier.yaml", "full")
+    )
+    assert replay["seeds"] == 3 and {cell["runs"] for cell in replay["grid"]} == {15}
+    by = {(cell["grace"], cell["margin"]): cell for cell in replay["grid"]}
+    assert len(by) == len(science.GRACES) * len(science.MARGINS)
+    for grace in science.GRACES:  # a larger margin kills no more
+        kills = [by[grace, margin]["kills"] for margin in science.MARGINS]
+        assert kills == sorted(kills, reverse=True)
+    assert by[0.0, 0.25]["kills"] > 0
+
+
+def test_the_table_of_the_aggregator_says_the_same(planted, found, tmp_path):
+    table = tmp_path / "results_summary.csv"
+    write_csv(read_rows(planted), table)
+    assert science.main(["--csv", str(table), "--output", str(tmp_path)]) == 0
+    again = json.loads((tmp_path / "science.json").read_text())
+    assert again["runs"] == found["runs"]
+    key = ("sweep", "phase", "rate")
+    here, there = (
+        {tuple(a[k] for k in key): a["curves"] for a in content["arms"]}
+        for content in (again, found)
+    )
+    assert here.keys() == there.keys()
+    for which, curves in here.items():
+        for scale, fit in curves.items():
+            assert fit["optimum"]["value"] == pytest.approx(there[which][scale]["optimum"]["value"])
+    assert again["kill_replay"] == found["kill_replay"]  # curves are found by the table's path
+
+
+def test_what_cannot_be_fitted_says_why(tmp_path, capsys):
+    planted_study.write(tmp_path / "logs", ["embed_ratio"])
+    shutil.rmtree(tmp_path / "logs" / "emb25")
+    assert science.main(["--log_dir", str(tmp_path / "logs"), "--output", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "science.json").read_text())
+    assert "three different x, found 2" in content["arms"][0]["curves"]["share"]["unavailable"]
+    assert "not fitted" in capsys.readouterr().out
+    assert content["surfaces"] == content["rank_agreement"] == content["learning_rates"] == []
+
+
+def test_other_budgets_and_unfinished_runs_do_not_mix(tmp_path):
+    planted_study.write(tmp_path, ["embed_ratio"])
+    planted_study.write(
+        tmp_path / "long", ["embed_ratio"], overrides=["training.tokens=100_000_000"]
+    )
+    killed = tmp_path / "emb45" / "metrics.json"
+    killed.write_text(killed.read_text().replace('"finished"', '"killed"'))
+    content = science.analyse(science.read_runs([], [tmp_path]), {})
+    assert content["runs"] == 5
+    assert sorted(len(a["cells"]) for a in content["arms"]) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "name run directories with --log_dir"),
+        (("--log_dir", "missing"), "missing: found no such directory"),
+        (("--log_dir", "."), "found no finished run"),
+        (("--csv", "missing.csv"), "could not read or write missing.csv"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path, monkeypatch, capsys, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = science.main([*arguments, "--output", "out"])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code in (74, 78) and told in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_a_planted_share_of_36_percent_is_what_the_formula_says():
+    losses = {s: planted_study.truth(s, 3.0, 10, 4e-3) for s in (0.3, 0.36)}
+    assert losses[0.36] == pytest.approx(0.2)
+    assert losses[0.3] == pytest.approx(0.2 + 1.2 * 0.06**2) and math.isfinite(losses[0.3])

@@ -1,0 +1,96 @@
+"""A small sample of the comparison with lm-evaluation-harness, on rows made up here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from src.data.tasks import TASKS_FILE, load_tasks
+from src.evaluation.smallbench import evaluate
+from src.models.export import export
+from tests import ROOT
+from tests.evaluation.test_smallbench import write_rows
+from tests.models.test_export import small_model, tokenizer_json  # noqa: F401 (a fixture)
+
+WORDS = "the owl river sleeps runs on a naive question how many tokens of words 3.14 and".split()
+ROWS_EACH = 12
+TASKS = ("blimp_adjunct_island", "sst2", "rte", "arc_easy", "piqa", "hellaswag", "lambada")
+
+
+def text(seed: int, length: int) -> str:
+    return " ".join(WORDS[(seed * 7 + i * (seed + 3)) % len(WORDS)] for i in range(length))
+
+
+def row(task: str, i: int) -> dict[str, Any]:
+    """Row i of a task as the hub has it; some prompts are longer than the context."""
+    if task == "blimp_adjunct_island":
+        return {"sentence_good": text(i, 5) + ".", "sentence_bad": text(i + 1, 4) + " ."}
+    if task == "sst2":
+        return {"sentence": text(i, 3 + 2 * i) + " ", "label": i % 2, "idx": i}
+    if task == "rte":
+        return {"sentence1": text(i, 9), "sentence2": text(i + 5, 4), "label": i % 2, "idx": i}
+    if task == "arc_easy":
+        letters = ["A", "B", "C", "D"]
+        choices = {"text": [text(i + k, 1 + k) for k in range(4)], "label": letters}
+        return {"question": text(i, 6) + "?", "choices": choices, "answerKey": letters[i % 4]}
+    if task == "piqa":
+        return {"goal": text(i, 5), "sol1": text(i, 6), "sol2": text(i + 2, 4), "label": i % 2}
+    if task == "hellaswag":
+        return {
+            "activity_label": "Owls",
+            "ctx_a": f"How to [header] {text(i, 4)} [title] {text(i, 3)}",
+            "ctx_b": text(i, 2).upper(),
+            "endings": [text(i + k, 3 + k) + " [step] end." for k in range(4)],
+            "label": str(i % 4),
+        }
+    return {"text": text(i, 8)}
+
+
+def test_predictions_and_accuracies_are_the_harnesss(
+    tokenizer_json: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Seven tasks agree; in an eighth comparison one prediction is falsified and must be found."""
+    model = small_model()
+    run, rows = tmp_path / "run", tmp_path / "smallbench"
+    export(model, tokenizer_json, run / "final", max_position_embeddings=48)
+    for task in TASKS:
+        write_rows(rows, task, [row(task, i) for i in range(ROWS_EACH)])
+    items = run / "smallbench_items.jsonl"
+    found = evaluate(
+        model,
+        Tokenizer.from_file(str(tokenizer_json)),
+        [task for task in load_tasks(TASKS_FILE) if task.name in TASKS],
+        rows,
+        context=48,
+        device="cpu",
+        autocast_dtype=None,
+        items_path=items,
+    )["tasks"]
+    assert found["sst2"]["cut_prompts"] > 0
+    lines = [json.loads(line) for line in items.read_text().splitlines()]
+    falsified = next(line for line in lines if line["task"] == "rte")
+    falsified["prediction"] = 1 - falsified["prediction"]
+    items.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    out = tmp_path / "parity.json"
+    command = [sys.executable, "-m", "tests.parity", "--run", run, "--smallbench", rows,
+               "--tasks", *TASKS, "--output", out]  # fmt: skip
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-2000:]
+    table = {entry["task"]: entry for entry in json.loads(out.read_text())}
+    assert set(table) == set(TASKS)
+    for task, entry in table.items():
+        assert entry["n"] + entry["skipped"] == ROWS_EACH and entry["n"] > ROWS_EACH // 2
+        assert entry["equal"] == (task != "rte"), entry
+        assert entry["largest_difference"] < 1e-3
+        group = "blimp_syntax" if task.startswith("blimp") else task
+        if entry["skipped"] == 0:
+            assert found[group]["accuracy"] == entry["harness_accuracy"]
+    assert table["rte"]["same_predictions"] == table["rte"]["n"] - 1
+    assert "| rte | 12 | 11 |" in done.stdout

@@ -1,0 +1,558 @@
+"""From a request to integers: tolerances, exact counts, common frames, refusals with a way out."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.models.transformer import Transformer
+from src.spec import allocation, allocation_table
+from src.spec.allocation import WIDE, WIDEST, Allocation, allocate, count_params
+from src.spec.config import ModelConfig, ModelRequest, Sweep, load_sweep, sweep_from
+from tests import ROOT
+
+SWEEPS = ("embed_ratio", "glu_expansion")
+
+
+def request(**values: object) -> ModelRequest:
+    return ModelRequest(**{"embedding_ratio": 0.35, **values})  # type: ignore[arg-type]
+
+
+def one(asked: ModelRequest) -> Allocation:
+    return allocate({"x": asked})["x"]
+
+
+def shipped(name: str) -> Sweep:
+    return load_sweep(ROOT / "configs" / f"{name}.yaml")
+
+
+def shapes_of(sweep: Sweep) -> dict[str, Allocation]:
+    return allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
+
+
+def glu_group(*expansions: float, **values: object) -> dict[str, ModelRequest]:
+    return {f"glu{g:g}": request(glu_expansion=g, **values) for g in expansions}
+
+
+def integers(found: Allocation) -> tuple[int, int, str, int]:
+    m = found.model
+    return m.d_model, m.n_layers, f"{m.n_heads}x{m.head_dim}", m.d_ff
+
+
+def built_params(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        model = Transformer(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def assert_sound(answer: Allocation) -> None:
+    """What holds for every answer, whatever was asked."""
+    asked, model = answer.request, answer.model
+    assert abs(answer.params.total / asked.total_params - 1) <= WIDE.total
+    if asked.embedding_ratio is not None:
+        assert abs(answer.params.share - asked.embedding_ratio) <= WIDE.share
+    glu = 0.20 if asked.d_model and asked.n_heads else WIDE.glu
+    assert abs(model.d_ff / model.d_model / asked.glu_expansion - 1) <= glu
+    assert model.d_model % 8 == 0 and model.d_ff % 8 == 0 and model.n_layers >= 1
+    assert model.n_layers <= 128 and model.n_heads >= (1 if asked.n_heads else 2)
+    if asked.head_dim is None:
+        assert model.head_dim in ((16, 32, 64) if asked.total_params < 3_000_000 else (32, 64))
+    width = model.n_heads * model.head_dim
+    if asked.allocate == "attention":
+        assert model.n_heads >= 4
+    elif asked.n_heads is None or asked.head_dim is None:
+        assert abs(width / model.d_model - 1) <= WIDEST.attention + 1e-9
+    assert (model.vocab_size, model.embedding_dim) == (asked.vocab_size, asked.embedding_dim)
+    assert (model.tie_embeddings, model.qk_norm) == (asked.tie_embeddings, asked.qk_norm)
+    assert answer.params == count_params(model)
+
+
+# ------------------------------------------------------------------------------------ PRD's cells
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_prd_cell_is_within_the_strict_tolerances(sweep):
+    answers = shapes_of(shipped(sweep))
+    assert list(answers) == list(shipped(sweep).names)
+    for answer in answers.values():
+        assert_sound(answer)
+        assert answer.total_error <= 0.005
+        assert answer.share_error <= 0.0125
+        assert answer.glu_error <= 0.05
+        assert built_params(answer.model) == answer.params.total
+
+
+def test_the_prd_sweeps_keep_the_integers_that_are_published():
+    found = {n: integers(a) for sweep in SWEEPS for n, a in shapes_of(shipped(sweep)).items()}
+    assert found == {
+        "emb25": (160, 24, "5x32", 432),
+        "emb35": (224, 11, "7x32", 568),
+        "emb45": (280, 6, "8x32", 744),
+        "glu2x": (224, 13, "7x32", 440),
+        "glu266x": (224, 11, "7x32", 568),
+        "glu3x": (224, 10, "7x32", 656),
+        "glu4x": (224, 8, "7x32", 896),
+    }
+
+
+def test_the_depth_control_stands_at_the_width_and_depth_of_its_sweep():
+    found = shapes_of(shipped("depth_control"))
+    assert {(a.model.d_model, a.model.n_layers) for a in found.values()} == {(224, 9)}
+    assert [a.model.n_heads for a in found.values()] == [16, 12, 11, 5]
+
+
+def test_the_glu_sweep_changes_depth_and_ffn_alone():
+    models = [a.model for a in shapes_of(shipped("glu_expansion")).values()]
+    frames = {(m.d_model, m.n_heads, m.head_dim) for m in models}
+    assert len(frames) == 1
+    assert [m.n_layers for m in models] == sorted((m.n_layers for m in models), reverse=True)
+    assert [m.d_ff for m in models] == sorted(m.d_ff for m in models)
+
+
+def test_cells_of_another_vocabulary_or_share_may_differ():
+    asked = {"a": request(), "b": request(embedding_ratio=0.25), "c": request(glu_expansion=2.66)}
+    answers = allocate(asked, "a")
+    assert answers["a"].model.d_model == answers["c"].model.d_model
+    assert answers["b"].model.d_model < answers["a"].model.d_model
+
+
+# ------------------------------------------------------------------- one experiment beside others
+
+
+def test_an_experiment_that_is_added_leaves_the_others_as_they_were():
+    sweep = shipped("glu_expansion")
+    asked = {run.experiment: run.model for run in sweep.runs}
+    before = allocate(asked, sweep.baseline)
+    for added in (1.5, 5.0, 6.0, 8.0, 12.0):
+        with_it = allocate({**asked, "more": request(glu_expansion=added)}, sweep.baseline)
+        assert {name: with_it[name] for name in before} == before
+        assert not any("without" in note for note in allocation_table.notes(with_it, "glu4x"))
+
+
+def test_where_the_others_must_move_each_is_named_with_its_shape_before():
+    found = allocate(glu_group(2.0, 4.0, 23.0), "glu4")
+    assert found["glu4"].model.d_model != 224  # GLU 23 has no shape there
+    notes = [n for n in allocation_table.notes(found, "glu4") if "without glu23 it would" in n]
+    assert [note.partition(":")[0] for note in notes] == ["glu2", "glu4"]
+    assert all("would be d_model 224" in note for note in notes)
+
+
+def test_a_group_without_the_baseline_stands_at_its_first_experiments_shape():
+    small = {f"small-{n}": r for n, r in glu_group(2.0, 4.0, vocab_size=8_000).items()}
+    asked = {**glu_group(2.0, 4.0), **small}
+    found = allocate(asked, "glu4")
+    assert found["small-glu2"] == one(asked["small-glu2"])
+    assert found["glu4"] == one(asked["glu4"])
+    with pytest.raises(AssertionError, match="baseline"):
+        allocate(glu_group(2.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("leader", "d_model", "n_heads", "share"), [("emb45", 280, 8, 0.45), ("emb25", 160, 5, 0.25)]
+)
+def test_a_glu_sweep_can_inherit_the_leaders_width_and_heads(leader, d_model, n_heads, share):
+    leading = shapes_of(shipped("embed_ratio"))[leader]
+    raw = yaml.safe_load((ROOT / "configs" / "glu_expansion.yaml").read_text())
+    raw["model"] |= {"embedding_ratio": share, "d_model": d_model, "n_heads": n_heads}
+    raw["experiments"].append({"name": "same", "glu_expansion": leading.request.glu_expansion})
+    found = shapes_of(sweep_from(raw, Path("made.yaml")))
+    for answer in found.values():
+        assert (answer.model.d_model, answer.model.n_heads) == (d_model, n_heads)
+        assert_sound(answer)
+    assert found["same"].model == leading.model  # emb25: 24 layers at 8/3
+    without_share = {k: v for k, v in raw["model"].items() if k != "embedding_ratio"}
+    again = shapes_of(sweep_from({**raw, "model": without_share}, Path("made.yaml")))
+    assert {n: a.model for n, a in again.items()} == {n: a.model for n, a in found.items()}
+
+
+def test_expansions_that_few_layers_cannot_tell_apart_are_said():
+    found = allocate(
+        glu_group(2.0, 2.66, 3.0, embedding_ratio=0.45, d_model=280, n_heads=8), "glu2"
+    )
+    notes = allocation_table.notes(found, "glu2")
+    assert [n.partition(" are nearly one model")[0] for n in notes if "nearly" in n] == [
+        "glu2.66 and glu3"
+    ]
+
+
+def test_heads_and_head_size_are_kept_where_they_are_stated():
+    assert one(request(n_heads=9, head_dim=16)).model.head_dim == 16
+    narrow = one(request(n_heads=1, head_dim=64))  # an attention width that the user chose
+    assert (narrow.model.n_heads, narrow.model.head_dim) == (1, 64)
+    assert_sound(narrow)
+    with pytest.raises(ValueError, match="n_heads 5") as caught:
+        one(request(n_heads=5))  # 160 or 320: neither is within 15 % of any width at this share
+    assert way_out(str(caught.value)) == {"x": {"n_heads": None}}
+
+
+def test_attention_can_absorb_the_budget():
+    asked = {f"g{g}": request(glu_expansion=g, allocate="attention") for g in (2.0, 2.66, 3.0, 4.0)}
+    answers = allocate(asked, "g4.0")
+    models = [answer.model for answer in answers.values()]
+    assert len({(m.d_model, m.n_layers, m.head_dim) for m in models}) == 1
+    heads = [m.n_heads for m in models]
+    assert heads == sorted(heads, reverse=True) and len(set(heads)) == len(heads)
+    assert min(heads) >= 4
+    by_depth = allocate({n: replace(r, allocate="depth") for n, r in asked.items()}, "g4.0")
+    assert models[0].n_layers == by_depth["g4.0"].model.n_layers
+    for answer in answers.values():
+        assert_sound(answer)
+        assert built_params(answer.model) == answer.params.total
+
+
+def test_forced_depth_and_width_are_kept():
+    assert one(request(n_layers=12)).model.n_layers == 12
+    wide = one(request(d_model=208, embedding_ratio=None))
+    assert wide.model.d_model == 208 and wide.share_error == 0.0
+    assert_sound(wide)
+    with pytest.raises(ValueError, match="found n_layers 40") as caught:
+        one(request(n_layers=40))
+    assert way_out(str(caught.value)) == {"x": {"n_layers": None}}
+
+
+def test_a_factorised_table_counts_table_and_projection_as_embedding():
+    answer = one(request(embedding_dim=128, embedding_ratio=None))
+    model, params = answer.model, answer.params
+    assert params.embedding == 16_000 * 128 and params.projection == 128 * model.d_model
+    assert params.share == (params.embedding + params.projection) / params.total
+    assert built_params(model) == params.total
+    untied = replace(model, tie_embeddings=False)
+    assert count_params(untied).embedding == 2 * params.embedding
+    assert count_params(untied).projection == 2 * params.projection
+    # The share does not fix the width here: depth follows it as published shapes do.
+    assert 128 < model.d_model < 512 and 4 <= model.n_layers <= 24
+
+
+# ------------------------------------------------------------------------------------ exact counts
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rank", [None, 24])
+def test_the_closed_form_is_the_built_models_count(qk_norm, tied, rank):
+    config = ModelConfig(
+        vocab_size=263, d_model=48, n_layers=3, n_heads=5, head_dim=16, d_ff=104,
+        embedding_dim=rank, tie_embeddings=tied, qk_norm=qk_norm,
+    )  # fmt: skip
+    model = Transformer(config)
+    params = count_params(config)
+    found = dict.fromkeys(("embedding", "projection", "attention", "ffn", "norm"), 0)
+    for name, parameter in model.named_parameters():
+        block = (
+            "norm" if "norm" in name
+            else "projection" if name.endswith("projection")
+            else "embedding" if name.endswith("table")
+            else "attention" if ".attention." in name
+            else "ffn"
+        )  # fmt: skip
+        found[block] += parameter.numel()
+    assert found == {name: getattr(params, name) for name in found}
+    assert sum(found.values()) == params.total
+
+
+def test_flops_count_each_multiplied_weight_and_the_attention():
+    config = ModelConfig(vocab_size=100, d_model=32, n_layers=2, n_heads=2, head_dim=16, d_ff=64)
+    weights = 100 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    # QK^T and AV are 2 * 2 * a a pair; a token sees (T + 1) / 2, about T / 2; three passes.
+    attention = 2 * 3 * 2 * 2 * 32 * 64 // 2
+    assert allocation.flops_per_token(config, 64) == 6 * weights + attention
+    untied = replace(config, tie_embeddings=False)  # a lookup multiplies nothing
+    assert allocation.flops_per_token(untied, 64) == allocation.flops_per_token(config, 64)
+
+
+# -------------------------------------------------------------------------------------- properties
+
+REQUESTS = st.builds(
+    ModelRequest,
+    total_params=st.floats(5.31, 7.7).map(lambda exponent: int(10**exponent)),
+    vocab_size=st.floats(2.41, 5.1).map(lambda exponent: int(10**exponent)),
+    embedding_ratio=st.floats(0.02, 0.8),
+    glu_expansion=st.one_of(st.sampled_from([2.0, 2.66, 8 / 3, 3.0, 4.0]), st.floats(1.0, 6.0)),
+    tie_embeddings=st.booleans(),
+    qk_norm=st.booleans(),
+    allocate=st.sampled_from(["depth", "attention"]),
+)
+
+
+def way_out(message: str) -> dict[str, dict[str, object]]:
+    """The keys, by experiment, that a refusal offers to paste."""
+    _, _, text = message.partition("\nexperiments:\n")
+    entries = yaml.safe_load(text) or []
+    return {entry.pop("name"): entry for entry in entries}
+
+
+def check_answer_or_way_out(asked: ModelRequest) -> None:
+    try:
+        answer = one(asked)
+    except ValueError as error:
+        changes = way_out(str(error))["x"]
+        assert_sound(one(replace(asked, **changes)))  # type: ignore[arg-type]
+    else:
+        assert_sound(answer)
+        assert built_params(answer.model) == answer.params.total or answer.model.n_layers > 60
+
+
+@settings(max_examples=20)
+@given(asked=REQUESTS)
+def test_an_answer_is_within_tolerance_and_a_refusal_names_a_way_out(asked):
+    check_answer_or_way_out(asked)
+
+
+@settings(max_examples=15)
+@given(
+    asked=REQUESTS,
+    force=st.sampled_from(["n_layers", "d_model", "embedding_dim", "n_heads"]),
+    size=st.integers(1, 40),
+)
+def test_the_same_holds_for_forced_shapes(asked, force, size):
+    value = 8 * size if force in ("d_model", "embedding_dim") else size
+    check_answer_or_way_out(replace(asked, **{force: value}))
+
+
+@settings(max_examples=8)
+@given(asked=REQUESTS, factors=st.sets(st.sampled_from([1.5, 2.0, 2.66, 3.0, 4.0]), min_size=2))
+def test_cells_of_one_sweep_share_their_frame_or_are_refused(asked, factors):
+    cells = {f"g{f}": replace(asked, glu_expansion=f) for f in factors}
+    first = next(iter(cells))
+    try:
+        answers = allocate(cells, first)
+    except ValueError as error:
+        changes = way_out(str(error))
+        assert changes.keys() == cells.keys()
+        assert allocate({name: replace(r, **changes[name]) for name, r in cells.items()}, first)  # type: ignore[arg-type]
+        return
+    assert len({(a.model.d_model, a.model.head_dim) for a in answers.values()}) == 1
+    fixed = "n_heads" if asked.allocate == "depth" else "n_layers"
+    assert len({getattr(a.model, fixed) for a in answers.values()}) == 1
+    for answer in answers.values():
+        assert_sound(answer)
+
+
+# ------------------------------------------------------------------------------ a refusal is proof
+
+
+def brute_force(asked: ModelRequest) -> float | None:
+    """The smallest GLU error of all multiples of 8, or None: the search told by its definition."""
+    tables = 1 if asked.tie_embeddings else 2
+    dims = (16, 32, 64) if asked.total_params < 3_000_000 else (32, 64)
+    column = tables * asked.vocab_size
+    top = asked.total_params * 1.01
+    for share, glu, attention in ((0.0125, 0.05, 0.10), (0.015, 0.12, 0.10), (0.015, 0.12, 0.15)):
+        best = math.inf
+        # Smaller tables have a smaller share; with larger ones not even one layer is left.
+        first = max(8, int((asked.embedding_ratio - share) * 0.99 * asked.total_params / column))
+        for d in range(first // 8 * 8 or 8, int(math.sqrt(top / 3)) + 8, 8):
+            if column * d > top * (asked.embedding_ratio + share):
+                break
+            for head_dim in dims:
+                for heads in range(2, 2 * d // head_dim + 2):
+                    a = heads * head_dim
+                    if abs(a / d - 1) > attention + 1e-9:
+                        continue
+                    qk = 2 * head_dim if asked.qk_norm else 0
+                    for layers in range(1, 129):
+                        rest = column * d + d + layers * (4 * d * a + 2 * d + qk)
+                        for d_ff in range(8, int(asked.glu_expansion * d * (1.01 + glu)) + 9, 8):
+                            total = rest + layers * 3 * d * d_ff
+                            if total > top:
+                                break
+                            error = abs(d_ff / d / asked.glu_expansion - 1)
+                            if (
+                                abs(total / asked.total_params - 1) <= 0.005 + 1e-9
+                                and abs(column * d / total - asked.embedding_ratio) <= share + 1e-9
+                                and error <= glu + 1e-9
+                            ):
+                                best = min(best, error)
+                        if rest > top:
+                            break
+        if best < math.inf:
+            return best
+    return None
+
+
+def searched(
+    total: float, share: float, glu: float, width: int, tied: bool, qk_norm: bool
+) -> ModelRequest:
+    """A request whose share means about `width`, so that many are feasible and none is slow."""
+    column = share * 10**total / width
+    return ModelRequest(
+        total_params=int(10**total),
+        vocab_size=max(257, int(column if tied else column / 2)),
+        embedding_ratio=share,
+        glu_expansion=glu,
+        tie_embeddings=tied,
+        qk_norm=qk_norm,
+    )
+
+
+SEARCHED = st.builds(
+    searched,
+    total=st.one_of(st.sampled_from([6.0, 7.0]), st.floats(5.5, 7.3)),
+    share=st.one_of(st.sampled_from([0.1, 0.25, 0.35, 0.45]), st.floats(0.08, 0.6)),
+    glu=st.one_of(st.sampled_from([2.0, 2.66, 8 / 3, 3.0, 4.0]), st.floats(1.0, 6.0)),
+    width=st.integers(60, 500),
+    tied=st.booleans(),
+    qk_norm=st.booleans(),
+)
+
+
+def assert_equals_brute_force(asked: ModelRequest) -> bool:
+    """Whether the request is feasible, which the allocator and brute force agree about."""
+    best = brute_force(asked)
+    try:
+        found = one(asked)
+    except ValueError:
+        assert best is None, f"refused, but a GLU error of {best} is possible"
+        return False
+    assert best is not None and found.glu_error == best
+    return True
+
+
+@settings(max_examples=100)
+@given(asked=SEARCHED)
+def test_the_search_finds_what_brute_force_finds(asked):
+    assert_equals_brute_force(asked)
+
+
+@pytest.mark.parametrize(
+    ("values", "shape"),
+    [
+        ({"vocab_size": 8_000, "embedding_ratio": 0.393, "glu_expansion": 2.0},
+         (472, 3, "14x32", 864)),
+        ({"embedding_ratio": 0.435}, (264, 7, "8x32", 696)),
+        ({"total_params": 5_000_000, "vocab_size": 8_000, "embedding_ratio": 0.521,
+          "glu_expansion": 2.0}, None),
+    ],
+)  # fmt: skip
+def test_shapes_that_lie_far_from_the_asked_expansion_are_found(values, shape):
+    found = one(request(**values))
+    assert shape is None or integers(found) == shape
+    assert_sound(found)
+    assert assert_equals_brute_force(found.request)
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def test_cells_without_a_common_frame_are_refused_with_a_way_out():
+    cells = {"wide": request(glu_expansion=23.0, n_layers=2), "usual": request(n_layers=2)}
+    with pytest.raises(ValueError) as caught:
+        allocate(cells, "usual")
+    changes = way_out(str(caught.value))
+    assert changes.keys() == cells.keys()
+    assert allocate({name: replace(r, **changes[name]) for name, r in cells.items()}, "usual")
+
+
+def test_a_refusal_says_what_was_asked_and_what_came_nearest():
+    with pytest.raises(ValueError) as caught:
+        allocate({"tiny": request(total_params=200_000, vocab_size=100_000)})
+    message = str(caught.value)
+    assert message.startswith("experiments tiny: found total_params 200,000, vocab_size 100,000 (")
+    with pytest.raises(ValueError, match=r"Nearest: d_model n_layers heads d_ff.*\n +\d+ +\d+"):
+        one(request(glu_expansion=30.0))
+
+
+def test_a_share_that_several_vocabularies_cannot_have_is_refused_once_with_yaml_for_all():
+    raw = {
+        "model": {"total_params": 3_000_000},
+        "experiments": [{"name": f"v{size}", "vocab_size": size} for size in (1_024, 2_048, 8_192)],
+    }
+    with pytest.raises(ValueError) as caught:
+        shapes_of(sweep_from(raw, Path("mine.yaml")))
+    changes = way_out(str(caught.value))
+    assert changes.keys() == {"v1024", "v2048"}
+    assert all(keys.keys() == {"d_model", "embedding_ratio"} for keys in changes.values())
+    found = str(caught.value).split(" (by default ")
+    assert "0.35" not in found[0] and "embedding_ratio 0.35" in found[1]  # nobody wrote it
+    entries = [{**entry, **changes.get(entry["name"], {})} for entry in raw["experiments"]]
+    for name, answer in shapes_of(sweep_from({**raw, "experiments": entries}, Path("x"))).items():
+        assert 2 <= answer.model.n_layers <= 64
+        assert answer.model.d_model == changes.get(name, {}).get("d_model", answer.model.d_model)
+
+
+def test_absurd_shapes_are_refused_or_said():
+    with pytest.raises(ValueError, match="at most 128 layers"):
+        one(request(embedding_ratio=0.05))  # 749 layers of width 32
+    deep = {"deep": one(request(embedding_ratio=0.18))}
+    assert deep["deep"].model.n_layers <= 64 and not allocation_table.notes(deep, "deep")
+    deeper = {"deep": one(request(embedding_ratio=0.15))}
+    assert deeper["deep"].model.n_layers > 64
+    (note,) = allocation_table.notes(deeper, "deep")
+    assert note.startswith(f"deep: {deeper['deep'].model.n_layers} layers")
+    quick = shapes_of(shipped("quickstart_embed"))
+    assert {a.model.head_dim for a in quick.values()} == {16}  # one of them had one head of 64
+    mixed = {"a": one(request()), "b": one(request(n_heads=14, head_dim=16))}
+    assert "heads of 16 and 32" in allocation_table.notes(mixed, "a")[-1]
+
+
+# ------------------------------------------------------------------------------------ the dry run
+
+
+def dry_run(*arguments: str) -> str:
+    """Runs the entry point; asserts that torch was not imported."""
+    code = (
+        "import sys, run_experiment\n"
+        "code = run_experiment.main(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, "--dry_run", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_dry_run_prints_the_sweep_by_block_without_torch():
+    printed = dry_run("--config", "configs/embed_ratio.yaml")
+    table, _, floor = printed.partition("\n\n")
+    assert floor.startswith("runs: 3, tokens: 150,011,904, training FLOPs: ")
+    assert "under 1 USD" in floor
+    header, *rows = table.splitlines()
+    for column in ("share", "GLU", "embedding", "projection", "attention", "ffn", "norm", "total"):
+        assert column in header
+    assert [row.split()[0] for row in rows] == ["emb35", "emb25", "emb45"]
+    assert "3,584,000" in rows[0]
+
+
+def test_the_dry_run_ends_its_table_with_what_to_know_of_it(tmp_path):
+    text = (ROOT / "configs" / "glu_expansion.yaml").read_text()
+    more = text.replace("training:", "  - name: glu8x\n    glu_expansion: 8.0\ntraining:")
+    (tmp_path / "more.yaml").write_text(more)
+    printed = dry_run("--config", str(tmp_path / "more.yaml"))
+    assert "\nnote: glu8x: built with a GLU expansion of 7.250" in printed
+    assert "note" not in dry_run("--config", "configs/glu_expansion.yaml")
+
+
+def test_the_dry_run_for_machines_has_exactly_the_documented_keys():
+    printed = dry_run("--config", "configs/glu_expansion.yaml", "--json")
+    cells = [json.loads(line) for line in printed.splitlines()]
+    assert [cell["name"] for cell in cells] == ["glu2x", "glu266x", "glu3x", "glu4x"]
+    ask = {"total_params", "embedding_ratio", "glu_expansion"}
+    for cell in cells:
+        assert set(cell) == {"name", "asked", "built", "model", "params"}
+        assert set(cell["asked"]) == {f"{key}_asked" for key in ask}
+        assert set(cell["built"]) == {f"{key}_built" for key in ask}
+        assert set(cell["model"]) == {
+            "vocab_size", "d_model", "n_layers", "n_heads", "head_dim", "d_ff", "embedding_dim",
+            "tie_embeddings", "qk_norm",
+        }  # fmt: skip
+        assert set(cell["params"]) == {"embedding", "projection", "attention", "ffn", "norm"}
+        assert sum(cell["params"].values()) == cell["built"]["total_params_built"]
+        assert (
+            cell["model"]["d_ff"] / cell["model"]["d_model"] == cell["built"]["glu_expansion_built"]
+        )
+        built = built_params(ModelConfig(**cell["model"]))
+        assert built == cell["built"]["total_params_built"]
+    assert [cell["asked"]["glu_expansion_asked"] for cell in cells] == [2.0, 2.66, 3.0, 4.0]
