@@ -30,8 +30,9 @@ from torch import Tensor
 from src.compute import compute_config as machine
 from src.compute import runtime
 from src.compute.compute_config import Machine
+from src.data.chat_template import chat_template
 from src.evaluation.trained_run import TrainedRun, export_again, load_run
-from src.models.export import export
+from src.models.export import NotLoadable, export
 from src.models.transformer import Transformer
 from src.spec import config, costs
 from src.spec.command_line import OK, OUR_FAULT, TRY_AGAIN, refuse
@@ -196,6 +197,7 @@ def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: s
         name: [encode(base.tokenizer, r["prompt"], r["answer"], base.context) for r in part]
         for name, part in rows.items()
     }
+    template = chat_template(row["prompt"] for row in rows["train"])
     batches = Batches(examples["train"], asked.batch_size, asked.seed)
     training = _training(base, asked, batches)
     resolved = _resolved(base, asked, training, data_dir)
@@ -208,6 +210,7 @@ def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: s
             export_again(
                 directory.path, base.model, base.path / "final" / "tokenizer.json",
                 digests=digests, steps=training.steps, context=base.context,
+                chat_template=template,
             )  # fmt: skip
             print(f"{directory.path}: finished before, nothing to do")
             return OK
@@ -230,8 +233,13 @@ def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: s
         found = _tuning_json(base, rows["validation"], losses, before, after)
         write_json(directory.path / "tuning.json", found)
         tokenizer_path = base.path / "final" / "tokenizer.json"
-        export(base.model, tokenizer_path, directory.path / "final",
-               max_position_embeddings=base.context)  # fmt: skip
+        try:
+            export(base.model, tokenizer_path, directory.path / "final",
+                   max_position_embeddings=base.context, chat_template=template)  # fmt: skip
+        except NotLoadable as error:
+            directory.record_failure("NotLoadable", str(error))
+            print(error, file=sys.stderr)
+            return OUR_FAULT
         wall = max(time.perf_counter() - begun, loop.seconds)
         directory.finish(_metrics(base, resolved, digest, loop, chosen, wall))
         _tell(found)

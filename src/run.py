@@ -127,7 +127,7 @@ def _recorded_failure(directory: Any, name: str) -> Iterator[None]:
         raise  # the user's or the machine's; main says it in one sentence
     except Exception as error:
         directory.record_failure(type(error).__name__, str(error))
-        if type(error).__name__ != "NonFinite":
+        if type(error).__name__ not in ("NonFinite", "NotLoadable"):
             traceback.print_exc()
         print(f"{name}: failed: {error}", file=sys.stderr)
 

@@ -162,11 +162,14 @@ def test_a_tuned_run_learns_the_answers_and_leaves_its_record(
     exported = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert sum(p.numel() for p in exported.parameters()) == metrics["total_params_built"]
     weights = (folder / "final" / "model.safetensors").read_bytes()
+    settings = (folder / "final" / "tokenizer_config.json").read_bytes()
+    assert "message.content" in json.loads(settings)["chat_template"]
     shutil.rmtree(folder / "final")
     assert tune(base_path, data, tmp_path, "--epochs", "6", *fast) == 0
     told = capsys.readouterr().out
     assert "nothing to do" in told and "written again" in told
     assert (folder / "final" / "model.safetensors").read_bytes() == weights
+    assert (folder / "final" / "tokenizer_config.json").read_bytes() == settings
     assert tune(base_path, data, tmp_path, "--epochs", "5", *fast) == 78
     assert "tuning.epochs: 6 -> 5" in capsys.readouterr().err
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from src.data.chat_template import CLOSING, OPENING
 from src.data.corpus import is_finished
 from src.data.hub import MIRROR_HELP, Split, find_mirror, load
 from src.spec.command_line import Parser, Refusal
@@ -23,10 +24,6 @@ from src.storage.files import locked, make_directory, publish, sha256_of, worksh
 DATASET = "mosaicml/dolly_hhrlhf"
 HELD_OUT_ONE_IN = 10
 SPLITS = ("train", "validation")
-OPENING = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n"
-)
 
 
 def main() -> None:
@@ -80,7 +77,7 @@ def pairs(dataset: str, split: Split) -> Iterator[dict[str, str]]:
     elif {"instruction", "output"} <= columns:
         for row in split.texts(["instruction", "output", *({"input"} & columns)]):
             given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
-            prompt = f"{OPENING}{row['instruction']}{given}\n\n### Response:\n"
+            prompt = f"{OPENING}{row['instruction']}{given}{CLOSING}"
             yield {"prompt": prompt, "answer": row["output"]}
     else:
         raise Refusal(

@@ -92,13 +92,17 @@ def export_again(
     digests: dict[str, str],
     steps: int,
     context: int,
+    chat_template: str | None = None,
 ) -> None:
     """Write `final/` of a finished run that has lost it, from the checkpoint of its last step; does
     nothing where it is there. `model` has the run's shape, its weights are replaced."""
     if exported(path):
         return
     model.load_state_dict(_final_weights(path, digests, steps))
-    export(model, tokenizer_json, path / "final", max_position_embeddings=context)
+    export(
+        model, tokenizer_json, path / "final",
+        max_position_embeddings=context, chat_template=chat_template,
+    )  # fmt: skip
     print(f"{path.name}: final/ was missing and is written again", flush=True)
 
 

@@ -1,8 +1,7 @@
-"""A trained model as a stock Hugging Face checkpoint: Qwen3 with QK-norm, Llama without.
+"""A trained model as a stock Hugging Face checkpoint: Qwen3, Llama or Mistral, by its shape.
 
-Written directly (config.json, model.safetensors, tokenizer files): importing transformers would
-cost training several seconds. Stock models have no embedding projection, so a factorised table is
-folded into V x D; parameter counts, memory and latency always come from the native model.
+Stock models have no embedding projection, so a factorised table is folded into V x D; parameter
+counts, memory and latency always come from the native model. docs/INTEROP.md lists what was tried.
 """
 
 from __future__ import annotations
@@ -24,15 +23,26 @@ from src.spec.config import ModelConfig
 from src.storage.files import fsync_directory
 
 
+class NotLoadable(Exception):
+    """transformers refuses the checkpoint just written."""
+
+
 def export(
-    model: Transformer, tokenizer_json: Path, out_dir: Path, *, max_position_embeddings: int
+    model: Transformer,
+    tokenizer_json: Path,
+    out_dir: Path,
+    *,
+    max_position_embeddings: int,
+    chat_template: str | None = None,
 ) -> None:
     """Write `out_dir` so that AutoModelForCausalLM and AutoTokenizer load it as it is.
 
     Weights are float32 and logits equal the native model's within 1e-4.
-    `max_position_embeddings` is the sequence length trained on. The directory appears whole: it is
-    built beside its place and renamed, an older one is replaced. Raises ValueError if the
-    tokenizer has no `<|endoftext|>` or not the model's vocabulary.
+    `max_position_embeddings` is the sequence length trained on; `chat_template` is Jinja2, of a
+    tuned model. The directory that holds `out_dir` names the model. `out_dir` appears whole, once
+    transformers has loaded it: it is built beside its place and renamed, an older one is replaced.
+    Raises ValueError if the tokenizer has no `<|endoftext|>` or not the model's vocabulary, and
+    NotLoadable if transformers does not load what was written.
     """
     tokenizer = load_tokenizer(tokenizer_json)
     eot = tokenizer.token_to_id(END_OF_TEXT)
@@ -51,10 +61,36 @@ def export(
         generation = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
         _write_json(building / "generation_config.json", generation)
         shutil.copyfile(tokenizer_json, building / "tokenizer.json")
-        _write_json(building / "tokenizer_config.json", _tokenizer(max_position_embeddings))
+        settings = _tokenizer(max_position_embeddings, chat_template)
+        _write_json(building / "tokenizer_config.json", settings)
+        (building / "README.md").write_text(_card(out_dir.resolve().parent.name), encoding="utf-8")
+        _load_once(building)
         _replace_directory(building, out_dir)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _load_once(folder: Path) -> None:
+    """No run ends "finished" with a checkpoint that the pinned transformers cannot load.
+
+    Imported here: it costs two to three seconds of one core, which only a finished run pays.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of any type: its configurations raise their own
+        found = f"{type(error).__name__}: {error}"
+    else:
+        found = "; ".join(f"{key} {names}" for key, names in loaded[1].items() if names)
+    if found:
+        raise NotLoadable(
+            f"the exported checkpoint: found that transformers does not load it ({found}), "
+            "expected a model and a tokenizer; the run's weights are safe in checkpoints/"
+        )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -75,10 +111,23 @@ def _replace_directory(new: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    """The stock class that most programs load, and the keys that it alone has.
+
+    Only Qwen3 has QK-norm. transformers 5 refuses a Llama whose hidden size the heads do not
+    divide, though head_dim is stated; a Mistral without its window computes the same.
+    """
+    if config.qk_norm:
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    if config.d_model % config.n_heads == 0:
+        llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        return llama | {"mlp_bias": False}
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    return mistral | {"sliding_window": None}
+
+
 def _config(config: ModelConfig, max_position_embeddings: int, eot: int) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
+    return _architecture(config) | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
@@ -103,24 +152,33 @@ def _config(config: ModelConfig, max_position_embeddings: int, eot: int) -> dict
         "dtype": "float32",
         "torch_dtype": "float32",
     }
-    if not config.qk_norm:
-        values["mlp_bias"] = False
-    return values
 
 
-def _tokenizer(max_position_embeddings: int) -> dict[str, Any]:
-    return {
+def _tokenizer(max_position_embeddings: int, chat_template: str | None) -> dict[str, Any]:
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
-        "unk_token": None,
+        # Bytes leave nothing unknown, but CTranslate2 wants a name for it.
+        "unk_token": END_OF_TEXT,
         "model_max_length": max_position_embeddings,
-        # A text that spells the token is a text, as it was in training.
-        "split_special_tokens": True,
+        # transformers 4 adds token_type_ids unless told, and generate() refuses them.
+        "model_input_names": ["input_ids", "attention_mask"],
+        # On the right, a batch would go on behind the padding.
+        "padding_side": "left",
+        # A text that spells the token is a text, as it was in training; a chat template has to
+        # spell it, so there it is the token.
+        "split_special_tokens": chat_template is None,
         # Scores need ids that decode to the very text: no space is tidied away.
         "clean_up_tokenization_spaces": False,
     }
+    return settings if chat_template is None else settings | {"chat_template": chat_template}
+
+
+def _card(name: str) -> str:
+    """The model card; llama.cpp's converter takes `general.name` from its head."""
+    return f"---\nmodel_name: {json.dumps(name)}\npipeline_tag: text-generation\n---\n\n# {name}\n"
 
 
 def _weights(model: Transformer) -> dict[str, Tensor]:

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from src.data.chat_template import CLOSING, OPENING, chat_template
 from src.data.tokenizer import load_tokenizer
-from src.models.export import export
+from src.instruction_tuning import encode
+from src.models.export import NotLoadable, export
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
 
@@ -64,10 +68,12 @@ def small_model(seed: int = 0, **changes: object) -> Transformer:
 
 
 @pytest.mark.parametrize(
-    ("tied", "factorised", "qk_norm"), list(itertools.product((True, False), repeat=3))
+    ("tied", "factorised", "qk_norm", "n_heads"),
+    # d_model is 24: 2 heads divide it, 5 do not
+    list(itertools.product((True, False), (True, False), (True, False), (2, 5))),
 )
 def test_logits_equal_the_native_models(
-    tied: bool, factorised: bool, qk_norm: bool, tokenizer_json: Path, tmp_path: Path
+    tied: bool, factorised: bool, qk_norm: bool, n_heads: int, tokenizer_json: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -75,6 +81,7 @@ def test_logits_equal_the_native_models(
         tie_embeddings=tied,
         embedding_dim=12 if factorised else None,
         qk_norm=qk_norm,
+        n_heads=n_heads,
         rope_theta=500.0,
     )
     export(model, tokenizer_json, tmp_path / "final", max_position_embeddings=64)
@@ -82,7 +89,9 @@ def test_logits_equal_the_native_models(
         tmp_path / "final", output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(stock).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    plain = "LlamaForCausalLM" if n_heads == 2 else "MistralForCausalLM"
+    assert type(stock).__name__ == ("Qwen3ForCausalLM" if qk_norm else plain)
+    assert getattr(stock.config, "sliding_window", None) is None
     assert stock.config.max_position_embeddings == 64
     assert stock.dtype == torch.float32
     tokens = torch.randint(0, 300, (3, 64), generator=torch.Generator().manual_seed(1))
@@ -105,6 +114,74 @@ def test_tokenizer_gives_the_same_ids(tokenizer_json: Path, tmp_path: Path) -> N
         assert 0 not in ours.encode(text).ids  # a text that spells the token is a text
         assert theirs.decode(theirs.encode(text)) == text
     assert theirs.bos_token_id == theirs.eos_token_id == ours.token_to_id(EOT) == 0
+
+
+def test_a_batch_goes_on_behind_its_texts(tokenizer_json: Path, tmp_path: Path) -> None:
+    """Padding on the left, and no input that generate() does not know."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    final = tmp_path / "final"
+    export(small_model(), tokenizer_json, final, max_position_embeddings=64)
+    stock = AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    texts = ["the owls", "a question of how many tokens this is"]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    together = tokenizer(texts, return_tensors="pt", padding=True)
+    assert set(together) == {"input_ids", "attention_mask"}
+    made = stock.generate(**together, **options)[:, together.input_ids.shape[1] :]
+    for text, continued in zip(texts, made, strict=True):
+        alone = tokenizer(text, return_tensors="pt")
+        whole = stock.generate(**alone, **options)[0]
+        assert whole[alone.input_ids.shape[1] :].tolist() == continued.tolist()
+
+
+@pytest.mark.parametrize("wording", [("", ""), (OPENING, CLOSING)], ids=["plain", "alpaca"])
+def test_a_chat_is_written_as_in_tuning(
+    wording: tuple[str, str], tokenizer_json: Path, tmp_path: Path
+) -> None:
+    """For the answer alone, and with the answer: the very ids that the model was tuned on."""
+    from transformers import AutoTokenizer
+
+    asked = ["How many owls\n\nsleep?", 'a "naïve" {{ question }} \\n', "words:"]
+    before, after = wording
+    prompts = [before + text + after for text in asked]
+    template = chat_template(prompts)
+    final = tmp_path / "final"
+    options = {"max_position_embeddings": 64, "chat_template": template}
+    export(small_model(), tokenizer_json, final, **options)
+    theirs = AutoTokenizer.from_pretrained(final)
+    for text, prompt in zip(asked, prompts, strict=True):
+        example = encode(load_tokenizer(tokenizer_json), prompt, "on and on.", 1000)
+        messages = [{"role": "user", "content": text}]
+        ids = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, tokenize=True
+        )
+        assert ids == example.ids[: example.answer_start].tolist()
+        answered = [*messages, {"role": "assistant", "content": "on and on."}]
+        whole = theirs.apply_chat_template(answered, return_dict=False, tokenize=True)
+        assert whole == example.ids.tolist()
+    with pytest.raises(TemplateError, match="user and assistant"):
+        theirs.apply_chat_template([{"role": "system", "content": "be kind"}], tokenize=True)
+
+
+def test_the_model_is_called_as_its_run(tokenizer_json: Path, tmp_path: Path) -> None:
+    """llama.cpp's converter reads `model_name` in the head of the model card."""
+    export(small_model(), tokenizer_json, tmp_path / "emb35" / "final", max_position_embeddings=64)
+    head = (tmp_path / "emb35" / "final" / "README.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(head)["model_name"] == "emb35"
+
+
+def test_what_transformers_refuses_is_no_export(
+    tokenizer_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Llama whose heads do not divide its width: one sentence, and nothing is left."""
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    monkeypatch.setattr("src.models.export._architecture", lambda config: llama)
+    model = small_model(qk_norm=False, n_heads=5)
+    with pytest.raises(NotLoadable, match="24.* not a multiple of .*5") as refused:
+        export(model, tokenizer_json, tmp_path / "final", max_position_embeddings=64)
+    assert "checkpoints/" in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_generation_follows_the_native_cache(tokenizer_json: Path, tmp_path: Path) -> None:
