@@ -196,13 +196,13 @@ class _TaskScores:
     cut: int  # items of which something was cut to fit the context
 
     def predictions(self) -> list[int | None]:
-        """Index of the best choice; for one choice alone 0 where greedy decoding writes it."""
-        if len(self.items[0].choices) == 1:
+        """Index of the best choice; of a cloze 0 where greedy decoding writes it."""
+        if self.task.is_cloze:
             return [0 if hit else None for hit in self.greedy]
         return [int(np.argmax(scores)) for scores in self.scores]
 
     def credits(self) -> list[float]:
-        if len(self.items[0].choices) == 1:
+        if self.task.is_cloze:
             return [float(hit) for hit in self.greedy]
         return self._credits(self.scores)
 
@@ -233,7 +233,7 @@ class _TaskScores:
             "cut_prompts": self.cut,
             "items_sha256": items_sha256(self.items),
         }
-        if len(self.items[0].choices) > 1:
+        if not self.task.is_cloze:
             row |= self._choice_summary(credits)
         if "matthews" in self.task.metrics:
             predictions = [p for p in self.predictions() if p is not None]

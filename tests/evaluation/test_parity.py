@@ -94,3 +94,21 @@ def test_predictions_and_accuracies_are_the_harnesss(
             assert found[group]["accuracy"] == entry["harness_accuracy"]
     assert table["rte"]["same_predictions"] == table["rte"]["n"] - 1
     assert "| rte | 12 | 11 |" in done.stdout
+
+
+def test_the_harness_takes_a_lone_choice_for_right() -> None:
+    """Why such rows are refused: its own scoring of a multiple-choice task, on a row whose only
+    choice the model finds all but impossible."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    row = {"q": "x", "options": ["a"]}
+    task = ConfigurableTask(
+        config={
+            "task": "lone", "dataset_path": "json", "output_type": "multiple_choice",
+            "custom_dataset": lambda **_: {"test": Dataset.from_list([row])},
+            "test_split": "test", "doc_to_text": "{{q}}", "doc_to_choice": "options",
+            "doc_to_target": 0, "metric_list": [{"metric": "acc"}],
+        }
+    )  # fmt: skip
+    assert task.process_results(row, [(-1e9, False)])["acc"] == 1.0
