@@ -22,7 +22,7 @@ from src.evaluation import metrics as record
 from src.spec.allocation import Allocation
 from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
 from src.spec.config import RunConfig, Sweep
-from src.storage.run_dir import Held, RunDir, exported, read_failure, write_json
+from src.storage.run_dir import Held, RunDir, differences, exported, read_failure, write_json
 
 
 class Preempted(BaseException):
@@ -67,7 +67,9 @@ def execute(context: RunContext) -> int:
         ):
             if directory.finished() is None:
                 remote.fetch(directory, digests)
-            directory.claim_config(resolved, digest)
+            digest = directory.claim_config(resolved, digest, record.older_digest(resolved))
+            digests = record.digests(digest, context.data)
+            _change_evaluation(context, directory, resolved, digest)
             finished = directory.finished()
             if finished is not None:
                 lost = finished.get("status") == "finished" and not exported(directory.path)
@@ -84,7 +86,7 @@ def execute(context: RunContext) -> int:
                 return BAD_INPUT
             directory.clear_failure()
             with _recorded_failure(directory, context.name):
-                _train_and_measure(context, directory, digest, remote)
+                _train_and_measure(context, directory, digests, remote)
                 return OK
             return OUR_FAULT
     except Held as held:
@@ -184,6 +186,35 @@ def _results(path: Path) -> list[str]:
     ]
 
 
+def _change_evaluation(
+    context: RunContext, directory: RunDir, resolved: dict[str, Any], digest: str
+) -> None:
+    """Where other things are to be measured than config.yaml says: a finished run is a trained one
+    again; one that the kill rule stopped is left as it is. Raises ValueError where the final
+    weights are gone."""
+    stored, finished = directory.config() or {}, directory.finished()
+    changes = "; ".join(differences(stored.get("evaluation", {}), resolved["evaluation"]))
+    if not changes:
+        return
+    if finished is not None and finished.get("status") == "killed":
+        print(f"{context.name}: the kill rule stopped it, so it is not evaluated")
+        return
+    if finished is not None:
+        from src.storage import checkpoint
+
+        newest = checkpoint.newest_verified(directory.checkpoints, misfit=directory.misfit)
+        if newest is None or newest["step"] != finished["steps"]:
+            raise ValueError(
+                f"{directory.path}: evaluation: found other keys than it was evaluated with "
+                f"({changes}) and no checkpoint of its last step, expected that to evaluate again; "
+                "restore it, or ask for the stored values"
+            )
+        directory.forget_evaluation()
+    directory.write_config(resolved, digest)
+    now = "evaluated again from its final weights" if finished else "its training stands"
+    print(f"{context.name}: evaluation changed ({changes}): {now}", flush=True)
+
+
 def _diverged(path: Path) -> str | None:
     """A run that met a NaN would meet it again: no loop of reruns. The refusal, or None."""
     failure = read_failure(path)
@@ -207,7 +238,7 @@ def _export_again(context: RunContext, path: Path, digests: dict[str, str]) -> N
 
 
 def _train_and_measure(
-    context: RunContext, directory: RunDir, digest: str, remote: _Remote
+    context: RunContext, directory: RunDir, digests: dict[str, str], remote: _Remote
 ) -> None:
     begun = time.perf_counter()
     from src import train
@@ -222,7 +253,7 @@ def _train_and_measure(
     )
     environment = runtime.environment_stamp(chosen.device)
     write_json(directory.path / "environment.json", environment)
-    facts = record.facts(run, answer, context.sweep, data, digest, environment)
+    facts = record.facts(run, answer, context.sweep, data, digests["config"], environment)
     print(
         f"{run.run_name}: {answer.params.total:,} parameters on "
         f"{runtime.device_name(chosen.device)} ({chosen.precision}, {chosen.threads} threads, "
@@ -231,7 +262,6 @@ def _train_and_measure(
         f"{run.training.step_tokens:,} tokens, {facts['epochs']:.2f} epochs",
         flush=True,
     )
-    digests = record.digests(digest, data)
     outcome = train.train(
         run, answer.model, data, directory, chosen,
         digests=digests, on_saved=remote.saved(directory), fenced=remote.fenced, team=team,

@@ -208,12 +208,21 @@ class Trainer:
         self.stability = Stability()
         self.seconds_before = 0.0  # of earlier attempts
         self.conditions_before: list[dict[str, Any]] = []  # likewise
+        self.peak_before = 0.0  # MiB, likewise
+        self.first_step = 0  # of this attempt
         self.begun = time.perf_counter()
         runtime.reset_peak_memory(machine.device)
 
     @property
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.begun
+
+    @property
+    def peak_memory_mib(self) -> float:
+        """Of all attempts that took a step."""
+        if self.step == self.first_step:
+            return self.peak_before
+        return max(self.peak_before, runtime.peak_memory_mib(self.machine.device))
 
     @property
     def processes(self) -> int:
@@ -239,6 +248,7 @@ class Trainer:
             "rng": checkpoint.pack_rng(),
             "metrics_offset": self.directory.offset(),
             "seconds": self.seconds,
+            "peak_memory_mib": self.peak_memory_mib,
             "conditions": self.conditions,
             "machine": {
                 "device": self.machine.device.type,
@@ -272,9 +282,11 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.step = self.first_step = state["step"]
+        self.skipped = state["skipped"]
         self.stability.load(state["stability"])
         self.seconds_before = state["seconds"]
+        self.peak_before = state.get("peak_memory_mib", 0.0)
         self.conditions_before = state.get("conditions", [{}])  # {}: an older build did not say
         checkpoint.restore_rng(state["rng"])
         self.directory.truncate(state["metrics_offset"])
@@ -473,7 +485,7 @@ def _outcome(
         train_seconds=trainer.seconds,
         tokens_per_s=statistics.median(row["tokens_per_s"] for row in trained) if trained else None,
         gpu_utilisation_percent=statistics.mean(used) if used else None,
-        peak_memory_mib=runtime.peak_memory_mib(device),
+        peak_memory_mib=trainer.peak_memory_mib,
         device_name=runtime.device_name(device),
         machine=trainer.machine,
         processes=trainer.processes,

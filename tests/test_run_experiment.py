@@ -439,7 +439,7 @@ def test_a_leakage_report_that_does_not_fit_is_refused_before_training(
     ("task", "rows", "says"),
     [
         ("choices: {field: o}", [{"o": ["x", "y"]}, {"o": ["x", ""]}], "no token of its own"),
-        ("choices: {field: o}", [{"o": ["x", "y"]}, {"o": ["x"]}], "choices: found one alone"),
+        ("choices: {field: o}", [{"o": ["x", "y"]}, {"o": ["x"]}], "choices: found 'x' alone"),
         ("choices: [x, y]", [{}], "evaluation.blimp_full: found no task"),
     ],
 )
@@ -574,3 +574,95 @@ def test_a_deleted_export_is_written_again_by_the_same_command(
     shutil.rmtree(run / "checkpoints")
     assert main(*command, "--log_dir", tmp_path) == OK  # as it comes from another machine's pack
     assert "neither final/ nor a checkpoint" in capsys.readouterr().out
+
+
+# --------------------------------------------------------- what is measured may change afterwards
+
+
+@pytest.fixture
+def copied(finished, logs) -> Path:
+    """A finished run to write to, and the log directory that it stands in."""
+    shutil.copytree(finished, logs)
+    return logs / "base"
+
+
+def test_a_finished_run_is_measured_again_where_the_evaluation_changed(
+    copied, tiny_sweep, main, capsys
+):
+    """From its final weights: no step is trained, training keys stay refused, and what the earlier
+    evaluation left and this one does not measure is gone."""
+    before, curve = metrics(copied), rows(copied)
+    weights = (copied / "final" / "model.safetensors").read_bytes()
+    again = ("--config", tiny_sweep, "--exp", "base", "--log_dir", copied.parent, "--set")
+    assert (copied / "documents_test.npz").exists()
+    assert main(*again, "evaluation.test=false") == OK
+    assert "evaluated again from its final weights" in capsys.readouterr().out
+    after = metrics(copied)
+    assert before["test_loss"] is not None and after["test_loss"] is None
+    assert not (copied / "documents_test.npz").exists()
+    assert after["config_digest"] == before["config_digest"]
+    assert after["evaluation_digest"] != before["evaluation_digest"]
+    same = ("dev_loss", "train_loss", "steps", "compute_digest")
+    assert [after[key] for key in same] == [before[key] for key in same]
+    peak = "train_peak_memory_mib"  # of the process that trained, until its last checkpoint
+    assert after[peak] == pytest.approx(before[peak], rel=0.05)
+    stored = yaml.safe_load((copied / "config.yaml").read_text())
+    assert stored["evaluation"]["test"] is False and not record.edited(stored)
+    assert stored["evaluation_digest"] == after["evaluation_digest"]
+    assert rows(copied) == curve
+    assert (copied / "final" / "model.safetensors").read_bytes() == weights
+    assert main(*again, "evaluation.test=false") == OK
+    assert "nothing to do" in capsys.readouterr().out
+    assert main(*again, "evaluation.test=false", "--set", "training.learning_rate=0.1") == BAD_INPUT
+    assert "training.learning_rate: 0.004 -> 0.1" in capsys.readouterr().err
+
+
+def test_a_cut_before_the_second_evaluation_loses_nothing(copied, tiny_sweep, main, monkeypatch):
+    again = ("--config", tiny_sweep, "--exp", "base", "--log_dir", copied.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "write_config", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(*again, "--set", "evaluation.perplexity_tokens=300") == TRY_AGAIN
+    assert not (copied / "metrics.json").exists()
+    assert main(*again, "--set", "evaluation.perplexity_tokens=300") == OK
+    assert metrics(copied)["dev_tokens_scored"] == 370  # whole documents
+
+
+def test_a_run_whose_evaluation_failed_goes_on_with_another_one(
+    tiny_sweep, logs, main, monkeypatch, capsys
+):
+    again = ("--config", tiny_sweep, "--exp", "base", "--log_dir", logs)
+    from src.evaluation import evaluate
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_split", lambda *_: 1 / 0)
+        assert main(*again) == OUR_FAULT
+    assert main(*again, "--set", "evaluation.test=false") == OK
+    assert "evaluation changed (test: True -> False): its training stands" in (
+        capsys.readouterr().out
+    )
+
+
+def test_without_final_weights_another_evaluation_is_refused(copied, tiny_sweep, main, capsys):
+    shutil.rmtree(copied / "checkpoints")
+    before = fingerprint(copied)
+    again = ("--config", tiny_sweep, "--exp", "base", "--log_dir", copied.parent)
+    assert main(*again, "--set", "evaluation.test=false") == BAD_INPUT
+    assert "test: True -> False) and no checkpoint of its last step" in capsys.readouterr().err
+    assert fingerprint(copied) == before
+    assert main(*again) == OK
+
+
+def test_a_run_of_an_older_build_keeps_its_one_digest(copied, tiny_sweep, main, capsys):
+    """Its config_digest, which its checkpoints carry, covers its evaluation too."""
+    path = copied / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    del stored["evaluation_digest"], stored["content_sha256"]
+    stored["config_digest"] = record.older_digest(stored)
+    path.write_text(yaml.safe_dump(stored, sort_keys=False))
+    assert not record.edited(stored)
+    again = ("--config", tiny_sweep, "--exp", "base", "--log_dir", copied.parent)
+    assert main(*again) == OK
+    assert main(*again, "--set", "evaluation.test=false") == BAD_INPUT
+    assert "evaluation.test: True -> False" in capsys.readouterr().err
+    stored["evaluation"]["test"] = False
+    assert record.edited(stored)

@@ -109,6 +109,7 @@ def _from_config(config: Mapping[str, Any]) -> Row:
         "phase": config.get("phase"),
         "seed": config.get("seed"),
         "config_digest": config.get("config_digest"),
+        "evaluation_digest": config.get("evaluation_digest"),
         "corpus": config.get("corpus"),
         "tokenizer_sha256": config.get("tokenizer_sha256"),
         "data_sha256": config.get("data_sha256"),

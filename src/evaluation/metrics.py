@@ -19,8 +19,8 @@ from src.spec.config import ModelRequest, RunConfig, Sweep
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, REQUESTS, TOTAL_PARAMS
 
 SCHEMA = 2
-_DECISIVE = (
-    "experiment", "baseline", "phase", "seed", "model", "training", "evaluation", "kill_rule",
+_TRAINED = (
+    "experiment", "baseline", "phase", "seed", "model", "training", "kill_rule",
     "tokenizer_sha256", "data_sha256",
 )  # fmt: skip
 _CONTENT = "content_sha256"  # of everything else in config.yaml: what the table reads
@@ -29,25 +29,27 @@ _CONTENT = "content_sha256"  # of everything else in config.yaml: what the table
 def resolved(
     run: RunConfig, answers: Mapping[str, Allocation], sweep: Sweep, data: TokenData
 ) -> tuple[dict[str, Any], str]:
-    """(config.yaml's content, its digest). Asked and built values side by side.
+    """(config.yaml's content, the digest of what decides the training). Asked and built values side
+    by side.
 
-    The digest covers what decides the result: final integers, training, evaluation, kill rule,
-    tokens; not where the sweep file lies or which other experiments it names.
+    That digest covers final integers, training, kill rule and tokens; not where the sweep file lies
+    or which other experiments it names, and not the evaluation, which has a digest of its own.
     """
     answer = answers[run.experiment]
-    decisive = {
+    trained = {
         "experiment": run.experiment,
         "baseline": run.baseline,
         "phase": run.phase,
         "seed": run.seed,
         "model": cfg.to_dict(answer.model),
         "training": cfg.to_dict(run.training),
-        "evaluation": cfg.to_dict(run.evaluation),
         "kill_rule": cfg.to_dict(run.kill_rule) if run.kill_rule else None,
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_sha256": data.sha256,
     }
     around = {
+        "evaluation": cfg.to_dict(run.evaluation),
+        "evaluation_digest": evaluation_digest(run),
         "sweep": {
             "file": sweep.file.name,
             "experiments": list(sweep.names),
@@ -65,8 +67,18 @@ def resolved(
         "data_dir": run.data.dir,
         "corpus": corpus_name(data.corpus),
     }
-    content = {**decisive, **around}
-    return {**content, _CONTENT: _sha256(content)}, cfg.digest(decisive)
+    content = {**trained, **around}
+    return {**content, _CONTENT: _sha256(content)}, cfg.digest(trained)
+
+
+def evaluation_digest(run: RunConfig) -> str:
+    """Hash of what is measured after training."""
+    return cfg.digest({"evaluation": cfg.to_dict(run.evaluation)})
+
+
+def older_digest(content: Mapping[str, Any]) -> str:
+    """What builds before `evaluation_digest` wrote as config_digest: the evaluation was in it."""
+    return cfg.digest({key: content[key] for key in (*_TRAINED, "evaluation") if key in content})
 
 
 def edited(config: Mapping[str, Any]) -> bool:
@@ -74,11 +86,15 @@ def edited(config: Mapping[str, Any]) -> bool:
     if config.get("phase") not in cfg.PHASES or "config_digest" not in config:
         return False
     content = {k: v for k, v in config.items() if k not in ("config_digest", _CONTENT)}
-    decisive = {key: content[key] for key in _DECISIVE if key in content}
     stored = config.get(_CONTENT)
-    return cfg.digest(decisive) != config["config_digest"] or (
-        stored is not None and stored != _sha256(content)
-    )
+    if stored is not None and stored != _sha256(content):
+        return True
+    if "evaluation_digest" not in config:
+        return older_digest(content) != config["config_digest"]
+    trained = {key: content[key] for key in _TRAINED if key in content}
+    measured = {"evaluation": content.get("evaluation")}
+    found = (config["config_digest"], config["evaluation_digest"])
+    return found != (cfg.digest(trained), cfg.digest(measured))
 
 
 def _sha256(content: Any) -> str:
@@ -155,6 +171,7 @@ def facts(
         "phase": run.phase,
         "seed": run.seed,
         "config_digest": config_digest,
+        "evaluation_digest": evaluation_digest(run),
         **identity(run, answer),
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_sha256": data.sha256,

@@ -59,4 +59,4 @@ def same_run(row: Mapping[str, Any]) -> Identity | None:
 def same_copy(row: Mapping[str, Any]) -> Identity | None:
     """Equal for one run found in two directories: the same configuration file, seed and name."""
     found = tuple(row.get(k) for k in ("config_digest", "experiment", "phase", "seed"))
-    return None if None in found else found
+    return None if None in found else (*found, row.get("evaluation_digest"))

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from src.storage.files import (
+    fsync_directory,
     open_lock_file,
     read_json,
     remove_temporaries,
@@ -105,7 +106,9 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+def differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """`key: stored -> asked`, one for each that differs."""
+    asked = yaml.safe_load(yaml.safe_dump(asked))
     before, now = dict(_flatten(stored)), dict(_flatten(asked))
     missing = "(absent)"
     return [
@@ -268,32 +271,51 @@ class RunDir:
         except FileNotFoundError:
             return None
 
-    def claim_config(self, resolved: dict[str, Any], digest: str) -> None:
-        """Write `config.yaml` on the first call; later, refuse a config with another digest.
+    def claim_config(self, resolved: dict[str, Any], *digests: str) -> str:
+        """Write `config.yaml` on the first call; later, refuse one that has none of `digests`.
 
-        `resolved` holds plain values only. Raises ValueError that lists `key: stored -> asked`.
+        `resolved` holds plain values only. Returns the digest that the run was begun with. Raises
+        ValueError that lists `key: stored -> asked`.
         """
+        stored = self.config()
+        if stored is None:
+            self.write_config(resolved, digests[0])
+            return digests[0]
+        found = str(stored.pop("config_digest"))
+        if found not in digests:
+            changes = differences(stored, resolved)
+            shown = "; ".join(changes[:_SHOWN_DIFFERENCES]) or f"digest: {found} -> {digests[0]}"
+            more = len(changes) - _SHOWN_DIFFERENCES
+            raise ValueError(
+                f"{self.path / 'config.yaml'}: this run was begun with another config (stored -> "
+                f"asked): {shown}{f'; and {more} more' if more > 0 else ''}. Ask for the stored "
+                f"values, give the experiment another name, or delete {self.path}."
+            )
+        return found
+
+    def config(self) -> dict[str, Any] | None:
+        """`config.yaml`'s content, None where there is none; ValueError for what is no run's."""
         path = self.path / "config.yaml"
-        if not path.exists():
-            content = {"config_digest": digest, **resolved}
-            write_atomic(path, yaml.safe_dump(content, sort_keys=False).encode())
-            return
         try:
             stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(stored, dict) or "config_digest" not in stored:
             raise ValueError(f"{path}, key config_digest: missing, so {self.path} is not a run.")
-        found = stored.pop("config_digest")
-        if found != digest:
-            changes = _differences(stored, yaml.safe_load(yaml.safe_dump(resolved)))
-            shown = "; ".join(changes[:_SHOWN_DIFFERENCES]) or f"digest: {found} -> {digest}"
-            more = len(changes) - _SHOWN_DIFFERENCES
-            raise ValueError(
-                f"{path}: this run was begun with another config (stored -> asked): {shown}"
-                f"{f'; and {more} more' if more > 0 else ''}. Ask for the stored values, give the "
-                f"experiment another name, or delete {self.path}."
-            )
+        return stored
+
+    def write_config(self, resolved: dict[str, Any], digest: str) -> None:
+        content = {"config_digest": digest, **resolved}
+        write_atomic(self.path / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+
+    def forget_evaluation(self) -> None:
+        """Take away what a finished run measured: it is a trained run again, to be evaluated."""
+        (self.path / "metrics.json").unlink(missing_ok=True)  # first: it says that the rest is true
+        fsync_directory(self.path)
+        for left in (*self.path.glob("documents_*.npz"), self.path / "smallbench_items.jsonl"):
+            left.unlink(missing_ok=True)
 
     def append(self, row: dict[str, Any]) -> int:
         """Add one row to `metrics.jsonl`; returns the file's size in bytes after it.
