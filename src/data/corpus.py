@@ -1,24 +1,79 @@
-"""The corpus directory: {train,validation,test}.jsonl and source.json, written, read, verified."""
+"""The corpus directory: {train,validation,test}.jsonl and source.json, written, read, verified.
+
+docs/CORPUS.md is the format.
+"""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.spec.command_line import Refusal
-from src.storage.files import read_json, sha256_of
+from src.spec.command_line import Parser, Refusal
+from src.storage.files import (
+    locked,
+    make_directory,
+    publish,
+    read_json,
+    sha256_of,
+    workshop,
+    write_json,
+)
 
 SPLITS = ("train", "validation", "test")
 READ_BYTES = 1 << 20
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
-def is_finished(
-    output: Path, path: str, config: str | None, splits: Iterable[str] = SPLITS
+def corpus_parser(description: str, example: str) -> Parser:
+    """The arguments of every command that makes a corpus directory."""
+    parser = Parser(description.partition("\n")[0], example=example)
+    parser.add_argument("--output", type=Path, required=True, help="the directory to make")
+    parser.add_argument("--force", action="store_true", help="replace another corpus in --output")
+    return parser
+
+
+def make_once(
+    output: Path,
+    dataset: str,
+    config: str | None,
+    splits: Sequence[str],
+    make: Callable[[Path], dict[str, Any]],
+    *,
+    force: bool,
 ) -> bool:
+    """Have a corpus directory made unless it is there: one process at a time, source.json last.
+
+    `make` writes into the folder `files` of the scratch directory that it is given and returns
+    what source.json shall say. Returns whether anything was made. Raises Refusal where `output`
+    holds another corpus (unless `force`), a damaged one, or files of somebody else.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        if not {"source.json", ".lock"} & {path.name for path in output.iterdir()}:
+            raise Refusal(
+                f"--output {output}: found files of other origin, expected a free name, an empty "
+                "directory, or one that this command has made; choose another"
+            )
+    make_directory(output)
+    with locked(output / ".lock"):
+        if not force and is_finished(output, dataset, config, splits):
+            print(f"{output}: holds {dataset}, whole and verified; nothing to do")
+            return False
+        with workshop(output / ".partial") as partial:
+            (partial / "files").mkdir()
+            source = make(partial)
+            write_json(partial / "files" / "source.json", source)
+            publish(partial / "files", output, "source.json")
+    for split, facts in source["splits"].items():
+        counts = (f"{count:,} {what}" for what, count in facts.items() if isinstance(count, int))
+        print(f"{split}: {', '.join(counts)}")
+    return True
+
+
+def is_finished(output: Path, dataset: str, config: str | None, splits: Iterable[str]) -> bool:
     """Whether `output` holds these splits of this corpus, whole; Refusal for another corpus or a
     damaged one."""
     try:
@@ -26,51 +81,90 @@ def is_finished(
     except FileNotFoundError:
         return False
     held = source if isinstance(source.get("splits"), dict) else {}
-    if held.get("dataset") != path or config not in (None, held.get("config")):
+    if held.get("dataset") != dataset or config not in (None, held.get("config")):
         raise Refusal(
             f"{output}: holds {held.get('dataset')}, configuration {held.get('config')}, expected "
-            f"{path}, configuration {config or 'of any name'}; choose another --output, or --force"
+            f"{dataset}, configuration {config or 'of any name'}; choose another --output, or "
+            "--force"
         )
     for split, facts in held["splits"].items():
         file = output / f"{split}.jsonl"
         if not file.is_file() or sha256_of(file) != facts["sha256"]:
-            raise Refusal(f"{file}: is not what source.json says; --force downloads it again")
+            raise Refusal(f"{file}: is not what source.json says; --force makes it again")
     return set(splits) <= held["splits"].keys()
 
 
-def write_split(file: Path, documents: Iterable[str]) -> dict[str, Any]:
-    """Write one split; return its documents, UTF-8 bytes and whitespace words, and the sha256.
+class SplitWriter:
+    """Writes one split and counts its documents, UTF-8 bytes and whitespace words.
 
     Empty documents are left out. Lines end in \\n only (other separators stay inside a text).
     """
-    file.parent.mkdir(exist_ok=True)
-    digest = hashlib.sha256()
-    counts = {"documents": 0, "bytes": 0, "words": 0}
-    with file.open("wb") as out:
+
+    def __init__(self, file: Path) -> None:
+        self._out = file.open("wb")
+        self._digest = hashlib.sha256()
+        self.documents = self.bytes = self.words = 0
+
+    def write(self, text: str) -> None:
+        if not text.strip():
+            return
+        line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+        self._out.write(line)
+        self._digest.update(line)
+        self.documents += 1
+        self.bytes += len(text.encode())
+        self.words += len(text.split())
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        self._out.close()
+
+    def facts(self) -> dict[str, Any]:
+        """What source.json says of the split."""
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "words": self.words,
+            "sha256": self._digest.hexdigest(),
+        }
+
+
+def write_split(file: Path, documents: Iterable[str]) -> dict[str, Any]:
+    """Write a split of these documents; what source.json says of it."""
+    with SplitWriter(file) as writer:
         for text in documents:
-            if not text.strip():
-                continue
-            line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
-            out.write(line)
-            digest.update(line)
-            counts["documents"] += 1
-            counts["bytes"] += len(text.encode())
-            counts["words"] += len(text.split())
-    return {**counts, "sha256": digest.hexdigest()}
+            writer.write(text)
+    return writer.facts()
 
 
-def read_source(corpus: Path) -> dict[str, Any]:
-    """The corpus' source.json; Refusal where it is missing or says too little."""
+def kind_of(file: Path) -> str | None:
+    """.txt, .jsonl or .parquet: how import_text.py reads a file; None for other files."""
+    name = file.name.lower()
+    packed = Path(name).suffix in COMPRESSED
+    kind = Path(name.rpartition(".")[0] if packed else name).suffix
+    return kind if kind in (".txt", ".jsonl") or (kind == ".parquet" and not packed) else None
+
+
+def read_source(corpus: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
+    """The corpus' source.json; Refusal where it is missing or says too little of `splits`."""
     way_out = f"run python scripts/download_wikitext.py --output {corpus}"
     try:
         source = read_json(corpus / "source.json")
     except (FileNotFoundError, NotADirectoryError):
+        if corpus.is_file() or any(map(kind_of, corpus.rglob("*"))):
+            way_out = (
+                "make one of these texts: python scripts/import_text.py "
+                f"--input {corpus} --output data/mine"
+            )
         raise Refusal(
-            f"{corpus / 'source.json'}: found no such file, expected a whole corpus; {way_out}"
+            f"{(corpus / 'source.json').absolute()}: found no such file, expected a whole corpus; "
+            f"{way_out}"
         ) from None
-    splits = source.get("splits")
-    for split in SPLITS:
-        facts = splits.get(split) if isinstance(splits, dict) else None
+    stated = source.get("splits")
+    for split in splits:
+        facts = stated.get(split) if isinstance(stated, dict) else None
         if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
             raise Refusal(
                 f"{corpus / 'source.json'}: splits.{split}.sha256: found none, expected the hash "
@@ -96,18 +190,18 @@ def check_split(file: Path, sha256: str) -> None:
     except UnicodeDecodeError as error:
         raise Refusal(
             f"{file}: byte {offset - kept + error.start}: found {error.object[error.start]:#04x}, "
-            f"expected UTF-8 ({error.reason}); mend the file or download the corpus again"
+            f"expected UTF-8 ({error.reason}); mend the file or make the corpus again"
         ) from None
     except (FileNotFoundError, IsADirectoryError):
         raise Refusal(
-            f"{file}: found no such file, expected a split of the corpus; download it again"
+            f"{file}: found no such file, expected a split of the corpus; make the corpus again"
         ) from None
     if offset == 0:
-        raise Refusal(f"{file}: found an empty split, expected documents; download it again")
+        raise Refusal(f"{file}: found an empty split, expected documents; make the corpus again")
     if digest.hexdigest() != sha256:
         raise Refusal(
             f"{file}: found sha256 {digest.hexdigest()}, expected {sha256} as in source.json; "
-            "download the corpus again with --force"
+            "make the corpus again with --force"
         )
 
 
@@ -115,11 +209,27 @@ def read_texts(file: Path) -> Iterator[str]:
     """The documents of one split, streamed; Refusal names the line of what is not a text."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)["text"]
-                text.encode()  # JSON can escape halves of characters, which UTF-8 cannot hold
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise Refusal(
-                    f"{file}: line {number}: expected a JSON object with a text ({error})"
-                ) from None
+            text = text_of(line, f"{file}: line {number}")
+            if text is None:
+                raise Refusal(f"{file}: line {number}: found null, expected a text")
             yield text
+
+
+def text_of(line: bytes, where: str, column: str = "text", way_out: str = "") -> str | None:
+    """The text in a line of JSON, or null; Refusal, which begins with `where`, for another line."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"{where}: found no JSON in UTF-8 ({error}), expected an object") from None
+    if not isinstance(row, dict) or column not in row:
+        found = f"the keys {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
+        raise Refusal(f"{where}: found {found}, expected an object with a {column}{way_out}")
+    text = row[column]
+    if not isinstance(text, str | None):
+        found = json.dumps(text)[:40]
+        raise Refusal(f"{where}: {column}: found {found}, expected a text{way_out}")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:  # JSON can escape halves of characters
+        raise Refusal(f"{where}: {column}: found half of a character ({error})") from None
+    return text

@@ -2,8 +2,7 @@
 
     python scripts/download_wikitext.py --output data/wikitext-2
 
-Writes {train,validation,test}.jsonl, one {"text": ...} a document, and source.json last: the file
-that says what the corpus is and that it is whole. WikiText's lines are joined into articles.
+Writes a corpus directory (docs/CORPUS.md). WikiText's lines are joined into articles.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from src.data.corpus import SPLITS, is_finished, write_split
-from src.data.hub import MIRROR_HELP, find_mirror, load
-from src.spec.command_line import Parser, Refusal
+from src.data.corpus import SPLITS, corpus_parser, make_once, write_split
+from src.data.hub import MIRROR_HELP, find_mirror, load, where
+from src.spec.command_line import Refusal
 from src.spec.progress import track
-from src.storage.files import locked, make_directory, publish, workshop, write_json
 
 WIKITEXT = "Salesforce/wikitext"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z0-9._-]+)?")
@@ -25,11 +24,9 @@ HEADING = re.compile(r" = (?!= ).*(?<! =) = \n")
 
 
 def main() -> None:
-    parser = Parser(
-        __doc__.partition("\n")[0],
-        example="python scripts/download_wikitext.py --output data/wikitext-2",
+    parser = corpus_parser(
+        str(__doc__), "python scripts/download_wikitext.py --output data/wikitext-2"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the corpus directory to make")
     parser.add_argument(
         "--dataset",
         default="wikitext-2-v1",
@@ -45,17 +42,16 @@ def main() -> None:
         help="fewer than all: a corpus to evaluate on (evaluation.outside_dir), not to train on",
     )
     parser.add_argument("--mirror", help=MIRROR_HELP)
-    parser.add_argument("--force", action="store_true", help="replace another corpus in --output")
     arguments = parser.parse_args()
     path, config = parse_dataset(arguments.dataset)
-    mirror = find_mirror(arguments.mirror)
-    output: Path = arguments.output
-    make_directory(output)
-    with locked(output / ".lock"):
-        if not arguments.force and is_finished(output, path, config, arguments.splits):
-            print(f"{output}: holds {arguments.dataset}, whole and verified; nothing to do")
-            return
-        download(path, config, arguments.splits, mirror, output)
+    download(
+        path,
+        config,
+        arguments.splits,
+        find_mirror(arguments.mirror),
+        arguments.output,
+        force=arguments.force,
+    )
 
 
 def parse_dataset(name: str) -> tuple[str, str | None]:
@@ -72,12 +68,18 @@ def parse_dataset(name: str) -> tuple[str, str | None]:
 
 
 def download(
-    path: str, config: str | None, splits: Sequence[str], mirror: Path | None, output: Path
+    path: str,
+    config: str | None,
+    splits: Sequence[str],
+    mirror: Path | None,
+    output: Path,
+    *,
+    force: bool = False,
 ) -> None:
-    """Load the dataset and publish it as a corpus directory; nothing half-done is ever visible."""
-    where = f"the mirror {mirror}" if mirror else "the hub"
-    print(f"{path}, configuration {config or 'default'}, from {where}", flush=True)
-    with workshop(output / ".partial") as partial:
+    """Have the dataset as a corpus directory; nothing half-done is ever visible."""
+
+    def make(partial: Path) -> dict[str, Any]:
+        print(f"{path}, configuration {config or 'default'}, from {where(mirror)}", flush=True)
         loaded = load(path, config, tuple(splits), mirror, partial / "cache")
         facts = {}
         for split in splits:
@@ -88,14 +90,13 @@ def download(
             facts[split] = write_split(partial / "files" / f"{split}.jsonl", documents)
             if not facts[split]["documents"]:
                 raise Refusal(f"{path}, split {split}: found no text, expected documents")
-        write_json(partial / "files" / "source.json", loaded.source(facts))
-        publish(partial / "files", output, "source.json")
-    for split, counts in facts.items():
-        print(f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes")
-    note = ""
-    if path == WIKITEXT and "raw" not in loaded.config:
-        note = " (rare words read <unk>; --dataset wikitext-2-raw-v1 is the text without it)"
-    print(f"{output}: {path}, configuration {loaded.config}{note}")
+        return loaded.source(facts)
+
+    if make_once(output, path, config, splits, make, force=force):
+        note = ""
+        if path == WIKITEXT and config and "raw" not in config:
+            note = " (rare words read <unk>; --dataset wikitext-2-raw-v1 is the text without it)"
+        print(f"{output}: {path}, configuration {config or 'default'}{note}")
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:

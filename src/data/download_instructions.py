@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from src.data.chat_template import CLOSING, OPENING
-from src.data.corpus import is_finished
-from src.data.hub import MIRROR_HELP, Split, find_mirror, load
-from src.spec.command_line import Parser, Refusal
-from src.storage.files import locked, make_directory, publish, sha256_of, workshop, write_json
+from src.data.corpus import corpus_parser, make_once
+from src.data.hub import MIRROR_HELP, find_mirror, load, where
+from src.data.parquet import Split
+from src.spec.command_line import Refusal
+from src.spec.progress import track
+from src.storage.files import sha256_of
 
 DATASET = "mosaicml/dolly_hhrlhf"
 HELD_OUT_ONE_IN = 10
@@ -27,50 +29,42 @@ SPLITS = ("train", "validation")
 
 
 def main() -> None:
-    parser = Parser(
-        __doc__.partition("\n")[0],
-        example="python scripts/download_instructions.py --output data/instructions",
+    parser = corpus_parser(
+        str(__doc__), "python scripts/download_instructions.py --output data/instructions"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the directory to make")
     parser.add_argument(
         "--dataset", default=DATASET, help=f"<owner>/<name> with a train split (default {DATASET})"
     )
     parser.add_argument("--mirror", help=MIRROR_HELP)
-    parser.add_argument("--force", action="store_true", help="replace what --output holds")
-    arguments = parser.parse_args()
-    mirror = find_mirror(arguments.mirror)
-    output: Path = arguments.output
-    make_directory(output)
-    with locked(output / ".lock"):
-        if not arguments.force and is_finished(output, arguments.dataset, None, SPLITS):
-            print(f"{output}: holds {arguments.dataset}, whole and verified; nothing to do")
-            return
-        download(arguments.dataset, mirror, output)
+    asked = parser.parse_args()
+    download(asked.dataset, find_mirror(asked.mirror), asked.output, force=asked.force)
 
 
-def download(dataset: str, mirror: Path | None, output: Path) -> None:
-    """Load the train split and publish it as two files; nothing half-done is ever visible."""
-    with workshop(output / ".partial") as partial:
-        (partial / "files").mkdir()
+def download(dataset: str, mirror: Path | None, output: Path, *, force: bool = False) -> None:
+    """Have the train split as two files of prompts and answers; nothing half-done is visible."""
+
+    def make(partial: Path) -> dict[str, Any]:
+        print(f"{dataset} from {where(mirror)}", flush=True)
         loaded = load(dataset, None, ("train",), mirror, partial / "cache")
-        rows = pairs(dataset, loaded.splits["train"])
+        train = loaded.splits["train"]
+        rows = track(pairs(dataset, train), str(output), "rows", len(train))
         kept = [row for row in rows if row["prompt"].strip() and row["answer"].strip()]
-        parts = {
-            "train": [row for row in kept if not is_held_out(row)],
-            "validation": [row for row in kept if is_held_out(row)],
-        }
-        facts = {
-            name: write_rows(partial / "files" / f"{name}.jsonl", part)
-            for name, part in parts.items()
-        }
-        write_json(partial / "files" / "source.json", loaded.source(facts))
-        publish(partial / "files", output, "source.json")
-    print(f"{output}: {dataset}, " + ", ".join(f"{n} {f['rows']:,} rows" for n, f in facts.items()))
+        return loaded.source(
+            {
+                split: write_rows(
+                    partial / "files" / f"{split}.jsonl",
+                    [row for row in kept if is_held_out(row) is (split == "validation")],
+                )
+                for split in SPLITS
+            }
+        )
+
+    make_once(output, dataset, None, SPLITS, make, force=force)
 
 
 def pairs(dataset: str, split: Split) -> Iterator[dict[str, str]]:
     """The rows as prompt and answer; Refusal where the columns are others."""
-    columns = set(split.columns)
+    columns = set(split.columns())
     if {"prompt", "response"} <= columns:
         for row in split.texts(["prompt", "response"]):
             yield {"prompt": row["prompt"], "answer": row["response"]}
@@ -81,7 +75,7 @@ def pairs(dataset: str, split: Split) -> Iterator[dict[str, str]]:
             yield {"prompt": prompt, "answer": row["output"]}
     else:
         raise Refusal(
-            f"{dataset}: found the columns {', '.join(split.columns)}, expected prompt and "
+            f"{dataset}: found the columns {', '.join(split.columns())}, expected prompt and "
             "response, or instruction and output; choose another --dataset"
         )
 

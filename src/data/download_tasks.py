@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.data.hub import MIRROR_HELP, Loaded, find_mirror, is_plain, load
+from src.data.hub import MIRROR_HELP, Loaded, find_mirror, load, where
+from src.data.parquet import is_plain
 from src.data.tasks import TASKS_FILE, Task, load_tasks, needed_fields
 from src.spec.command_line import Parser, Refusal
 from src.spec.progress import say, track
@@ -100,7 +101,7 @@ def download(
     missing: Sequence[Task], kept: Mapping[str, Any], mirror: Path | None, output: Path
 ) -> None:
     """Load the missing tasks and publish them, source.json last."""
-    print(f"{len(missing)} tasks from {f'the mirror {mirror}' if mirror else 'the hub'}")
+    print(f"{len(missing)} tasks from {where(mirror)}", flush=True)
     facts = dict(kept)
     with workshop(output / ".partial") as partial:
         (partial / "files").mkdir()
@@ -117,10 +118,9 @@ def write_rows(task: Task, loaded: Loaded, file: Path) -> dict[str, Any]:
     """Write one task's rows as they are, numbered; return what source.json says of them."""
     split = loaded.splits[task.split]
     needed = needed_fields(task)
-    columns = [c for c in split.columns if c in needed or split.holds(c, is_plain)]
-    if left_out := sorted(
-        {name for part in split.parts for name in part.schema.names} - {*columns}
-    ):
+    found = split.columns()
+    columns = [c for c in found if c in needed or split.holds(c, is_plain)]
+    if left_out := sorted({*found} - {*columns}):
         say(task.name, f"without {', '.join(left_out)}, which no template reads")
     with file.open("w", encoding="utf-8", newline="\n") as out:
         rows = split.rows(columns, is_plain, "texts, numbers, or lists or structs of them")

@@ -1,8 +1,4 @@
-"""Reads splits of datasets, from the Hugging Face hub or from a mirror of its layout.
-
-A mirror's parquet files are read one by one and only in the columns asked for, so that a refusal
-can name file, split, column and type, and what nobody reads cannot be in the way.
-"""
+"""Finds the files of a dataset's splits, on the Hugging Face hub or in a mirror of its layout."""
 
 from __future__ import annotations
 
@@ -12,83 +8,26 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from src.data.parquet import Split
 from src.spec.command_line import Refusal
 from src.spec.progress import has_terminal
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 MIRROR_HELP = (
     "a directory laid out like the hub, <owner>/<name>/<config>/<split>-00000-of-00001.parquet "
     "(default: $HUB_MIRROR, else the hub itself)"
 )
-PROBE_SECONDS = 10
-ROWS_AT_ONCE = 256
+ANSWER_SECONDS = 10
 # The hub converts datasets that are still defined by a Python script to parquet on this branch.
 CONVERTED = "refs/convert/parquet"
 # One of a split's files; old ones end in a hash of their own.
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.[^/]+")
-LFS_POINTER = b"version https://git-lfs"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One file of a split. `rows` reads the columns it is given."""
-
-    name: str
-    schema: pa.Schema
-    length: int
-    rows: Callable[[list[str]], Iterator[dict[str, Any]]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """The files of one split in order; they may differ in columns that nobody reads."""
-
-    name: str
-    parts: list[Part]
-
-    def __len__(self) -> int:
-        return sum(part.length for part in self.parts)
-
-    @property
-    def columns(self) -> list[str]:
-        """What every file has."""
-        first, *others = (part.schema.names for part in self.parts)
-        return [name for name in first if all(name in other for other in others)]
-
-    def holds(self, column: str, suits: Callable[[pa.DataType], bool]) -> bool:
-        """Whether a column that every file has has a suitable type in all of them."""
-        return all(suits(part.schema.field(column).type) for part in self.parts)
-
-    def rows(
-        self, columns: Sequence[str], suits: Callable[[pa.DataType], bool], expected: str
-    ) -> Iterator[dict[str, Any]]:
-        """Rows of these columns; Refusal, before the first, names the file that cannot give one."""
-        for part in self.parts:
-            where = f"{part.name}, split {self.name}"
-            for column in columns:
-                if part.schema.names.count(column) != 1:
-                    raise Refusal(
-                        f"{where}: found the columns {', '.join(part.schema.names)}, "
-                        f"expected one called {column}"
-                    )
-                kind = part.schema.field(column).type
-                if not suits(kind):
-                    raise Refusal(f"{where}, column {column}: found {kind}, expected {expected}")
-        return (row for part in self.parts for row in part.rows(list(columns)))
-
-    def texts(self, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-        """Rows of columns that hold text; a missing text is empty."""
-        for row in self.rows(columns, is_text, "text"):
-            yield {column: row[column] or "" for column in columns}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,45 +52,26 @@ class Loaded:
         }
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds texts or nothing."""
-    from pyarrow import types
-
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return any(
-        is_kind(kind)
-        for is_kind in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    )
-
-
-def is_plain(kind: pa.DataType) -> bool:
-    """Whether JSON holds this type as it is: texts, numbers, lists and structs of them."""
-    from pyarrow import types
-
-    if types.is_struct(kind):
-        return all(is_plain(field.type) for field in kind)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return is_plain(kind.value_type)
-    return (
-        is_text(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
-    )
-
-
 def find_mirror(argument: str | None) -> Path | None:
     """The mirror that `--mirror` or HUB_MIRROR names; Refusal where it is no directory."""
     named = argument or os.environ.get("HUB_MIRROR")
-    if not named:
-        return None
-    mirror = Path(named)
-    if not mirror.is_dir():
-        raise Refusal(f"{mirror}: found no such directory, expected {MIRROR_HELP}")
-    return mirror
+    if named and not Path(named).is_dir():
+        raise Refusal(f"{where(Path(named))}: found no such directory, expected {MIRROR_HELP}")
+    return Path(named) if named else None
+
+
+def where(mirror: Path | None) -> str:
+    """The source as a user knows it: who named a mirror, and which directory that is from here."""
+    if mirror is None:
+        return "the hub"
+    by_environment = os.environ.get("HUB_MIRROR") == str(mirror)
+    return f"the mirror {mirror.absolute()}{' (from HUB_MIRROR)' if by_environment else ''}"
 
 
 def load(
     path: str, config: str | None, wanted: tuple[str, ...], mirror: Path | None, cache: Path
 ) -> Loaded:
-    """Load the `wanted` splits of hub dataset `path`; `config` None takes its only or default one.
+    """The `wanted` splits of hub dataset `path`; `config` None takes its only or default one.
 
     `cache` is a scratch directory that must outlive the use of the result. Raises Refusal for a
     dataset, configuration or split that is not there, naming what is, and for a hub that cannot be
@@ -182,29 +102,27 @@ def check_shards(where: str, files: Iterable[str]) -> None:
 
 
 def _load_mirrored(path: str, config: str | None, wanted: tuple[str, ...], mirror: Path) -> Loaded:
+    """By the layout alone: a README that `datasets` cannot read is no reason to refuse the data."""
     folder = mirror / path
     found = {f.name: _mirrored_splits(f) for f in sorted(folder.glob("*")) if f.is_dir()}
     if not any(found.values()):
-        raise Refusal(f"{path}: the mirror {mirror} does not have this dataset; use another mirror")
+        raise Refusal(f"{path}: {where(mirror)} does not have this dataset; use another mirror")
     shelf = "; ".join(f"{name} ({', '.join(splits)})" for name, splits in found.items() if splits)
     if config is None:
         config = "default" if "default" in found or len(found) > 1 else next(iter(found))
     if config not in found:
-        raise Refusal(f"{path}: the mirror has no configuration {config!r}; it has {shelf}")
+        raise Refusal(f"{path}: {where(mirror)} has no configuration {config!r}; it has {shelf}")
     missing = [split for split in wanted if split not in found[config]]
     if missing:
         raise Refusal(
-            f"{path}, configuration {config}: the mirror lacks the split {', '.join(missing)}; "
-            f"complete or not, it has {shelf}"
+            f"{path}, configuration {config}: {where(mirror)} lacks the split "
+            f"{', '.join(missing)}; complete or not, it has {shelf}"
         )
-    splits = {}
     for split in wanted:
-        files = found[config][split]
-        check_shards(str(folder / config), [file.name for file in files])
-        splits[split] = Split(name=split, parts=[_open(file, split) for file in files])
-    return Loaded(
-        splits=splits, dataset=path, config=config, revision=None, licence=_licence(folder)
-    )
+        check_shards(str(folder / config), [file.name for file in found[config][split]])
+    splits = {split: Split(split, found[config][split]) for split in wanted}
+    licence = _licence(folder)
+    return Loaded(splits=splits, dataset=path, config=config, revision=None, licence=licence)
 
 
 def _mirrored_splits(folder: Path) -> dict[str, list[Path]]:
@@ -216,42 +134,6 @@ def _mirrored_splits(folder: Path) -> dict[str, list[Path]]:
             raise Refusal(f"{file}: found this name, expected {MIRROR_HELP.partition(' (')[0]}")
         splits.setdefault(shard["split"], []).append(file)
     return splits
-
-
-def _open(file: Path, split: str) -> Part:
-    import pyarrow.parquet as pq
-
-    with _sound(file, split):
-        opened = pq.ParquetFile(file)
-
-    def rows(columns: list[str]) -> Iterator[dict[str, Any]]:
-        with _sound(file, split):
-            for batch in opened.iter_batches(ROWS_AT_ONCE, columns=columns):
-                yield from batch.to_pylist()
-
-    return Part(
-        name=str(file), schema=opened.schema_arrow, length=opened.metadata.num_rows, rows=rows
-    )
-
-
-@contextlib.contextmanager
-def _sound(file: Path, split: str) -> Iterator[None]:
-    """Refusal for a file that is not whole parquet; the disk's own errors pass through."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        with file.open("rb") as data:
-            start = data.read(len(LFS_POINTER))
-        what = {b"": "an empty file", LFS_POINTER: "a Git LFS pointer"}.get(
-            start, f"a damaged file ({' '.join(str(error).split())})"
-        )
-        raise Refusal(
-            f"{file}, split {split}: found {what}, expected parquet; fetch it again"
-        ) from None
 
 
 def _licence(folder: Path) -> str | None:
@@ -274,34 +156,101 @@ def _licence_text(stated: Any) -> str | None:
 def _load_from_hub(path: str, config: str | None, wanted: tuple[str, ...], cache: Path) -> Loaded:
     _require_hub(path)
     import datasets
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import HfApi, utils
 
     if not has_terminal():
         datasets.disable_progress_bars()
-    # The first base is the HTTP library's own error, whichever library this version uses.
-    transport_errors: Any = HfHubHTTPError.__bases__
-    try:
-        info = HfApi().dataset_info(path, timeout=PROBE_SECONDS)
+        utils.disable_progress_bars()
+    with _hub_errors(path, config):
+        info = HfApi().dataset_info(path, timeout=ANSWER_SECONDS)
+        revision = str(info.sha)
         try:
-            kept = {"revision": info.sha, "cache_dir": str(cache)}
-            files = datasets.load_dataset_builder(path, config, **kept).config.data_files or {}
-            for split in wanted:
-                check_shards(f"{path} on the hub", files.get(split, ()))
-            loaded = datasets.load_dataset(path, config, **kept)
-            revision = info.sha
+            config, files = _hub_files(path, config, revision, cache)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
-            loaded, revision, config = _load_converted(path, config, wanted, cache)
+            config, files, revision = _converted_files(path, config)
+        missing = [split for split in wanted if split not in files]
+        if missing:
+            raise Refusal(
+                f"{path}, configuration {config}: the hub lacks the split {', '.join(missing)}; "
+                f"it has {', '.join(files)}"
+            )
+        splits = {}
+        for split in wanted:
+            check_shards(f"{path} on the hub", files[split])
+            splits[split] = _fetch(path, config, split, files[split], revision, cache)
+    card = info.card_data.to_dict() if info.card_data else {}
+    licence = _licence_text(card.get("license"))
+    return Loaded(splits=splits, dataset=path, config=config, revision=revision, licence=licence)
+
+
+def _hub_files(
+    path: str, config: str | None, revision: str, cache: Path
+) -> tuple[str, dict[str, list[str]]]:
+    """The configuration and its splits' files in the repository, as `datasets` resolves them."""
+    import datasets
+
+    found = datasets.load_dataset_builder(path, config, revision=revision, cache_dir=str(cache))
+    listed = found.config.data_files or {}
+    return str(found.config.name), {
+        str(split): [url.partition(f"@{revision}/")[2] for url in urls]
+        for split, urls in listed.items()
+    }
+
+
+def _converted_files(path: str, config: str | None) -> tuple[str, dict[str, list[str]], str]:
+    """The same, and the commit, of a dataset of the script era: the hub's own parquet copy of it,
+    <config>/<split>/*.parquet."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().dataset_info(path, revision=CONVERTED, timeout=ANSWER_SECONDS)
+    configs: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(file.rfilename for file in info.siblings or []):
+        if name.endswith(".parquet"):
+            configuration, split, _ = name.split("/")
+            configs.setdefault(configuration, {}).setdefault(split, []).append(name)
+    config = config or (next(iter(configs)) if len(configs) == 1 else "default")
+    if config not in configs:
+        raise Refusal(
+            f"{path}: the hub has no configuration {config!r}; it has {', '.join(configs)}"
+        )
+    return config, configs[config], str(info.sha)
+
+
+def _fetch(
+    path: str, config: str, split: str, names: list[str], revision: str, cache: Path
+) -> Split:
+    """Download one split; what is not parquet, `datasets` reads first."""
+    import datasets
+    from huggingface_hub import hf_hub_download
+
+    kept: Any = {"revision": revision, "cache_dir": str(cache)}
+    if all(name.endswith(".parquet") for name in names):
+        files = [hf_hub_download(path, name, repo_type="dataset", **kept) for name in names]
+        return Split(split, [Path(file) for file in files])
+    file = cache / f"{split}.parquet"
+    datasets.load_dataset(path, config, split=split, **kept).to_parquet(str(file))
+    return Split(split, [file])
+
+
+@contextlib.contextmanager
+def _hub_errors(path: str, config: str | None) -> Iterator[None]:
+    """What the hub's client raises, as a Refusal, or as an OSError where a transfer broke off."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import errors
+
+    # The first base is the HTTP library's own error, whichever library this version uses.
+    transport_errors: Any = errors.HfHubHTTPError.__bases__
+    try:
+        yield
     except Refusal:
         raise
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Refusal(f"{path}: the hub has no dataset of this name ({reason})") from None
     except (DatasetsError, ValueError, FileNotFoundError) as error:
-        # unknown configuration; no data files; files that are damaged or differ in their columns
+        # unknown configuration; no data files; files that are damaged
         cause = error.__cause__ or error
         if isinstance(cause, (*transport_errors, OSError)) and cause is not error:
             raise OSError(f"{path} from the hub: {cause}") from error
@@ -309,61 +258,6 @@ def _load_from_hub(path: str, config: str | None, wanted: tuple[str, ...], cache
         raise Refusal(f"{path}: the hub cannot give configuration {config}: {reason}") from None
     except transport_errors as error:
         raise OSError(f"{path} from the hub: {error}") from error
-    missing = [split for split in wanted if split not in loaded]
-    if missing:
-        raise Refusal(
-            f"{path}, configuration {config}: the hub lacks the split {', '.join(missing)}; "
-            f"it has {', '.join(loaded)}"
-        )
-    card = info.card_data.to_dict() if info.card_data else {}
-    return Loaded(
-        splits={split: _from_dataset(path, split, loaded[split]) for split in wanted},
-        dataset=path,
-        config=config or loaded[wanted[0]].info.config_name,
-        revision=revision,
-        licence=_licence_text(card.get("license")),
-    )
-
-
-def _from_dataset(path: str, split: str, dataset: Any) -> Split:
-    """What `datasets` loaded, as one part."""
-
-    def rows(columns: list[str]) -> Iterator[dict[str, Any]]:
-        tables = dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
-        for table in tables:
-            yield from table.to_pylist()
-
-    schema = dataset.features.arrow_schema
-    return Split(name=split, parts=[Part(name=path, schema=schema, length=len(dataset), rows=rows)])
-
-
-def _load_converted(
-    path: str, config: str | None, wanted: tuple[str, ...], cache: Path
-) -> tuple[Any, str, str]:
-    """A dataset of the script era, from the hub's own parquet copy: <config>/<split>/*.parquet."""
-    import datasets
-    from huggingface_hub import HfApi
-
-    info = HfApi().dataset_info(path, revision=CONVERTED, timeout=PROBE_SECONDS)
-    names = sorted(
-        file.rfilename for file in info.siblings or [] if file.rfilename.endswith(".parquet")
-    )
-    configs = sorted({name.split("/")[0] for name in names})
-    if config is None:
-        config = configs[0] if len(configs) == 1 else "default"
-    files = {}
-    for split in wanted:
-        found = [name for name in names if name.startswith(f"{config}/{split}/")]
-        if not found:
-            raise Refusal(
-                f"{path}: the hub has no split {split} of configuration {config}; "
-                f"it has the configurations {', '.join(configs)}"
-            )
-        if found != [f"{config}/{split}/{number:04d}.parquet" for number in range(len(found))]:
-            raise Refusal(f"{path}: found {', '.join(found)}, expected 0000.parquet and so on")
-        files[split] = [f"hf://datasets/{path}@{info.sha}/{name}" for name in found]
-    loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache))
-    return loaded, str(info.sha), config
 
 
 @functools.cache
@@ -376,7 +270,7 @@ def _require_hub(path: str) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise Refusal(f"{path}: HF_HUB_OFFLINE forbids the hub and no mirror is named; {way_out}")
     try:
-        with urllib.request.urlopen(endpoint, timeout=PROBE_SECONDS):
+        with urllib.request.urlopen(endpoint, timeout=ANSWER_SECONDS):
             pass
     except urllib.error.HTTPError:
         pass  # it answers; what it thinks of this page is not the question

@@ -174,9 +174,10 @@ def test_a_finished_corpus_is_verified_kept_and_replaced_only_by_force(
 
 def test_a_cut_download_is_not_taken_for_a_whole_one(tmp_path: Path, mirror: Path) -> None:
     output = tmp_path / "corpus"
-    output.mkdir()
+    (output / ".partial").mkdir(parents=True)
     (output / "train.jsonl").write_text('{"text": "half"}\n')
-    (output / ".partial").mkdir()
+    assert "other origin" in refused("download_wikitext.py", "--output", output, "--mirror", mirror)
+    (output / ".lock").touch()  # a command of ours was here
     (output / ".partial" / "left").write_text("over")
     run("download_wikitext.py", "--output", output, "--mirror", mirror)
     assert len(texts_of(output / "train.jsonl")) == ARTICLES["train"]
