@@ -1,0 +1,283 @@
+"""Makes a corpus directory of one's own texts: .txt, .jsonl (both also .gz or .zst) and .parquet.
+
+    python scripts/import_text.py --input texts/ --output data/mine
+
+Every .txt file is one document, unless --separator says where documents end; a .jsonl or parquet
+file has one a row, in --text_column. The hash of its text decides which split a document is in, so
+equal documents are in one split, and the same texts give the same splits on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from src.data.corpus import (
+    COMPRESSED,
+    SPLITS,
+    SplitWriter,
+    corpus_parser,
+    kind_of,
+    make_once,
+    text_of,
+)
+from src.data.parquet import Split
+from src.spec.command_line import Parser, Refusal
+from src.spec.progress import Progress, say, track
+from src.storage.files import sha256_of
+
+KINDS = ".txt, .jsonl, .parquet, .txt.gz, .txt.zst, .jsonl.gz or .jsonl.zst"
+COLUMN_HINT = "; name what holds the texts with --text_column"
+BLOCK_BYTES = 32 << 20
+# (train bytes from which, a vocabulary that they can fill): what is printed as the next command
+VOCABULARIES = ((10_000_000, 16_000), (1_000_000, 4_096), (0, 512))
+FEWEST_DOCUMENTS = 10  # below, no share gives three splits worth the name
+
+
+def main() -> None:
+    parser = _parser()
+    asked = parser.parse_args()
+    if not (0 < asked.validation and 0 < asked.test and asked.validation + asked.test < 1):
+        raise Refusal(
+            f"--validation, --test: found {asked.validation} and {asked.test}, expected two shares "
+            "above 0 that leave some of the documents to train"
+        )
+    output: Path = asked.output
+    files = find_files(asked.input, output)
+    separator = asked.separator and asked.separator.replace("\\n", "\n").replace("\\t", "\t")
+    settings = (asked.text_column, separator, asked.validation, asked.test)
+    config = digest(files, settings)
+
+    def make(partial: Path) -> dict[str, Any]:
+        splits = write_splits(files, partial / "files", *settings)
+        return {
+            "dataset": dataset,
+            "config": config,
+            "revision": None,
+            "mirror": False,
+            "licence": None,
+            "splits": splits,
+            "files": len(files),
+            "validation": asked.validation,
+            "test": asked.test,
+        }
+
+    dataset = f"own/{output.absolute().name}"
+    if make_once(output, dataset, config, SPLITS, make, force=asked.force):
+        size = (output / "train.jsonl").stat().st_size
+        vocabulary = next(entries for least, entries in VOCABULARIES if size >= least)
+        print(f"{output}: a corpus of {len(files):,} files; next:")
+        print(
+            f"  python scripts/preprocess_lm.py --input {output} --vocab_size {vocabulary} "
+            f"--output {output}_tokenized"
+        )
+
+
+def _parser() -> Parser:
+    parser = corpus_parser(
+        str(__doc__), "python scripts/import_text.py --input texts/ --output data/mine"
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        help=f"folders (searched through) and files: {KINDS}",
+    )
+    parser.add_argument(
+        "--text_column", default="text", help="of .jsonl and parquet rows (default: text)"
+    )
+    parser.add_argument(
+        "--separator",
+        help=r"what stands between the documents of a .txt file, such as '\n\n\n' or "
+        "'<|endoftext|>' (default: a file is one document)",
+    )
+    for name in ("validation", "test"):
+        parser.add_argument(
+            f"--{name}", type=float, default=0.02, help="share of the documents (default 0.02)"
+        )
+    return parser
+
+
+def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
+    """The files to read by their names within what was named, sorted; others are counted aloud."""
+    files: dict[str, Path] = {}
+    others: Counter[str] = Counter()
+    for path in named:
+        if not path.exists():
+            raise Refusal(f"--input {path}: found nothing at {path.absolute()}, expected texts")
+        if path.is_file() and kind_of(path) is None:
+            raise Refusal(f"--input {path}: found another kind of file, expected {KINDS}")
+        if output.resolve().is_relative_to(path.resolve()):
+            raise Refusal(f"--output {output}: lies inside --input {path}; choose another place")
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            inside = Path(path.resolve().name, file.relative_to(path))
+            if not file.is_file() or any(part.startswith(".") for part in inside.parts[1:]):
+                continue
+            if kind_of(file) is None:
+                others[file.suffix or "without an ending"] += 1
+                continue
+            if files.setdefault(str(inside), file) != file:
+                raise Refusal(
+                    f"--input: found two files called {inside} ({files[str(inside)]} and {file}), "
+                    "expected different names; name the folder above them"
+                )
+    if others:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(5))
+        say("--input", f"left out {others.total():,} files of other kinds ({kinds})")
+    if not files:
+        places = ", ".join(str(path.absolute()) for path in named)
+        raise Refusal(f"--input: found no texts in {places}, expected {KINDS}")
+    return dict(sorted(files.items()))
+
+
+def digest(files: dict[str, Path], settings: Sequence[Any]) -> str:
+    """Twelve digits that stand for these bytes under these names, cut in this way."""
+    tracked = track(files.items(), "--input: hashing", "files", len(files))
+    listed = [(name, sha256_of(file)) for name, file in tracked]
+    return hashlib.sha256(json.dumps([listed, settings]).encode()).hexdigest()[:12]
+
+
+def write_splits(
+    files: dict[str, Path],
+    folder: Path,
+    column: str,
+    separator: str | None,
+    validation: float,
+    test: float,
+) -> dict[str, dict[str, Any]]:
+    """Write the three splits, every document where its hash belongs; Refusal for an empty one."""
+    lowest, highest, empty = 1.0, 0.0, 0
+    total = sum(file.stat().st_size for file in files.values())
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress("--input: reading", total / 1e6, "MB"))
+        writers = {
+            split: stack.enter_context(SplitWriter(folder / f"{split}.jsonl")) for split in SPLITS
+        }
+
+        def advance(read_bytes: int) -> None:
+            progress.advance(read_bytes / 1e6)
+
+        for file in files.values():
+            for text in documents(file, column, separator, advance):
+                if not text.strip():
+                    empty += 1
+                    continue
+                place = place_of(text)
+                lowest, highest = min(lowest, place), max(highest, place)
+                split = (
+                    "validation" if place < validation else "test" if place >= 1 - test else "train"
+                )
+                writers[split].write(text)
+    splits = {split: writer.facts() for split, writer in writers.items()}
+    count = sum(facts["documents"] for facts in splits.values())
+    if empty:
+        say("--input", f"left out {empty:,} documents without a visible character")
+    lacking = [split for split, facts in splits.items() if not facts["documents"]]
+    if lacking:
+        enough = (math.floor(lowest * 100 + 1) / 100, math.floor((1 - highest) * 100 + 1) / 100)
+        way_out = "give more files, or cut .txt files into documents with --separator"
+        if count >= FEWEST_DOCUMENTS and sum(enough) < 0.5:
+            shares = f"--validation {max(enough[0], validation)} --test {max(enough[1], test)}"
+            way_out = f"these documents have some for each with {shares}"
+        raise Refusal(
+            f"--input: found {count:,} documents, none of them for {' and '.join(lacking)} "
+            f"at these shares, expected some in every split; {way_out}"
+        )
+    return splits
+
+
+def place_of(text: str) -> float:
+    """Where the hash of a text stands between 0 and 1."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
+
+
+def documents(
+    file: Path, column: str, separator: str | None, advance: Callable[[int], None]
+) -> Iterator[str]:
+    """The documents of one file; Refusal names file, line and what to do."""
+    kind = kind_of(file)
+    if kind == ".parquet":
+        split = Split("input", [file])
+        if column not in split.columns():
+            raise Refusal(
+                f"{file}: found the columns {', '.join(split.columns())}, expected a "
+                f"{column}{COLUMN_HINT}"
+            )
+        yield from (row[column] for row in split.texts([column]))
+        advance(file.stat().st_size)
+        return
+    with opened(file) as (stream, position):
+        done = 0
+        found = rows(file, stream, column) if kind == ".jsonl" else texts(file, stream, separator)
+        for text in found:
+            yield text
+            advance(position() - done)
+            done = position()
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
+    """A file's bytes, decompressed, and how many of the file itself are read; Refusal for a
+    compressed file that is damaged or cut."""
+    import pyarrow as pa
+
+    raw = pa.OSFile(str(file))
+    packed = COMPRESSED.get(file.suffix.lower())
+    stream = io.BufferedReader(pa.CompressedInputStream(raw, packed) if packed else raw, 1 << 20)
+    try:
+        yield stream, raw.tell
+    except OSError as error:
+        if error.errno or packed is None:
+            raise
+        raise Refusal(
+            f"{file}: found a damaged or cut {packed} file ({error}); copy it again or leave it out"
+        ) from None
+
+
+def rows(file: Path, stream: io.BufferedReader, column: str) -> Iterator[str]:
+    """The texts of a .jsonl file, line by line; null is a missing text, so an empty one."""
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if line.strip():
+            yield text_of(line, f"{file}: line {number}", column, COLUMN_HINT) or ""
+
+
+def texts(file: Path, stream: io.BufferedReader, separator: str | None) -> Iterator[str]:
+    """The documents of a .txt file: all of it, or what stands between separators, without the
+    empty lines around it."""
+    line = 1
+    for part in parts(stream, separator.encode() if separator else None):
+        try:
+            text = part.decode("utf-8")
+            bad = part.find(0)
+        except UnicodeDecodeError as error:
+            bad = error.start
+        if bad >= 0:
+            raise Refusal(
+                f"{file}: line {line + part[:bad].count(10)}: found the byte {part[bad]:#04x}, "
+                "expected text in UTF-8; convert the file (iconv -f latin1 or utf-16 -t utf-8), "
+                "or leave it out"
+            )
+        line += part.count(10) + (separator or "").count("\n")
+        text = text.removeprefix("\ufeff")
+        yield text.strip("\r\n") if separator else text
+
+
+def parts(stream: io.BufferedReader, separator: bytes | None) -> Iterator[bytes]:
+    """The stream's bytes between separators, or all of them."""
+    if separator is None:
+        yield stream.read()
+        return
+    rest = b""
+    while block := stream.read(BLOCK_BYTES):
+        *whole, rest = (rest + block).split(separator)
+        yield from whole
+    yield rest
