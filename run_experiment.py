@@ -44,7 +44,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="full (default); rank: training.ranking_tokens; sanity: checks, learning rates, and "
         "the baseline's seeds 0 to 4 as ranking runs",
     )
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="section.key=value"
+    )
     parser.add_argument("--log_dir", help="default: logs, or the study file's")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--remote", help="s3://, gs:// or abfs:// prefix for checkpoints")

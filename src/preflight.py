@@ -108,7 +108,7 @@ def _check_smallbench(
         )
     if not (directory / "source.json").is_file():
         raise ValueError(
-            f"evaluation.smallbench_dir: found no SmallBench data in {directory}; get "
+            f"evaluation.smallbench_dir: found no SmallBench data in {directory.absolute()}; get "
             f"it with: python scripts/download_smallbench.py --output {directory}, or "
             "leave smallbench_accuracy out of evaluation.metrics"
         )

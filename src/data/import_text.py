@@ -26,6 +26,7 @@ from src.data.corpus import (
     corpus_parser,
     kind_of,
     make_once,
+    read_source,
     text_of,
 )
 from src.data.parquet import Split
@@ -38,6 +39,7 @@ COLUMN_HINT = "; name what holds the texts with --text_column"
 BLOCK_BYTES = 32 << 20
 # (train bytes from which, a vocabulary that they can fill): what is printed as the next command
 VOCABULARIES = ((10_000_000, 16_000), (1_000_000, 4_096), (0, 512))
+FEW_DOCUMENTS = 20
 FEWEST_DOCUMENTS = 10  # below, no share gives three splits worth the name
 
 
@@ -71,6 +73,10 @@ def main() -> None:
 
     dataset = f"own/{output.absolute().name}"
     if make_once(output, dataset, config, SPLITS, make, force=asked.force):
+        splits = read_source(output)["splits"]
+        for split in ("validation", "test"):
+            if (count := splits[split]["documents"]) < FEW_DOCUMENTS:
+                say(split, f"{count} documents are few to measure on; --{split} 0.1 takes more")
         size = (output / "train.jsonl").stat().st_size
         vocabulary = next(entries for least, entries in VOCABULARIES if size >= least)
         print(f"{output}: a corpus of {len(files):,} files; next:")

@@ -98,7 +98,7 @@ def main() -> None:
         with workshop(output / f".v{vocab_size}.partial") as partial:
             tokenize(corpus, source, vocab_size, partial)
             replace_directory(partial, final)
-    print(f"{final}: done")
+    print(f"{final}: done; name it as data.dir: {output} with model.vocab_size: {vocab_size}")
 
 
 def is_finished(final: Path, source: Mapping[str, Any]) -> bool:

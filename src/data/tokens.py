@@ -65,8 +65,8 @@ def load(path: Path, vocab_size: int, train_tokens: int | None = None) -> TokenD
     meta_path = path / "meta.json"
     if not meta_path.is_file():
         raise ValueError(
-            f"data.dir {path.parent}: found no tokens of vocab_size {vocab_size} ({meta_path} is "
-            f"missing), expected them there; make them with: {command}"
+            f"data.dir {path.parent}: found no tokens of vocab_size {vocab_size} "
+            f"({meta_path.absolute()} is missing), expected them there; make them with: {command}"
         )
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))

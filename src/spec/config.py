@@ -524,6 +524,11 @@ def _run(
     name = entry["name"]
     here = f"{where}experiments.{name}."
     model_keys = [spec.name for spec in dataclasses.fields(ModelRequest)]
+    if "model" in entry:
+        raise ValueError(
+            f"{here}model: found a section, expected the model's keys beside name, such as "
+            "vocab_size: 4096"
+        )
     known_keys(here, entry, ["name", *model_keys, "training"])
     own: dict[str, Any] = {"model": {k: v for k, v in entry.items() if k in model_keys}}
     own["training"] = entry.get("training")

@@ -116,7 +116,7 @@ def read_yaml(path: Path, what: str) -> Any:
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path}: found no such file, expected {what}") from None
+        raise ValueError(f"{path.absolute()}: found no such file, expected {what}") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: found a directory, expected {what}") from None
     except UnicodeDecodeError as error:
