@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from src import run as execution
+from src.compute import cores
 from src.compute import process_group as distributed
 from src.run import Preempted
 from src.spec import allocation, allocation_table, config, costs
@@ -69,9 +70,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _arguments(argv)
-    # Read when torch loads: waiting OpenMP threads sleep instead of spinning. Three runs started
-    # at once on two cores make 3 to 4 times the tokens/s this way (results/LOG.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in cores.WAITING.items():
+        os.environ.setdefault(name, value)
     for number in SIGNALS:
         signal.signal(number, _preempt)
     try:

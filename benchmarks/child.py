@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,16 +25,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Child:
-    """Takes steps whenever it is told to; ends when it is closed or this process ends."""
+    """Takes steps whenever it is told to; ends when it is closed or this process ends.
 
-    def __init__(self, name: str, work: Work, root: Path = ROOT) -> None:
+    variables: added to its environment, such as `src.compute.cores.WAITING`.
+    """
+
+    def __init__(
+        self, name: str, work: Work, root: Path = ROOT, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(theirs.fileno()), name],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": str(root)},
+                env={**os.environ, **(variables or {}), "PYTHONPATH": str(root)},
                 cwd=root,
             )
         self.pipe.send(dataclasses.asdict(work))

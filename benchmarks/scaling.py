@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.child import Child
 from benchmarks.peers import Work
+from src.compute.cores import WAITING
 from src.spec.allocation import allocate, flops_per_token
 from src.spec.command_line import Parser, at_least
 from src.spec.config import ModelRequest
@@ -64,7 +65,7 @@ def _point(asked: Any, size: int, vocab: int, length: int) -> dict[str, Any]:
         compile=not asked.eager, threads=asked.threads, batch_size=sequences, seq_len=length,
         micro_batch=sequences,
     )  # fmt: skip
-    child = Child("ours", work)
+    child = Child("ours", work, variables=WAITING)
     first = child.receive()["ready"]["first_step_seconds"]
     best = min(child.seconds(1) for _ in range(asked.turns))
     flops = flops_per_token(answer.model, length)

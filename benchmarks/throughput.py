@@ -26,6 +26,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.child import ROOT, Child, clone
 from benchmarks.peers import PEERS, Work
+from src.compute.cores import WAITING
 from src.spec.allocation import allocate, flops_per_token
 from src.spec.command_line import Parser, at_least, refuse
 from src.spec.config import ModelConfig, load_sweep
@@ -35,6 +36,7 @@ BASE = "base"  # the older build's name among the peers
 # takes the same time at 8 and at 16, which is what a run chooses.
 MICRO_BATCH = {"ours": 16, BASE: 16, "nanogpt": 16, "trainer": 8}
 SEARCHED = (8, 16, 32, 64)  # on a GPU, where nothing is known and compiling is not most of the time
+_WAITING_BEFORE = {"OMP_WAIT_POLICY": "PASSIVE"}  # as older builds' runs set it themselves
 LEAST_TURNS = 3  # whatever --minutes says
 MFU = "MFU: on a CPU against the measured rate of the bf16 products of the same shapes."
 # Bytes a second of device memory, NVIDIA's data sheets; with TFLOP/s of bf16 (V100: fp16).
@@ -227,7 +229,8 @@ def _measure(asked: Any, roots: Mapping[str, Path], base: str | None) -> int:
 
 def _start(work: Work, roots: Mapping[str, Path], name: str, micro_batch: int) -> Child:
     of_tree = "ours" if name == BASE else name
-    return Child(of_tree, replace(work, micro_batch=micro_batch), roots.get(name, ROOT))
+    waiting = _WAITING_BEFORE if name == BASE else WAITING  # the best way for all peers
+    return Child(of_tree, replace(work, micro_batch=micro_batch), roots.get(name, ROOT), waiting)
 
 
 def _configuration(

@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# How a run's waiting OpenMP threads wait, read when torch loads: they look so many times for work,
+# some microseconds, then sleep. A lone run on two cores is 6 to 15 % faster than with sleep alone;
+# two that share them lose 10 %, where libgomp's own 300,000 looks cost a factor of 3
+# (benchmarks/NOTES.md).
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+
 
 def available_cores() -> int:
     """Physical cores open to this process, by its CPU affinity and its cgroup's quota."""
