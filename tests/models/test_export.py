@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from jinja2 import TemplateError
-from src.data.chat_template import CLOSING, OPENING, chat_template
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from src.data.chat_template import CLOSING, OPENING, chat_template
 from src.data.tokenizer import load_tokenizer
 from src.instruction_tuning import encode
 from src.models.export import NotLoadable, export
