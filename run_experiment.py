@@ -93,20 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         if checking:
             runs = sweep.chosen(arguments.exp, arguments.seed)
-        codes = [
-            execution.execute_together(
-                execution.RunContext(
-                    run=run,
-                    sweep=sweep,
-                    allocations=answers,
-                    data=data,
-                    log_dir=Path(arguments.log_dir),
-                    device=arguments.device,
-                    remote=arguments.remote,
-                )
-            )
-            for run, data in zip(runs, _check_inputs(sweep, answers, runs, arguments), strict=True)
-        ]
+        contexts = _check_inputs(sweep, answers, runs, arguments)
+        codes = [execution.execute_together(context) for context in contexts]
         return TRY_AGAIN if TRY_AGAIN in codes else max(codes, default=OK)
     except Preempted as signalled:
         print(f"stopped by {signalled}; run the same command again to go on", file=sys.stderr)
@@ -142,14 +130,15 @@ def _sanity(
 ) -> int:
     """Phase 0's checks of every named experiment; then `arguments` ask for the noise floor."""
     chosen = sweep.chosen(arguments.exp, [0])
-    inputs = _check_inputs(sweep, answers, chosen, arguments)
+    contexts = _check_inputs(sweep, answers, chosen, arguments)
     from src.storage import run_dir
     from src.study import sanity
 
     log_dir, passed = Path(arguments.log_dir), True
     try:
-        for run, tokens in zip(chosen, inputs, strict=True):
-            found = sanity.check(run, answers[run.experiment], tokens, log_dir, arguments.device)
+        for context in contexts:
+            run, answer, data = context.run, context.allocation, context.data
+            found = sanity.check(run, answer, data, log_dir, arguments.device)
             if found is None:
                 raise Preempted(f"a signal during the checks of {run.experiment}")
             print(sanity.report(found), flush=True)
@@ -215,20 +204,16 @@ def _check_inputs(
     runs: Sequence[config.RunConfig],
     arguments: argparse.Namespace,
 ) -> list[Any]:
-    """The verified tokens of every run; nothing is written before all of them can work."""
+    """Every run with its verified tokens; nothing is written before all of them can work."""
     from src import preflight
 
     return [
         preflight.check(
-            run,
-            answers[run.experiment],
-            sweep,
-            log_dir=Path(arguments.log_dir),
-            device=arguments.device,
-            remote=arguments.remote,
+            run, sweep, answers,
+            log_dir=Path(arguments.log_dir), device=arguments.device, remote=arguments.remote,
         )
         for run in runs
-    ]
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def first_steps(
     from src.compute.compute_config import LOSS_CHUNK, Machine
     from src.models.transformer import Transformer
     from src.spec.config import TrainingConfig
-    from src.train import build_optimizer, compile_blocks, next_token_loss
+    from src.training_step import build_optimizer, compile_blocks, next_token_loss
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

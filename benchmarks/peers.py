@@ -95,7 +95,7 @@ def _batches(work: Work) -> Callable[[], Any]:
 
 def ours(connection: Connection, work: Work, facts: dict) -> None:
     """src.train's own batch, gradients, compilation and optimizer; clipping and stepping as its
-    `Trainer.update` does, with one wait for the device."""
+    `Stepper.update` does, with one wait for the device."""
     import numpy as np
     import torch
 
@@ -103,7 +103,7 @@ def ours(connection: Connection, work: Work, facts: dict) -> None:
     from src.data.tokens import Windows
     from src.models.transformer import Transformer
     from src.spec.config import TrainingConfig
-    from src.train import batch_gradients, build_optimizer, compile_blocks
+    from src.training_step import batch_gradients, build_optimizer, compile_blocks
 
     training = TrainingConfig(
         batch_size=work.batch_size, seq_len=work.seq_len, learning_rate=work.learning_rate
@@ -123,7 +123,13 @@ def ours(connection: Connection, work: Work, facts: dict) -> None:
     steps = itertools.count()
 
     def step() -> float:
-        nats = batch_gradients(model, windows, next(steps), machine, training.z_loss, scaler.scale)
+        nats = batch_gradients(
+            model,
+            torch.from_numpy(windows.batch(next(steps))),
+            machine,
+            training.z_loss,
+            scaler.scale,
+        )
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         loss, _ = torch.stack((nats, norm)).tolist()

@@ -46,13 +46,22 @@ REMEDIES = {
 
 
 def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str, Any]:
-    """One run by the training loop's own step, without its evaluations, checkpoints and log."""
+    """One run by training's own step, without its evaluations, checkpoints and log."""
     import torch
 
     from src.compute import runtime
     from src.compute.compute_config import Machine
     from src.data import tokens
-    from src.train import Trainer
+    from src.evaluation.stability import Stability
+    from src.train import dev_loss
+    from src.training_step import (
+        Stepper,
+        build_model,
+        compile_blocks,
+        dev_windows,
+        learning_rate,
+        training_windows,
+    )
 
     sweep = load_sweep(file, remedy.overrides, "rank")
     requests = {run.experiment: run.model for run in sweep.runs}
@@ -67,21 +76,22 @@ def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str,
         threads=runtime.pin_threads(run.training.threads),
     )
     corpus = tokens.load(run.token_dir, run.model.vocab_size)
-    # Nothing is saved, so the run has no directory.
-    trainer = Trainer(run, model, corpus, None, machine, {}, None)  # type: ignore[arg-type]
-    trainer.compile()
-    table, common = trainer.model.head.table, 0.0
-    while trainer.step < run.training.steps:
-        loss, norm = trainer.update(trainer.accumulate())
-        trainer.step += 1
-        trainer.stability.see(trainer.step, loss, norm)
+    training, stability = run.training, Stability()
+    stepper = Stepper(build_model(model, training.init_seed or 0), training, machine)
+    compile_blocks(stepper.model, machine)
+    windows = training_windows(corpus, training)
+    table, common = stepper.model.head.table, 0.0
+    while stepper.step < training.steps:
+        nats = stepper.gradients(torch.from_numpy(windows.batch(stepper.step)))
+        loss, norm = stepper.update(nats, learning_rate(training, stepper.step))
+        stability.see(stepper.step, loss, norm)
         with torch.no_grad():
             if remedy.center:
                 table.sub_(table.mean(dim=0))
             share = table.mean(dim=0).square().sum() * len(table) / table.square().sum()
         common = max(common, float(share))
-    rises = trainer.stability.metrics()
-    return {"dev_loss": trainer.dev_loss(), **rises, "common_share_largest": common}
+    found = dev_loss(stepper.model, machine, dev_windows(corpus, training))
+    return {"dev_loss": found, **stability.metrics(), "common_share_largest": common}
 
 
 def summary(rows: pd.DataFrame) -> str:

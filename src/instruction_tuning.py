@@ -10,9 +10,7 @@ Exit codes as in run_experiment.py. Shapes: B examples, T tokens, N answer token
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
-import json
 import math
 import sys
 import time
@@ -21,9 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -31,10 +27,12 @@ from src.compute import compute_config as machine
 from src.compute import runtime
 from src.compute.compute_config import Machine
 from src.data.chat_template import chat_template
+from src.data.instructions import END, Batches, Example, collate, encode, read_rows
+from src.evaluation.metrics import computed
 from src.evaluation.trained_run import TrainedRun, export_again, load_run
 from src.models.export import NotLoadable, export
 from src.models.transformer import Transformer
-from src.spec import config, costs
+from src.spec import config
 from src.spec.command_line import OK, OUR_FAULT, TRY_AGAIN, refuse
 from src.spec.config import TrainingConfig
 from src.spec.metric_keys import REQUESTS, complete
@@ -42,19 +40,11 @@ from src.spec.progress import Progress
 from src.storage import checkpoint
 from src.storage.files import read_json
 from src.storage.run_dir import Held, Preemption, RunDir, write_json
-from src.train import NonFinite, build_optimizer, learning_rate, next_token_loss
+from src.train import final_loss
+from src.training_step import NonFinite, Stepper, learning_rate, next_token_loss
 
-END = 0  # <|endoftext|>: begins each prompt and ends each answer
 SAMPLES = 4
 SAMPLE_TOKENS = 48
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Token ids of prompt and answer; targets before `answer_start` are not trained on."""
-
-    ids: NDArray[np.int64]
-    answer_start: int  # index into ids of the answer's first token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,67 +55,6 @@ class Asked:
     batch_size: int
     learning_rate: float
     seed: int
-
-
-# ------------------------------------------------------------------------------------- examples
-
-
-def encode(tokenizer: Tokenizer, prompt: str, answer: str, context: int) -> Example:
-    """One example of at most context + 1 tokens: long answers lose their end, long prompts (which
-    then no longer fit) their beginning, so that an answer always follows its own prompt's end."""
-    head = [END, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    tail = [*tokenizer.encode(answer, add_special_tokens=False).ids, END][: max(1, context // 2)]
-    head = head[-(context + 1 - len(tail)) :]
-    return Example(np.array(head + tail, dtype=np.int64), len(head))
-
-
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a file of scripts/download_instructions.py; ValueError where it is not one."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
-        if not rows or not all({"prompt", "answer"} <= row.keys() for row in rows):
-            raise ValueError("rows need the keys prompt and answer")
-    except FileNotFoundError:
-        raise ValueError(
-            f"{file}: found no such file, expected instructions; make them with: python "
-            f"scripts/download_instructions.py --output {file.parent}"
-        ) from None
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: found no instructions ({error}); download them again") from None
-    return rows
-
-
-def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """(B, T + 1) ids padded on the right, and (B, T) whether a target belongs to an answer."""
-    width = max(len(example.ids) for example in examples)
-    tokens = torch.full((len(examples), width), END, dtype=torch.int64)
-    answers = torch.zeros(len(examples), width - 1, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.ids)] = torch.from_numpy(example.ids)
-        answers[row, example.answer_start - 1 : len(example.ids) - 1] = True
-    return tokens, answers
-
-
-class Batches:
-    """The batch of a step depends on (seed, step) alone, so a resumed run has nothing to replay."""
-
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
-        self._examples, self._seed = examples, seed
-        self.size = min(batch_size, len(examples))
-        self._order = functools.lru_cache(maxsize=2)(self._permutation)
-
-    @property
-    def per_epoch(self) -> int:
-        return len(self._examples) // self.size
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
-
-    def __getitem__(self, step: int) -> list[Example]:
-        epoch, place = divmod(step, self.per_epoch)
-        chosen = self._order(epoch)[place * self.size : (place + 1) * self.size]
-        return [self._examples[index] for index in chosen]
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -219,14 +148,14 @@ def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: s
         base.model.to(chosen.device)
         before = samples(base.model, base.tokenizer, rows["validation"], base.context)
         try:
-            loop = _Loop(base.model, training, batches, directory, chosen, digests)
-            done = loop.run(examples["validation"])
+            tuner = Tuner(base.model, training, batches, directory, chosen, digests)
+            done = tuner.run(examples["validation"])
         except NonFinite as error:
             directory.record_failure("NonFinite", str(error))
             print(error, file=sys.stderr)
             return OUR_FAULT
         if not done:
-            print(f"{directory.path}: stopped at step {loop.step}; run me again")
+            print(f"{directory.path}: stopped at step {tuner.step}; run me again")
             return TRY_AGAIN
         losses = [row["answer_loss"] for row in directory.rows("dev")]
         after = samples(base.model, base.tokenizer, rows["validation"], base.context)
@@ -240,8 +169,8 @@ def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: s
             directory.record_failure("NotLoadable", str(error))
             print(error, file=sys.stderr)
             return OUR_FAULT
-        wall = max(time.perf_counter() - begun, loop.seconds)
-        directory.finish(_metrics(base, resolved, digest, loop, chosen, wall))
+        wall = max(time.perf_counter() - begun, tuner.seconds)
+        directory.finish(_metrics(base, resolved, digest, tuner, wall))
         _tell(found)
     return OK
 
@@ -281,36 +210,24 @@ def _resolved(
     }
 
 
-class _Loop:
-    """Evaluate, save, stop?, step, log; everything that a checkpoint holds."""
+class Tuner(Stepper):
+    """The tuning's step, its held-out loss, and everything that its checkpoints hold."""
 
     def __init__(
         self, model: Transformer, training: TrainingConfig, batches: Batches, directory: RunDir,
-        chosen: Machine, digests: dict[str, str],
+        machine: Machine, digests: dict[str, str],
     ) -> None:  # fmt: skip
-        self.model, self.training, self.batches = model, training, batches
-        self.directory, self.chosen, self.digests = directory, chosen, digests
-        self.optimizer = build_optimizer(model, training)
-        self.step, self.seconds_before = 0, 0.0
-        self.begun = time.perf_counter()
+        super().__init__(model, training, machine)
+        self.batches, self.directory, self.digests = batches, directory, digests
         found = checkpoint.load_latest(
             directory.checkpoints, digests=digests, misfit=directory.misfit
         )
-        if found is None:
-            directory.truncate(0)
-            return
-        state, _ = found
-        model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds_before = state["step"], state["seconds"]
-        directory.truncate(state["metrics_offset"])
-
-    @property
-    def seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.begun
+        if found is not None:
+            self.load_state(found[0])
+        directory.truncate(0 if found is None else found[0]["metrics_offset"])
 
     def run(self, held_out: Sequence[Example]) -> bool:
-        """Train to the end (True) or to a signal (False)."""
+        """Train to the end (True) or to a signal (False): evaluate, save, stop?, step, log."""
         steps, saved_at = self.training.steps, time.perf_counter()
         name = self.directory.path.name
         with Preemption() as stop, Progress(name, steps, "steps", done=self.step) as progress:
@@ -324,53 +241,31 @@ class _Loop:
                     saved_at = time.perf_counter()
                 if last or stop.requested:
                     return last
-                self._train_step()
+                nats, count = answer_nats(self.model, self.batches[self.step], self.machine)
+                self.scaler.scale(nats).backward()
+                rate = learning_rate(self.training, self.step)
+                loss, _ = self.update(nats.detach(), rate)
+                self._append("train", train_loss=loss, learning_rate=rate, answer_tokens=count)
                 progress.advance()
 
     def _evaluate(self, held_out: Sequence[Example]) -> None:
         rows = self.directory.rows("dev")
         if rows and rows[-1]["step"] == self.step:
             return
-        loss = held_out_loss(self.model, held_out, self.chosen)
+        loss = held_out_loss(self.model, held_out, self.machine)
         if not math.isfinite(loss):
             raise NonFinite(f"step {self.step}: the held-out answer loss is {loss}")
-        self.directory.append(self._row("dev", answer_loss=loss))
+        self._append("dev", answer_loss=loss)
 
-    def _train_step(self) -> None:
-        nats, count = answer_nats(self.model, self.batches[self.step], self.chosen)
-        nats.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
-        loss, size = float(nats.detach()), float(norm)
-        if not (math.isfinite(loss) and math.isfinite(size)):
-            raise NonFinite(f"step {self.step + 1}: loss {loss}, gradient norm {size}")
-        rate = learning_rate(self.training, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_ratio"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.directory.append(
-            self._row("train", train_loss=loss, learning_rate=rate, answer_tokens=count)
-        )
-
-    def _row(self, kind: str, **values: Any) -> dict[str, Any]:
+    def _append(self, kind: str, **values: Any) -> None:
         tokens = self.step * self.training.step_tokens
-        return {"step": self.step, "tokens": tokens, "kind": kind, **values,
-                "elapsed_s": self.seconds}  # fmt: skip
+        row = {"step": self.step, "tokens": tokens, "kind": kind, **values}
+        self.directory.append({**row, "elapsed_s": self.seconds})
 
     def _save(self) -> None:
         self.directory.sync()
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "metrics_offset": self.directory.offset(),
-            "seconds": self.seconds,
-        }
-        checkpoint.save(
-            self.directory.checkpoints, state, step=self.step, digests=self.digests,
-            environment=runtime.environment_stamp(self.chosen.device),
-        )  # fmt: skip
+        offset = self.directory.offset()
+        self.save_state(self.directory.checkpoints, self.digests, metrics_offset=offset)
 
 
 def _tuning_json(
@@ -401,21 +296,14 @@ _SHAPE_KEYS = (
 
 
 def _metrics(
-    base: TrainedRun,
-    resolved: dict[str, Any],
-    digest: str,
-    loop: _Loop,
-    chosen: Machine,
-    wall: float,
+    base: TrainedRun, resolved: dict[str, Any], digest: str, tuner: Tuner, wall: float
 ) -> dict[str, Any]:
     """metrics.json: what the run is and what it cost. Its losses are answers', not a corpus', so
     they stand in tuning.json alone."""
     before = read_json(base.path / "metrics.json")
-    device_name = runtime.device_name(chosen.device)
-    price = costs.price_per_hour(chosen.device.type, device_name)
-    stamp = runtime.environment_stamp(chosen.device)
-    trained = [row["train_loss"] for row in loop.directory.rows("train")]
-    training = loop.training
+    stamp = runtime.environment_stamp(tuner.machine.device)
+    device_name = runtime.device_name(tuner.machine.device)
+    training = tuner.training
     return complete(
         {
             **{key: before.get(key) for key in _SHAPE_KEYS},
@@ -431,21 +319,15 @@ def _metrics(
             "data_sha256": resolved["data_sha256"],
             "git_sha": stamp.get("git_sha"),
             "git_dirty": stamp.get("git_dirty"),
-            "device": chosen.device.type,
-            "device_name": device_name,
-            "precision": chosen.precision,
-            "threads": chosen.threads,
-            "tokens": loop.step * training.step_tokens,
-            "steps": loop.step,
+            "tokens": tuner.step * training.step_tokens,
+            "steps": tuner.step,
             "batch_size": training.batch_size,
             "seq_len": training.seq_len,
             "learning_rate": training.learning_rate,
             "embedding_lr_ratio": training.embedding_lr_ratio,
-            "train_loss": float(np.mean(trained[-max(1, len(trained) // 20) :])),
-            "train_seconds": loop.seconds,
-            "wall_seconds": wall,
-            "gpu_hours": wall / 3600 if chosen.device.type == "cuda" else None,
-            "cost_usd": None if price is None else wall / 3600 * price,
+            "train_loss": final_loss(tuner.directory.rows("train")),
+            "train_seconds": tuner.seconds,
+            **computed(tuner.machine, device_name, wall),
         }
     )
 

@@ -1,11 +1,14 @@
-"""Refuses, in about a second and before anything is written, what cannot work."""
+"""A run as asked for; what cannot work is refused in about a second, before anything is written."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from src.compute.compiler import compiler
+from src.compute.process_group import ProcessGroup
 from src.data import leakage, requests
 from src.data import tasks as smallbench
 from src.data import tokens as data
@@ -16,20 +19,43 @@ from src.spec.config import RunConfig, Sweep
 from src.storage import address, run_dir
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunContext:
+    """One run as asked for, in its sweep, and where it happens."""
+
+    run: RunConfig
+    sweep: Sweep
+    allocations: Mapping[str, Allocation]  # of every experiment of `sweep`
+    data: data.TokenData
+    log_dir: Path
+    device: str
+    remote: str | None = None  # a store's address
+    group: ProcessGroup | None = None  # the processes that share each batch, where it has several
+
+    @property
+    def name(self) -> str:
+        return self.run.run_name
+
+    @property
+    def allocation(self) -> Allocation:
+        return self.allocations[self.run.experiment]
+
+
 def check(
     run: RunConfig,
-    answer: Allocation,
     sweep: Sweep,
+    allocations: Mapping[str, Allocation],
     *,
     log_dir: Path,
     device: str,
     remote: str | None,
-) -> data.TokenData:
-    """The verified tokens of `run`; ValueError, one sentence, for whatever would fail later."""
+) -> RunContext:
+    """`run` with its verified tokens; ValueError, one sentence, for whatever would fail later."""
     _check_machine(run, device, remote)
     run_dir.check_log_dir(log_dir)
     checkpoints = log_dir / run.run_name / "checkpoints"
-    run_dir.check_disk(checkpoints, 12 * answer.params.total)  # weights, two moments; float32
+    parameters = allocations[run.experiment].params.total
+    run_dir.check_disk(checkpoints, 12 * parameters)  # weights, two moments; float32
     tokens = data.load(run.token_dir, run.model.vocab_size, run.data.train_tokens)
     training = run.training
     data.Windows(
@@ -42,19 +68,22 @@ def check(
         _check_kill_rule(run, sweep)
     costs.check()
     if "smallbench_accuracy" in run.evaluation.metrics:
-        directory = Path(run.evaluation.smallbench_dir)
         _check_smallbench(
             run.smallbench_tasks,
-            directory,
+            Path(run.evaluation.smallbench_dir),
             run.evaluation.smallbench_limit,
             run.evaluation.blimp_full,
             tokens.tokenizer_path,
         )
+        directory = Path(run.evaluation.smallbench_dir)
         leakage.contaminated_rows(run.evaluation.leakage, directory, tokens.corpus)
     if run.evaluation.outside_dir is not None:
         for name in ("validation", "test") if run.evaluation.test else ("validation",):
             data.outside_texts(Path(run.evaluation.outside_dir), name)
-    return tokens
+    return RunContext(
+        run=run, sweep=sweep, allocations=allocations, data=tokens,
+        log_dir=log_dir, device=device, remote=remote,
+    )  # fmt: skip
 
 
 def _check_machine(run: RunConfig, device: str, remote: str | None) -> None:

@@ -11,44 +11,20 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from src.compute.process_group import PeerLost, Team, size
-from src.data.tokens import TokenData
+from src.compute.process_group import PeerLost, ProcessGroup, size
 from src.evaluation import metrics as record
-from src.spec.allocation import Allocation
+from src.preflight import RunContext
 from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
-from src.spec.config import RunConfig, Sweep
 from src.storage.run_dir import Held, RunDir, differences, exported, read_failure, write_json
 
 
 class Preempted(BaseException):
     """Somebody wants this process to end; nothing is lost, run me again."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunContext:
-    """One run as asked for, in its sweep, and where it happens."""
-
-    run: RunConfig
-    sweep: Sweep
-    allocations: Mapping[str, Allocation]  # of every experiment of `sweep`
-    data: TokenData
-    log_dir: Path
-    device: str
-    remote: str | None = None  # a store's address
-    team: Team | None = None  # the processes that share each batch, where there are several
-
-    @property
-    def name(self) -> str:
-        return self.run.run_name
-
-    @property
-    def allocation(self) -> Allocation:
-        return self.allocations[self.run.experiment]
 
 
 def execute(context: RunContext) -> int:
@@ -102,13 +78,13 @@ def execute_together(context: RunContext) -> int:
     if size() == 1:
         return execute(context)
     try:
-        with Team.join(context.device) as team:
-            if team.rank:
-                from src.worker_rank import assist
+        with ProcessGroup.join(context.device) as group:
+            if group.rank:
+                from src.training_step import serve_gradients
 
-                return assist(context.run, context.allocation.model, context.data, team)
-            code = execute(replace(context, device=str(team.device), team=team))
-            team.dismiss(code)
+                return serve_gradients(context.run, context.allocation.model, context.data, group)
+            code = execute(replace(context, device=str(group.device), group=group))
+            group.shut_down(code)
             return code
     except PeerLost as lost:
         print(f"{context.name}: {lost}", file=sys.stderr)
@@ -247,7 +223,7 @@ def _train_and_measure(
     from src.evaluation import evaluate as evaluation
     from src.models.export import export
 
-    run, data, team, answer = context.run, context.data, context.team, context.allocation
+    run, data, answer = context.run, context.data, context.allocation
     chosen = machine.choose(
         run.training, answer.model, context.log_dir, context.device, context.name
     )
@@ -263,8 +239,8 @@ def _train_and_measure(
         flush=True,
     )
     outcome = train.train(
-        run, answer.model, data, directory, chosen,
-        digests=digests, on_saved=remote.saved(directory), fenced=remote.fenced, team=team,
+        context, directory, chosen, digests,
+        on_saved=remote.saved(directory), fenced=remote.fenced,
     )  # fmt: skip
     write_json(
         directory.path / "environment.json", environment | {"computed": list(outcome.conditions)}
@@ -272,8 +248,8 @@ def _train_and_measure(
     if outcome.status == "preempted":
         # Not a return: the other runs of this command must not begin.
         raise Preempted(f"{outcome.reason} at step {outcome.step} of {run.run_name}")
-    if team is not None:
-        team.dismiss(OK)  # this process evaluates alone
+    if context.group is not None:
+        context.group.shut_down(OK)  # this process evaluates alone
     evaluated = time.perf_counter()
     measured: dict[str, Any] = {}
     if outcome.status == "trained":

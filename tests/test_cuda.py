@@ -24,7 +24,7 @@ from src.evaluation import perplexity
 from src.models.loss import chunked_cross_entropy
 from src.models.transformer import Transformer, causal_attention
 from src.spec.config import ModelConfig
-from src.train import next_token_loss
+from src.training_step import next_token_loss
 from tests.models.test_loss import plain_cross_entropy
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))

@@ -20,8 +20,8 @@ import torch
 
 from src import instruction_tuning as tuning
 from src.compute.compute_config import Machine
+from src.data.instructions import Batches, Example
 from src.evaluation.trained_run import TrainedRun, load_run
-from src.instruction_tuning import Batches, Example
 from tests import ROOT
 
 CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)

@@ -295,10 +295,10 @@ def test_a_diverged_run_ends_with_70_and_its_rerun_with_78(
 ):
     update = train.Trainer.update
 
-    def poisoned(self, nats):
+    def poisoned(self, nats, rate):
         if self.step == 12 and self.run.experiment == "base":
             next(self.model.parameters()).grad[0, 0] = float("nan")
-        return update(self, nats)
+        return update(self, nats, rate)
 
     monkeypatch.setattr(train.Trainer, "update", poisoned)
     arguments = ["--config", tiny_sweep, "--log_dir", logs, "--exp", "base", "deep"]

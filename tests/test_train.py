@@ -20,10 +20,12 @@ from src import train
 from src.compute.compute_config import Machine
 from src.data import tokens as data
 from src.evaluation import metrics as record
+from src.preflight import RunContext
 from src.spec import allocation, config
 from src.spec.config import RunConfig, TrainingConfig
 from src.storage.run_dir import RunDir, read_rows
-from src.train import NonFinite, Outcome, build_model, build_optimizer, learning_rate
+from src.train import Outcome
+from src.training_step import NonFinite, build_model, build_optimizer, learning_rate
 
 CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)
 FINAL_STEP = 20
@@ -54,10 +56,14 @@ class Lab:
         resolved, digest = record.resolved(run, self.answers, sweep, tokens)
         with RunDir.open(self.log_dir / under, run.run_name) as directory:
             directory.claim_config(resolved, digest)
-            return train.train(
-                run, answer.model, tokens, directory, machine,
-                digests=record.digests(digest, tokens),
-            )  # fmt: skip
+            context = self.context(run, sweep, tokens)
+            return train.train(context, directory, machine, record.digests(digest, tokens))
+
+    def context(self, run: RunConfig, sweep: Any, tokens: Any) -> RunContext:
+        return RunContext(
+            run=run, sweep=sweep, allocations=self.answers, data=tokens, log_dir=self.log_dir,
+            device="cpu",
+        )  # fmt: skip
 
     def path(self, name: str = "base", under: str = "logs") -> Path:
         return self.log_dir / under / name
@@ -118,10 +124,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Any], N
     def plant(step: int, act: Callable[[Any], None]) -> None:
         update = train.Trainer.update
 
-        def sabotaged(self: train.Trainer, nats: torch.Tensor) -> tuple[float, float]:
+        def sabotaged(self: train.Trainer, nats: Any, rate: float) -> tuple[float, float]:
             if self.step + 1 == step:
                 act(self)
-            return update(self, nats)
+            return update(self, nats, rate)
 
         monkeypatch.setattr(train.Trainer, "update", sabotaged)
 
@@ -207,8 +213,8 @@ def test_the_outcome_names_the_largest_one_step_rise(lab):
     outcome = lab.train()
     losses = [row["train_loss"] for row in lab.rows() if row["kind"] == "train"]
     rises = [after - before for before, after in itertools.pairwise(losses)]
-    assert outcome.largest_rises["loss_largest_rise_nats"] == max(rises)
-    assert outcome.largest_rises["loss_largest_rise_step"] == rises.index(max(rises)) + 2
+    assert outcome.metrics["loss_largest_rise_nats"] == max(rises)
+    assert outcome.metrics["loss_largest_rise_step"] == rises.index(max(rises)) + 2
 
 
 def test_a_rerun_is_equal_to_the_last_bit(reference, lab):
@@ -335,9 +341,7 @@ def test_a_checkpoint_of_another_config_is_refused(lab):
         RunDir.open(lab.log_dir / "logs", "base") as directory,
         pytest.raises(ValueError, match="config"),
     ):
-        train.train(
-            run, answer.model, tokens, directory, CPU, digests=record.digests(digest, tokens)
-        )
+        train.train(lab.context(run, sweep, tokens), directory, CPU, record.digests(digest, tokens))
 
 
 # ------------------------------------------------------------------------------------ not finite
@@ -387,9 +391,9 @@ RULE = ("kill_rule.margin_ppl=0.5", "kill_rule.window_tokens=1280", "kill_rule.g
 
 
 def test_a_run_far_behind_the_baseline_is_killed_at_the_window(lab):
-    assert lab.train("base", *RULE).kill_verdict is None  # the baseline judges nobody
+    assert "kill_verdict" not in lab.train("base", *RULE).metrics  # the baseline judges nobody
     outcome = lab.train("idle", *RULE)
-    assert outcome.status == "killed" and outcome.kill_verdict == "kill"
+    assert outcome.status == "killed" and outcome.metrics["kill_verdict"] == "kill"
     event = [row for row in lab.rows("idle") if row["kind"] == "event"]
     base, idle = (
         {row["tokens"]: row["dev_perplexity"] for row in lab.rows(name) if row["kind"] == "dev"}
@@ -416,8 +420,11 @@ def test_record_writes_the_verdict_and_lets_the_run_go_on(lab):
     lab.train("base", *rule, under="recorded")
     recorded = lab.train("idle", *rule, under="recorded")
     assert (recorded.status, recorded.step) == ("trained", FINAL_STEP)
-    assert (recorded.kill_verdict, recorded.kill_action) == ("kill", "record")
-    assert recorded.kill_tokens == stopped.kill_tokens == stopped.step * 256
+    assert (recorded.metrics["kill_verdict"], recorded.metrics["kill_action"]) == (
+        "kill",
+        "record",
+    )
+    assert recorded.metrics["kill_tokens"] == stopped.metrics["kill_tokens"] == stopped.step * 256
     ours, theirs = (checks_by_the_rule(lab, under) for under in ("recorded", "logs"))
     assert ours[: len(theirs)] == theirs and len(ours) > len(theirs)
     assert {row["verdict"] for row in ours[len(theirs) :]} == {"kill"}
@@ -441,10 +448,10 @@ def test_each_check_says_which_part_of_the_baselines_curve_was_there(lab, at_ste
     assert {(r["verdict"], r["baseline_checks"], r["baseline_tokens"]) for r in blind} == {
         ("none", 0, None)
     }
-    assert outcome.kill_checks_without_baseline == len(blind) == 2
+    assert outcome.metrics["kill_checks_without_baseline"] == len(blind) == 2
     assert checks[len(blind)]["baseline_check"] and outcome.status == "killed"
     assert checks[-1]["baseline_tokens"] == FINAL_STEP * 256
-    assert outcome.kill_tokens == checks[-1]["tokens"] == 15 * 256
+    assert outcome.metrics["kill_tokens"] == checks[-1]["tokens"] == 15 * 256
 
 
 def test_grace_changes_the_verdict_and_both_are_recorded(lab):
@@ -452,13 +459,16 @@ def test_grace_changes_the_verdict_and_both_are_recorded(lab):
     lab.train("base", *rule)
     outcome = lab.train("idle", *rule)
     assert (outcome.status, outcome.step) == ("trained", FINAL_STEP)
-    assert (outcome.kill_verdict, outcome.kill_verdict_literal) == ("keep", "kill")
+    assert (outcome.metrics["kill_verdict"], outcome.metrics["kill_verdict_literal"]) == (
+        "keep",
+        "kill",
+    )
 
 
 def test_without_a_baseline_curve_there_is_no_verdict(lab):
     outcome = lab.train("idle", *RULE)
-    assert (outcome.status, outcome.kill_verdict) == ("trained", "none")
-    assert outcome.kill_verdict_literal == "none"
+    assert (outcome.status, outcome.metrics["kill_verdict"]) == ("trained", "none")
+    assert outcome.metrics["kill_verdict_literal"] == "none"
 
 
 def test_a_baseline_of_another_budget_judges_nobody(lab):

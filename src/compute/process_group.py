@@ -1,12 +1,12 @@
 """Several processes, one run: torchrun --nproc-per-node N run_experiment.py ... --exp one
 
-Rank 0 is the run: it alone holds the lock, writes, evaluates, decides, and owns the optimizer. The
-others are its hands: each step they get the parameters, compute the gradients of their share of the
-batch and send them back. That moves as many bytes as an all-reduce would, and leaves a single copy
-of everything that a checkpoint holds, so that no two ranks can come to disagree; a wrapped model
-(DistributedDataParallel) would need an optimizer, a scaler and a signal handler that agree on every
-rank. Sums are taken in the order of the ranks' tree, so bits depend on their number: a run goes on
-with as many processes as it was begun with.
+Rank 0 is the run: it alone holds the lock, writes, evaluates, decides, and owns the optimizer. Each
+step the other ranks get the parameters, compute the gradients of their share of the batch and send
+them back. Why not DistributedDataParallel: it needs an optimizer, a scaler, generators and a signal
+handler that agree on every rank, and a checkpoint that is everybody's; here there is one copy of
+each, so no two ranks can disagree, and as many bytes move as in an all-reduce. Sums are taken in
+the order of the ranks' tree, so bits depend on their number: a run goes on with as many processes
+as it was begun with.
 
 torch is imported only when a group is joined.
 """
@@ -66,19 +66,19 @@ def check(runs: Sequence[RunConfig] | None) -> None:
 
 
 @dataclass
-class Team:
+class ProcessGroup:
     """The processes of one run, seen from one of them."""
 
     rank: int
     size: int
     device: torch.device
     stop: bool = False  # whether a process was signalled, known to rank 0 after each step
-    dismissed: bool = False
+    ended: bool = False
 
     @classmethod
     @contextlib.contextmanager
-    def join(cls, device: str) -> Iterator[Team]:
-        """Meet the other processes, and leave them at the end; rank 0 then dismisses who is left.
+    def join(cls, device: str) -> Iterator[ProcessGroup]:
+        """Meet the other processes, and leave them at the end; rank 0 then shuts down who is left.
 
         `device` is --device; auto or cuda is one GPU each. Raises PeerLost.
         """
@@ -105,12 +105,14 @@ class Team:
                 world_size=processes,
                 timeout=PATIENCE,
             )
-        team = cls(rank, processes, chosen)
+        group = cls(rank, processes, chosen)
         try:
-            yield team
+            yield group
         finally:
             if rank == 0:
-                team.dismiss(TRY_AGAIN)  # where it has not been said how it ended: by an exception
+                group.shut_down(
+                    TRY_AGAIN
+                )  # where it has not been said how it ended: by an exception
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
@@ -119,11 +121,11 @@ class Team:
         rows = len(batch) // self.size
         return batch[self.rank * rows : (self.rank + 1) * rows]
 
-    def tell(self, *message: Any) -> None:
+    def announce(self, *message: Any) -> None:
         """Rank 0: say what comes next to all others."""
         self._pass_on([message])
 
-    def hear(self) -> tuple[Any, ...]:
+    def receive(self) -> tuple[Any, ...]:
         """The others: what comes next."""
         box: list[Any] = [None]
         self._pass_on(box)
@@ -136,7 +138,7 @@ class Team:
         with _peers():
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
 
-    def spread(self, parameters: Sequence[torch.Tensor]) -> None:
+    def broadcast(self, parameters: Sequence[torch.Tensor]) -> None:
         """Make every process's `parameters` rank 0's."""
         import torch
         import torch.distributed as dist
@@ -149,7 +151,7 @@ class Team:
                 for parameter, part in _cut(flat, parameters):
                     parameter.copy_(part)
 
-    def add_up(
+    def reduce(
         self, parameters: Sequence[torch.Tensor], nats: torch.Tensor, stop: bool
     ) -> torch.Tensor:
         """Rank 0's gradients and nats become the sums over all processes; returns the nats.
@@ -171,12 +173,12 @@ class Team:
             self.stop = bool(flat[-1] > 0)
         return flat[-2]
 
-    def dismiss(self, code: int) -> None:
+    def shut_down(self, code: int) -> None:
         """Rank 0: let the others end with `code`; once, and also when they are gone already."""
-        if not self.dismissed:
-            self.dismissed = True
+        if not self.ended:
+            self.ended = True
             with contextlib.suppress(PeerLost):
-                self.tell("end", code)
+                self.announce("end", code)
 
 
 def _cut(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -211,57 +210,45 @@ def metrics(
 ) -> dict[str, Any]:
     """metrics.json: `facts`, how training ended, and what was measured (see docs/METRICS.md).
 
-    `outcome` is a `src.train.Outcome`.
+    `outcome` is a `src.train.Outcome`; of a killed run its last dev evaluation stands.
     """
-    machine = outcome.machine
-    tokens = outcome.step * facts["batch_size"] * facts["seq_len"]
     # Earlier attempts of a resumed run trained too; their start-up is not counted.
-    wall = max(wall_seconds, outcome.train_seconds + eval_seconds)
-    on_gpu = machine.device.type == "cuda"
-    hours = wall / 3600 * (outcome.processes if on_gpu else 1)  # a GPU each; one CPU for all
-    price = costs.price_per_hour(machine.device.type, outcome.device_name)
+    wall = max(wall_seconds, outcome.metrics["train_seconds"] + eval_seconds)
     return metric_keys.complete(
         {
             **facts,
             "status": "killed" if outcome.status == "killed" else "finished",
             "reason": outcome.reason,
-            "kill_verdict": outcome.kill_verdict,
-            "kill_verdict_literal": outcome.kill_verdict_literal,
-            "kill_action": outcome.kill_action,
-            "kill_tokens": outcome.kill_tokens,
-            "kill_checks_without_baseline": outcome.kill_checks_without_baseline,
-            "device": machine.device.type,
-            "device_name": outcome.device_name,
             "compute_digest": run_identity.compute_digest(outcome.conditions),
-            "precision": machine.precision,
-            "micro_batch": machine.micro_batch,
-            "loss_chunk": machine.loss_chunk,
-            "compile": machine.compile,
-            "threads": machine.threads,
-            "tokens": tokens,
+            "tokens": outcome.step * facts["batch_size"] * facts["seq_len"],
             "steps": outcome.step,
-            "train_loss": outcome.train_loss,
-            **outcome.largest_rises,
-            **_dev_of_training(outcome),
+            **outcome.metrics,
             **measured,
-            "train_seconds": outcome.train_seconds,
             "eval_seconds": eval_seconds,
-            "wall_seconds": wall,
-            "tokens_per_s": outcome.tokens_per_s,
-            "gpu_utilisation_percent": outcome.gpu_utilisation_percent,
-            "train_peak_memory_mib": outcome.peak_memory_mib,
-            "gpu_hours": hours if on_gpu else None,
-            "cost_usd": None if price is None else hours * price,
+            **computed(outcome.machine, outcome.metrics["device_name"], wall, outcome.processes),
         }
     )
 
 
-def _dev_of_training(outcome: Any) -> dict[str, Any]:
-    """What a killed run has: its last dev evaluation; overwritten by the whole split's."""
-    loss = outcome.dev_loss
+def computed(machine: Any, device_name: str, wall: float, processes: int = 1) -> dict[str, Any]:
+    """How a run was computed, and what its `wall` seconds cost.
+
+    `machine` is a `src.compute.compute_config.Machine`.
+    """
+    on_gpu = machine.device.type == "cuda"
+    hours = wall / 3600 * (processes if on_gpu else 1)  # a GPU each; one CPU for all
+    price = costs.price_per_hour(machine.device.type, device_name)
     return {
-        "dev_loss": loss,
-        "dev_perplexity": None if loss is None else math.exp(loss),
+        "device": machine.device.type,
+        "device_name": device_name,
+        "precision": machine.precision,
+        "micro_batch": machine.micro_batch,
+        "loss_chunk": machine.loss_chunk,
+        "compile": machine.compile,
+        "threads": machine.threads,
+        "wall_seconds": wall,
+        "gpu_hours": hours if on_gpu else None,
+        "cost_usd": None if price is None else hours * price,
     }
 
 

@@ -84,6 +84,17 @@ def verdict(rule: KillRule, baseline: Curve, run: Curve) -> Verdict:
     )
 
 
+def row(found: Verdict, baseline: Curve, tokens: int) -> dict[str, Any]:
+    """One check at `tokens` for the log, and the part of the baseline's curve that was there."""
+    return {
+        "verdict": found.kind,
+        "verdict_literal": found.literal_kind,
+        "baseline_check": any(seen == tokens for seen, _ in baseline),
+        "baseline_checks": len(baseline),
+        "baseline_tokens": baseline[-1][0] if baseline else None,
+    }
+
+
 def comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Of two runs' config.yaml: same schedule, batches, dev windows and data, so that equal tokens
     mean equal conditions."""

@@ -19,16 +19,22 @@ from torch import Tensor
 
 from src.compute import runtime
 from src.compute.compute_config import Machine
-from src.data.tokens import TokenData, Windows
+from src.data.tokens import TokenData
 from src.models.transformer import Transformer
 from src.spec import config
 from src.spec.allocation import Allocation
-from src.spec.config import RunConfig, TrainingConfig
+from src.spec.config import RunConfig
 from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
 from src.spec.progress import Progress
 from src.storage import checkpoint
 from src.storage.run_dir import Preemption, write_json
-from src.train import build_model, build_optimizer, next_token_loss
+from src.training_step import (
+    NonFinite,
+    Stepper,
+    build_model,
+    next_token_loss,
+    training_windows,
+)
 
 OVERFIT_TOKENS = 1_024
 OVERFIT_LOSS = 0.1  # nats a token
@@ -45,32 +51,19 @@ SMOOTHING = 0.8  # of the ramp's losses
 DIVERGED = 1.5  # nats above the lowest smoothed loss: the ramp ends
 
 
-class Stepper:
-    """A fresh model of the run and its optimizer; one call is one update at a given rate."""
+def fresh_stepper(run: RunConfig, answer: Allocation, chosen: Machine) -> Stepper:
+    """A fresh model of the run. Not decayed: a ramp and a memorised batch have no schedule."""
+    assert run.training.init_seed is not None
+    model = build_model(answer.model, run.training.init_seed).to(chosen.device)
+    return Stepper(model, dataclasses.replace(run.training, weight_decay=0.0), chosen)
 
-    def __init__(self, run: RunConfig, answer: Allocation, chosen: Machine) -> None:
-        # A ramp and a memorised batch have no schedule; the groups' ratios stay.
-        self.training: TrainingConfig = dataclasses.replace(run.training, weight_decay=0.0)
-        self.chosen = chosen
-        seed = run.training.init_seed
-        assert seed is not None
-        self.model: Transformer = build_model(answer.model, seed).to(chosen.device)
-        self.optimizer = build_optimizer(self.model, self.training)
 
-    def step(self, batch: Tensor, rate: float) -> float:
-        """One update on (B, T + 1); returns the batch's nats before it."""
-        parts = batch.to(self.chosen.device).split(self.chosen.micro_batch)
-        total = torch.zeros((), device=self.chosen.device)
-        for part in parts:
-            objective, nats = next_token_loss(self.model, part, self.chosen, self.training.z_loss)
-            (objective * len(part) / len(batch)).backward()
-            total += nats * len(part) / len(batch)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_ratio"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(total)
+def train_once(stepper: Stepper, batch: Tensor, rate: float) -> float:
+    """One update on (B, T + 1); returns the batch's nats before it, NaN where it diverged."""
+    try:
+        return stepper.update(stepper.gradients(batch), rate)[0]
+    except NonFinite:
+        return math.nan
 
 
 # ----------------------------------------------------------------------------------- the checks
@@ -79,8 +72,8 @@ class Stepper:
 def initial_loss(stepper: Stepper, batch: Tensor) -> float:
     """Nats of the untrained model; close to ln V, or the initialisation prefers some tokens."""
     with torch.no_grad():
-        first = batch[: stepper.chosen.micro_batch].to(stepper.chosen.device)
-        _, nats = next_token_loss(stepper.model, first, stepper.chosen, stepper.training.z_loss)
+        first = batch[: stepper.machine.micro_batch].to(stepper.machine.device)
+        _, nats = next_token_loss(stepper.model, first, stepper.machine, stepper.training.z_loss)
     return float(nats)
 
 
@@ -172,13 +165,7 @@ class Measuring:
     ) -> None:
         self.run, self.answer, self.chosen, self.stop = run, answer, chosen, stop
         self.training, self.directory, self.digests = run.training, directory, digests
-        assert self.training.data_seed is not None
-        self.windows = Windows(
-            data.train.tokens,
-            batch_size=self.training.batch_size,
-            seq_len=self.training.seq_len,
-            seed=self.training.data_seed,
-        )
+        self.windows = training_windows(data, self.training)
 
     def result(self) -> dict[str, Any]:
         """sanity.json's content but its price; raises Interrupted after a signal."""
@@ -233,7 +220,7 @@ class Measuring:
         begun = time.perf_counter()
         first = torch.from_numpy(self.windows.batch(0))
         sequences = min(len(first), math.ceil(OVERFIT_TOKENS / self.training.seq_len))
-        stepper = Stepper(self.run, self.answer, self.chosen)
+        stepper = fresh_stepper(self.run, self.answer, self.chosen)
         start, counted = initial_loss(stepper, first), blocks(stepper.model)
 
         name = f"{self.directory.name}: memorising a batch"
@@ -241,7 +228,7 @@ class Measuring:
         def step(batch: Tensor, rate: float) -> float:
             if self.stop.requested:
                 raise Interrupted
-            loss = stepper.step(batch, rate)
+            loss = train_once(stepper, batch, rate)
             progress.advance(1, f"loss {loss:.3f}")
             return loss
 
@@ -257,7 +244,7 @@ class Measuring:
         }
 
     def _ramp(self) -> dict[str, Any]:
-        stepper = Stepper(self.run, self.answer, self.chosen)
+        stepper = fresh_stepper(self.run, self.answer, self.chosen)
         losses, before = self._resume(stepper)
         begun = saved = time.perf_counter()
         known = tuple(losses)
@@ -266,11 +253,12 @@ class Measuring:
             nonlocal saved
             now = time.perf_counter()
             if self.stop.requested or now - saved >= 60 * self.training.checkpoint_minutes:
-                self._save(stepper, losses, before + now - begun)
+                stepper.save_state(self.directory / "ramp", self.digests, losses=list(losses))
                 saved = now
             if self.stop.requested:
                 raise Interrupted
-            losses.append(stepper.step(torch.from_numpy(self.windows.batch(number)), rate))
+            batch = torch.from_numpy(self.windows.batch(number))
+            losses.append(train_once(stepper, batch, rate))
             progress.advance(1, f"rate {rate:.1e}, loss {losses[-1]:.3f}")
             return losses[-1]
 
@@ -290,23 +278,8 @@ class Measuring:
         if found is None:
             return [], 0.0
         state, _ = found
-        stepper.model.load_state_dict(state["model"])
-        stepper.optimizer.load_state_dict(state["optimizer"])
-        return list(state["losses"]), float(state["seconds"])
-
-    def _save(self, stepper: Stepper, losses: Sequence[float], seconds: float) -> None:
-        checkpoint.save(
-            self.directory / "ramp",
-            {
-                "model": stepper.model.state_dict(),
-                "optimizer": stepper.optimizer.state_dict(),
-                "losses": list(losses),
-                "seconds": seconds,
-            },
-            step=len(losses),
-            digests=self.digests,
-            environment=runtime.environment_stamp(self.chosen.device),
-        )
+        stepper.load_state(state)
+        return list(state["losses"]), stepper.seconds_before
 
 
 def draw(

@@ -24,8 +24,8 @@ from src.compute import compute_config as machine
 from src.compute import runtime
 from src.spec import allocation, config
 from src.spec.command_line import BAD_INPUT, OK
-from src.study.sanity_training import Stepper
-from src.train import compile_blocks
+from src.study.sanity_training import fresh_stepper, train_once
+from src.training_step import compile_blocks
 
 STEP_TOKENS = 8_192  # of a run's batch, which may be several times as large and as slow
 
@@ -52,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-    stepper = Stepper(run, answer, chosen)
+    stepper = fresh_stepper(run, answer, chosen)
     compile_blocks(stepper.model, chosen)
     sequences = max(chosen.micro_batch, min(training.batch_size, STEP_TOKENS // training.seq_len))
     generator = torch.Generator().manual_seed(0)
     shape = (sequences, training.seq_len + 1)
     batch = torch.randint(run.model.vocab_size, shape, generator=generator)
-    stepper.step(batch, 1e-4)
+    train_once(stepper, batch, 1e-4)
     found = {
         "device": chosen.device.type,
         "device_name": runtime.device_name(chosen.device),
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(found), flush=True)
     for _ in sys.stdin:
         begun = time.perf_counter()
-        stepper.step(batch, 1e-4)  # returns a float, so the device has finished
+        train_once(stepper, batch, 1e-4)  # returns a float, so the device has finished
         print(json.dumps({"seconds": time.perf_counter() - begun}), flush=True)
     return OK
 

@@ -17,11 +17,11 @@ import torch
 import run_experiment
 from src.compute import process_group as distributed
 from src.compute.compute_config import Machine
-from src.compute.process_group import Team
+from src.compute.process_group import ProcessGroup
 from src.data import tokens as data
 from src.spec import allocation, config
 from src.storage.run_dir import read_rows
-from src.train import batch_gradients, build_model
+from src.training_step import batch_gradients, build_model
 from tests.conftest import ROOT
 from tests.faults.bench import differences
 from tests.study.test_launch import rows, until
@@ -169,21 +169,23 @@ def test_shares_add_up_to_the_gradients_of_the_whole_batch(tiny_sweep, micro_bat
         threads=1,
     )  # fmt: skip
     model = build_model(model_config, 0)
+    batch = torch.from_numpy(windows.batch(3))
 
-    def gradients(*teams: Team | None) -> tuple[list[Any], float]:
+    def gradients(*groups: ProcessGroup | None) -> tuple[list[Any], float]:
         model.zero_grad(set_to_none=True)
         nats = sum(
-            float(batch_gradients(model, windows, 3, machine, 1e-2, lambda x: x, team))
-            for team in teams
+            float(batch_gradients(model, batch, machine, 1e-2, lambda x: x, group))
+            for group in groups
         )
         return [parameter.grad.clone() for parameter in model.parameters()], nats
 
+    groups = [ProcessGroup(rank, size, machine.device) for rank in range(size)]
     whole, nats = gradients(None)
-    shares, shared_nats = gradients(*(Team(rank, size, machine.device) for rank in range(size)))
+    shares, shared_nats = gradients(*groups)
     assert shared_nats == pytest.approx(nats, rel=1e-6)
     for a, b in zip(whole, shares, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-    rows_of = [Team(rank, size, machine.device).share(torch.arange(8)) for rank in range(size)]
+    rows_of = [group.share(torch.arange(8)) for group in groups]
     assert torch.cat(rows_of).tolist() == list(range(8))
 
 

@@ -159,9 +159,9 @@ SAVES = (1, 3, 5)  # of the seven that a run has; the first has nothing before i
 
 def noise() -> None:
     """Make the loss draw from both generators, as dropout would."""
-    from src import train
+    from src import training_step
 
-    real = train.next_token_loss
+    real = training_step.next_token_loss
 
     def loss(*arguments: Any, **named: Any) -> Any:
         import torch
@@ -169,16 +169,16 @@ def noise() -> None:
         objective, nats = real(*arguments, **named)
         return objective * (0.5 + torch.rand(()) + 0.1 * random.random()), nats
 
-    train.next_token_loss = loss
+    training_step.next_token_loss = loss
 
 
 def not_a_number(step: int) -> Arm:
     """The loss of optimizer step `step` (from 1) is NaN, and so are its gradients."""
 
     def arm() -> None:
-        from src import train
+        from src import train, training_step
 
-        real_loss, real_accumulate = train.next_token_loss, train.Trainer.accumulate
+        real_loss, real_accumulate = training_step.next_token_loss, train.Trainer.accumulate
         now = {"step": 0}
 
         def accumulate(self: Any) -> Any:
@@ -191,7 +191,7 @@ def not_a_number(step: int) -> Arm:
             return objective * bad, nats * bad
 
         train.Trainer.accumulate = accumulate  # type: ignore[method-assign]
-        train.next_token_loss = loss
+        training_step.next_token_loss = loss
 
     return arm
 

@@ -47,8 +47,8 @@ MUTANTS = (
         "F1 order of fsync and rename",
     ),
     Mutant(
-        "the record is not durable before a checkpoint", "src/train.py",
-        (("        self.directory.sync()\n        state = {", "        state = {"),),
+        "the metrics are not durable before a checkpoint", "src/train.py",
+        (("        self.directory.sync()\n", ""),),
         "F1 order of fsync and rename",
     ),
     Mutant(
@@ -63,24 +63,23 @@ MUTANTS = (
         "F3 flipped bits",
     ),
     Mutant(
-        "generators are not restored", "src/train.py",
+        "generators are not restored", "src/training_step.py",
         (('        checkpoint.restore_rng(state["rng"])\n', ""),),
         "F1 between a step and its row", quick=True,
     ),
     Mutant(
-        "the optimizer is not restored", "src/train.py",
+        "the optimizer is not restored", "src/training_step.py",
         (('        self.optimizer.load_state_dict(state["optimizer"])\n', ""),),
         "F1 between a step and its row",
     ),
     Mutant(
         "the data cursor is not restored", "src/train.py",
-        (("            self.model, self.windows, self.step, self.machine,",
-          "            self.model, self.windows, next(CURSOR), self.machine,"),
+        (("self.windows.batch(self.step)", "self.windows.batch(next(CURSOR))"),
          ("LARGEST_LOSS = 700.0", "LARGEST_LOSS = 700.0\nCURSOR = iter(range(10**9))")),
         "F1 between a step and its row",
     ),
     Mutant(
-        "the record is not cut back", "src/train.py",
+        "the metrics are not cut back", "src/train.py",
         (('        self.directory.truncate(state["metrics_offset"])\n', ""),),
         "F1 between a step and its row",
     ),
@@ -116,7 +115,7 @@ MUTANTS = (
     ),
     Mutant(
         "another config is accepted", "src/storage/run_dir.py",
-        (("        if found != digest:", "        if False:"),),
+        (("        if found not in digests:", "        if False:"),),
         "F9 another config",
     ),
     Mutant(
@@ -156,7 +155,7 @@ MUTANTS = (
         "F5 two at once",
     ),
     Mutant(
-        "NaN is trained on", "src/train.py",
+        "NaN is trained on", "src/training_step.py",
         (("        if not math.isfinite(loss) or not (math.isfinite(size) or tolerated):",
           "        if False:"),),
         "F9 NaN",
@@ -175,10 +174,9 @@ MUTANTS = (
     ),
     Mutant(
         "the store's manifest goes first", "src/storage/remote.py",
-        (("        if self._store.put(object_key, job.object_file) != (", "        if () == ("),
-         ("        self._prune()\n\n    def _manifest_names",
-          "        self._store.put(object_key, job.object_file)\n"
-          "        self._prune()\n\n    def _manifest_names")),
+        (("        self._store.put(object_key, data)\n", ""),
+         ("        self._prune()\n\n    def _prune",
+          "        self._store.put(object_key, data)\n        self._prune()\n\n    def _prune")),
         "F7 killed while it uploads",
     ),
 )  # fmt: skip

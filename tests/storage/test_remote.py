@@ -16,8 +16,8 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from src.storage import address
-from src.storage import remote as remote_module
 from src.storage.checkpoint import NoValidCheckpoint, load_latest, manifest_bytes, save
+from src.storage.object_store import ObjectStore
 from src.storage.remote import Remote, Timing
 from src.storage.run_dir import Held, RunDir
 from tests.faulty_proxy import Proxy
@@ -132,7 +132,7 @@ def test_s3_resume_from_the_remote_alone_is_bitwise(s3, tmp_path):
         assert _check_store(direct, f"{base}/emb35") == [20, 30]
         with RunDir.open(tmp_path / "b", "emb35") as there:
             other = Remote.open(uri, "emb35", local=there.path, timing=FAST)
-            assert other.owner["generation"] == 2
+            assert other.owner.generation == 2
             assert other.fetch_latest(there, digests=DIGESTS) == 30
             assert _same_files(here, there, 30)
             state, manifest = load_latest(there.checkpoints, digests=DIGESTS)
@@ -251,15 +251,15 @@ def test_the_newest_of_what_waits_is_pushed(store, tmp_path, monkeypatch):
     gate = threading.Event()
     upload = Remote._upload_checkpoint
 
-    def waiting(self, job):
+    def waiting(self, *job):
         assert gate.wait(20)
-        upload(self, job)
+        upload(self, *job)
 
     monkeypatch.setattr(Remote, "_upload_checkpoint", waiting)
     with RunDir.open(tmp_path / "a", "r") as here:
         remote = Remote.open(store, "r", timing=FAST)
         _train(here, 10, remote)
-        while remote._checkpoint is not None:  # until the thread has taken it
+        while remote._jobs:  # until the thread has taken it
             time.sleep(0.01)
         for step in (20, 30, 40):
             _train(here, step, remote)
@@ -269,16 +269,15 @@ def test_the_newest_of_what_waits_is_pushed(store, tmp_path, monkeypatch):
 
 
 def test_bytes_that_read_back_differently_are_written_again(store, tmp_path, monkeypatch):
-    real, lies = remote_module._Store.digest, []
+    real, lies = ObjectStore.sha256, []
 
     def lying(self, key):
-        size, sha256 = real(self, key)
         if key.endswith(".pt") and len(lies) < 2:
             lies.append(key)
-            return size, "0" * 64
-        return size, sha256
+            return "0" * 64
+        return real(self, key)
 
-    monkeypatch.setattr(remote_module._Store, "digest", lying)
+    monkeypatch.setattr(ObjectStore, "sha256", lying)
     _pushed(store, tmp_path, 10)
     assert len(lies) == 2
     assert _check_store(fs.LocalFileSystem(), str(tmp_path / "store" / "r")) == [10]
@@ -377,7 +376,7 @@ def test_a_living_owner_is_respected_and_named(store, tmp_path):
     assert caught.value.host == socket.gethostname() and caught.value.pid
     assert first.close(20)
     second = Remote.open(store, "r", timing=FAST)
-    assert second.owner["generation"] == 2
+    assert second.owner.generation == 2
     second.close(20)
 
 
@@ -403,15 +402,14 @@ def test_a_dead_owner_is_replaced_and_stops_when_it_wakes(store, tmp_path):
 
 def test_an_owner_replaced_during_its_upload_writes_no_manifest(store, tmp_path, monkeypatch):
     first = Remote.open(store, "r", timing=Timing(heartbeat_s=1e6, settle_s=0.0))
-    put, seconds = remote_module._Store.put, []
+    put, seconds = ObjectStore.put, []
 
     def put_then_replace(self, key, source):
-        written = put(self, key, source)
+        put(self, key, source)
         if key.endswith(".jsonl"):
             seconds.append(Remote.open(store, "r", timing=Timing(stale_s=0.0, settle_s=0.0)))
-        return written
 
-    monkeypatch.setattr(remote_module._Store, "put", put_then_replace)
+    monkeypatch.setattr(ObjectStore, "put", put_then_replace)
     with RunDir.open(tmp_path / "a", "r") as here:
         _train(here, 10, first)
         assert not first.drain(20) and first.fenced
@@ -483,7 +481,7 @@ def test_the_same_directory_takes_over_from_its_killed_process(store, tmp_path):
     with RunDir.open(tmp_path / "a", "r") as here:
         killed = Remote.open(store, "r", local=here.path, timing=Timing(settle_s=0.0))
         again = Remote.open(store, "r", local=here.path, timing=FAST)
-        assert again.owner["generation"] == killed.owner["generation"] + 1
+        assert again.owner.generation == killed.owner.generation + 1
         with pytest.raises(Held):
             Remote.open(store, "r", local=tmp_path, timing=FAST)
         again.close(20)

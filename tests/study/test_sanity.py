@@ -115,17 +115,17 @@ def test_interrupted_checks_go_on_and_find_the_same(
     monkeypatch.setattr(sanity_training, "OVERFIT_LOSS", 4.5)
     asked = loaded(tiny_sweep, "base")
     assert sanity.check(*asked, tmp_path / "whole", "cpu") is not None
-    step, calls = sanity_training.Stepper.step, {"wiring": 0, "ramp": 0}
+    step, calls = sanity_training.train_once, {"wiring": 0, "ramp": 0}
 
-    def signalled(self: sanity_training.Stepper, batch: Tensor, rate: float) -> float:
+    def signalled(stepper: Any, batch: Tensor, rate: float) -> float:
         ramping = (tmp_path / "cut" / "base-sanity" / "wiring.json").exists()
         part = "ramp" if ramping else "wiring"
         calls[part] += 1
         if calls[part] == 3 or (ramping and calls[part] % 8 == 0):
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, rate)
+        return step(stepper, batch, rate)
 
-    monkeypatch.setattr(sanity_training.Stepper, "step", signalled)
+    monkeypatch.setattr(sanity_training, "train_once", signalled)
     found: list[Any] = []
     while not found or found[-1] is None:
         assert len(found) < 10
