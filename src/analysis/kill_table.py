@@ -18,7 +18,8 @@ from src.analysis.kill_replay import Difference, Live, ReplayedRun, live_differe
 from src.analysis.run_csv import Row
 from src.analysis.run_table import read_config, read_curve, read_json
 from src.spec import kill_rule
-from src.spec.config import KillRule, run_name
+from src.spec.kill_rule import KillRule
+from src.spec.names import run_name
 from src.spec.run_identity import same_run
 
 Config = Mapping[str, Any]

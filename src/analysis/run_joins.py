@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from src.analysis.run_csv import Row
-from src.spec.config import run_name
 from src.spec.metric_keys import REQUESTS
+from src.spec.names import run_name
 from src.spec.run_identity import DATA, same_copy, same_run
 
 Sweep = Mapping[str, Any]  # what config.yaml says of the sweep's file

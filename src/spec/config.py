@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.spec import rates
+from src.spec import names, rates
+from src.spec.kill_rule import KillRule
+from src.spec.names import run_name
 from src.spec.strict_yaml import (
     build,
     checked,
@@ -27,11 +27,8 @@ from src.spec.strict_yaml import (
     parse_yaml,
     read_yaml,
 )
+from src.spec.training_config import TrainingConfig
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-RUN_SUFFIX = re.compile(
-    r"(-rank|-sanity|-seed[0-9]+)$"
-)  # what `run_name` puts behind an experiment
 PHASES = ("rank", "full")
 # What a ranking run measures, whatever the file says for full runs: dev perplexity decides, and
 # test is scored once, at the end. On a GPU the rest would take longer than 5M tokens of training.
@@ -99,64 +96,6 @@ class ModelRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig:
-    """One run's optimisation. A batch counts sequences; tokens a step = batch_size * seq_len."""
-
-    tokens: int = key(50_000_000, "a number of tokens above 0", lambda v: v > 0)
-    ranking_tokens: int = key(5_000_000, "a number of tokens above 0", lambda v: v > 0)
-    batch_size: int = key(256, "a number of sequences above 0", lambda v: v > 0)
-    # None: batch_size. A short budget needs steps: 5M tokens are 153 steps of 256 x 128.
-    ranking_batch_size: int | None = key(
-        None, "a number of sequences above 0, or null", lambda v: v > 0
-    )
-    seq_len: int = key(128, "a number of tokens of at least 2", lambda v: v >= 2)
-    learning_rate: float = key(4e-3, "a rate above 0, at most 1", lambda v: 0 < v <= 1)
-    embedding_lr_ratio: float = key(1.0, "a ratio above 0, at most 100", lambda v: 0 < v <= 100)
-    warmup_fraction: float = key(0.05, "a fraction from 0 to below 1", lambda v: 0 <= v < 1)
-    weight_decay: float = key(0.1, "a number from 0 to 10", lambda v: 0 <= v <= 10)
-    z_loss: float = key(1e-4, "a number from 0 to 1", lambda v: 0 <= v <= 1)
-    grad_clip: float = key(1.0, "a norm above 0", lambda v: v > 0)
-    init_seed: int | None = key(None, "a seed from 0 to 2^31, or null", lambda v: 0 <= v < 2**31)
-    data_seed: int | None = key(None, "a seed from 0 to 2^31, or null", lambda v: 0 <= v < 2**31)
-    # None: a twentieth of the budget, and a hundredth of it within 8,192..131,072 tokens.
-    eval_every_tokens: int | None = key(None, "tokens above 0, or null", lambda v: v > 0)
-    dev_tokens: int | None = key(None, "tokens above 0, or null", lambda v: v > 0)
-    checkpoint_minutes: float = key(15.0, "minutes above 0", lambda v: v > 0)
-    checkpoint_every_steps: int | None = key(None, "steps above 0, or null", lambda v: v > 0)
-    precision: str = one_of("auto", "auto", "fp32", "bf16", "fp16")
-    micro_batch: int | None = key(None, "sequences above 0, or null", lambda v: v > 0)
-    loss_chunk: int | None = key(None, "rows of logits above 0, or null", lambda v: v > 0)
-    compile: str = one_of("auto", "auto", "on", "off")
-    threads: int | None = key(None, "threads above 0, or null", lambda v: 0 < v <= 1024)
-    deterministic: bool = key(False, "true or false")
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.batch_size * self.seq_len
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the budget, the last one whole."""
-        return math.ceil(self.tokens / self.step_tokens)
-
-    @property
-    def warmup_steps(self) -> int:
-        return math.ceil(self.warmup_fraction * self.steps)
-
-    @property
-    def eval_every_steps(self) -> int:
-        """Steps between dev evaluations, at least one."""
-        every = self.eval_every_tokens or self.tokens / 20
-        return max(1, round(every / self.step_tokens))
-
-    @property
-    def dev_token_budget(self) -> int:
-        """Dev tokens read at each evaluation during training."""
-        return self.dev_tokens or min(131_072, max(8_192, self.tokens // 100))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     dir: str = key("data/lm_tokenized", "a directory made by scripts/preprocess_lm.py")
     # The first so many tokens of train, repeated: what do 20 epochs cost against fresh tokens?
@@ -184,34 +123,6 @@ class EvaluationConfig:
     latency: bool = key(True, "true or false")
     latency_repeats: int = key(200, "repeats above 1", lambda v: v > 1)
     latency_warmup: int = key(50, "repeats of at least 0", lambda v: v >= 0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KillRule:
-    """PRD section 4: stop when dev PPL is >= 0.5 worse than the baseline for 1M consecutive tokens.
-
-    margin_ppl: perplexity points above the baseline's perplexity that count as worse.
-    window_tokens: training tokens from the first to the last bad check of an unbroken streak.
-    grace_tokens: checks before this many training tokens start no streak. Repeats of one 124M
-        configuration differ by 0.5 PPL in the bad direction at a third of the checks in the first
-        8 % of training and at under 5 % of them after 30 %, so null means 30 % of the run's
-        budget; 0 is the PRD's own rule.
-    action: stop ends a run at its verdict; record writes the verdict and lets the run go on, so
-        that what the rule saves and costs can be counted.
-    """
-
-    action: str = one_of("stop", "stop", "record")
-    margin_ppl: float = key(0.5, "a perplexity difference above 0", lambda v: v > 0)
-    window_tokens: int = key(1_000_000, "tokens above 0", lambda v: v > 0)
-    grace_tokens: int | None = key(None, "tokens of at least 0, or null", lambda v: v >= 0)
-
-    def grace(self, budget: int) -> int:
-        """Tokens of grace in a run of `budget` tokens."""
-        return int(0.3 * budget) if self.grace_tokens is None else self.grace_tokens
-
-    def in_run(self, budget: int) -> KillRule:
-        """The rule for a run of `budget` tokens, its grace a number."""
-        return dataclasses.replace(self, grace_tokens=self.grace(budget))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,53 +202,6 @@ class Sweep:
         wanted = list(dict.fromkeys(run for name in asked for run in self.named(name)))
         wanted.sort(key=lambda name: name != self.baseline)
         return [self.run(name, seed) for name in wanted for seed in (seeds or self.seeds)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudyConfig:
-    """Phases 0 to 2 for one corpus, budget and device; read by `src.study.runner`. Paths are
-    relative to the working directory, as in the sweeps."""
-
-    embedding: str = key("configs/embed_ratio.yaml", "the sweep of embedding shares")
-    glu: str = key("configs/glu_expansion.yaml", "the sweep of GLU expansions")
-    vocabulary: str | None = key(None, "the vocabularies and heads of phase 1b, or null to skip")
-    corpus: str | None = key(None, "the corpus that missing tokens are made from, or null")
-    log_dir: str = key("logs", "a directory")
-    device: str = key("auto", "auto, cpu, cuda or cuda:N")
-    overrides: tuple[str, ...] = key((), "a list of section.key=value, as for --set")
-    noise_seeds: int = key(5, "seeds of at least 2", lambda v: v >= 2)
-    # Every share at each of these on the ranking budget; the sweep's own rate is among them.
-    learning_rates: tuple[float, ...] = key(
-        (), "a list of different rates above 0, at most 1",
-        lambda v: all(0 < rate <= 1 for rate in v) and len(set(v)) == len(v),
-    )  # fmt: skip
-    # own: later stages train each share, and what is made from it, at its own best rate.
-    rate: str = one_of("shared", "shared", "own")
-    final_seeds: int = key(3, "seeds of at least 1", lambda v: v >= 1)
-    finalists: int = key(2, "a number of configurations of at least 1", lambda v: v >= 1)
-    # all: every ranking cell at the full budget too, one seed, for the rank agreement.
-    full: str = one_of("finalists", "finalists", "all")
-    vocabulary_seeds: int = key(1, "seeds of at least 1", lambda v: v >= 1)
-    # auto: one run on all cores against one a core, measured; a run a GPU.
-    jobs: int | str = key(
-        1,
-        "auto, or runs at a time, from 1 to 64",
-        lambda v: v == "auto" or isinstance(v, int) and 1 <= v <= 64,
-    )
-    budget_usd: float = key(50.0, "dollars above 0", lambda v: v > 0)
-    runbook_budget_usd: float = key(150.0, "dollars above 0", lambda v: v > 0)
-    # None: from earlier runs of log_dir, else from a short probe on the device.
-    tokens_per_s: float | None = key(None, "tokens a second above 0, or null", lambda v: v > 0)
-
-
-def load_study(path: Path) -> StudyConfig:
-    """Read a study file; raises ValueError (one sentence) for what a user can get wrong."""
-    return build(StudyConfig, f"{path}: ", read_yaml(path, "a study file"))
-
-
-def run_name(experiment: str, phase: str, seed: int) -> str:
-    """`<exp>[-rank][-seed<k>]`: the full budget and seed 0 carry no suffix."""
-    return experiment + ("-rank" if phase == "rank" else "") + (f"-seed{seed}" if seed else "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -468,23 +332,8 @@ def _experiment_entries(where: str, entries: Any) -> list[dict[str, Any]]:
         if not isinstance(entry, Mapping):
             raise ValueError(f"{here}: found {entry!r}, expected a mapping with the key name")
         name = entry.get("name")
-        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
-            raise ValueError(
-                f"{here}.name: found {name!r}, expected 1 to 64 letters, digits, '.', '_' or "
-                "'-', the first a letter or digit"
-            )
-        if name == "all":
-            raise ValueError(f"{here}.name: found 'all', which --exp keeps for every experiment")
-        if _is_retyped(name):
-            raise ValueError(
-                f"{here}.name: found {name!r}, expected a name that readers of tables (pandas' "
-                "read_csv, say) do not take for a number or a missing value"
-            )
-        if RUN_SUFFIX.search(name):
-            raise ValueError(
-                f"{here}.name: found {name!r}, expected a name that does not end like the "
-                "directory of another experiment's ranking run or seed (-rank, -seed1)"
-            )
+        names.check(f"{here}.name", name)
+        assert isinstance(name, str)
         if name.casefold() in folded:
             raise ValueError(
                 f"{here}.name: found {name!r}, which clashes with {folded[name.casefold()]!r}; "
@@ -492,17 +341,6 @@ def _experiment_entries(where: str, entries: Any) -> list[dict[str, Any]]:
             )
         folded[name.casefold()] = name
     return [dict(entry) for entry in entries]
-
-
-def _is_retyped(name: str) -> bool:
-    """Whether a reader of tables turns the name into something else: 007, 1e5, NA, true."""
-    if name.casefold() in ("na", "null", "none", "true", "false"):
-        return True
-    try:
-        float(name)  # nan, inf and 1_000 too
-    except ValueError:
-        return False
-    return True
 
 
 def _seeds(where: str, seeds: Any) -> tuple[int, ...]:
@@ -564,26 +402,8 @@ def _run(
             **{k: v for k, v in RANKING.items() if k not in forced.get("evaluation", {})},
         )
     built["training"] = training
-    _check_training(where, training)
+    training.check(where)
     return RunConfig(experiment=name, baseline=baseline, seed=0, phase=phase, **built)
-
-
-def _check_training(where: str, training: TrainingConfig) -> None:
-    if training.tokens < training.step_tokens:
-        raise ValueError(
-            f"{where}training.tokens: found {training.tokens:,}, expected at least one step of "
-            f"batch_size x seq_len = {training.step_tokens:,} tokens; lower training.batch_size"
-        )
-    if training.steps > 1 and training.warmup_steps >= training.steps:
-        raise ValueError(
-            f"{where}training.warmup_fraction: found {training.warmup_fraction}, which warms up "
-            f"for {training.warmup_steps} of {training.steps} steps; expected fewer"
-        )
-    if training.micro_batch is not None and training.batch_size % training.micro_batch:
-        raise ValueError(
-            f"{where}training.micro_batch: found {training.micro_batch}, expected a divisor of "
-            f"batch_size {training.batch_size}"
-        )
 
 
 def _at_seed(run: RunConfig, seed: int) -> RunConfig:

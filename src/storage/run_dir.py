@@ -233,7 +233,7 @@ class RunDir:
         or clashes. The lock is `flock`: the kernel drops it when the holder dies, however it dies.
         On NFS it holds between machines only where the mount passes locks on (NFSv4, or `lockd`;
         not `nolock`/`local_lock=flock`), and not at all on most object-store mounts: machines that
-        share nothing else need `remote.py`'s owner file.
+        share nothing else need `run_owner.py`.
         """
         path = _resolve_run(log_dir, run_name)
         made = [place for place in (path, *path.parents) if not place.exists()]

@@ -21,6 +21,7 @@ from src.compute import cores
 from src.spec import config
 from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
 from src.spec.strict_yaml import read_yaml
+from src.spec.study_file import load_study
 from src.storage import address
 from src.storage.run_dir import check_log_dir, locked, write_atomic, write_json
 from src.study import plan as study_plan
@@ -37,7 +38,7 @@ def load(
     path: Path, overrides: Sequence[str] = (), log_dir: str | None = None, device: str | None = None
 ) -> Study:
     """A study file and its sweeps; what the command line states wins. Raises ValueError."""
-    asked = config.load_study(path)
+    asked = load_study(path)
     asked = dataclasses.replace(
         asked, log_dir=log_dir or asked.log_dir, device=device or asked.device
     )

@@ -23,6 +23,7 @@ import yaml
 import run_experiment
 from src.evaluation import latency as eval_latency
 from src.spec import config
+from src.spec.study_file import load_study
 from src.storage.documents import Documents
 from src.storage.run_dir import read_rows
 from src.study import jobs as study_jobs
@@ -858,7 +859,7 @@ def test_the_command_line_prints_the_plan_and_touches_nothing(
 
 
 def test_the_configs_that_ship_are_whole() -> None:
-    shipped = config.load_study(ROOT / "configs" / "study.yaml")
+    shipped = load_study(ROOT / "configs" / "study.yaml")
     assert (shipped.noise_seeds, shipped.final_seeds) == (5, 3)
     assert (shipped.budget_usd, shipped.runbook_budget_usd) == (50, 150)
     sweep = config.load_sweep(ROOT / "configs" / "vocab_tying.yaml", phase="rank")

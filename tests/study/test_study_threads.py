@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from src.spec import config
+from src.spec.study_file import load_study
 from src.storage import choices
 from src.study import plan as study_plan
 from src.study import runner as study
@@ -179,8 +179,8 @@ def test_jobs_may_be_auto_or_a_number(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     for text, expected in (("auto", "auto"), ("3", 3)):
         file.write_text(f"jobs: {text}")
-        assert config.load_study(file).jobs == expected
+        assert load_study(file).jobs == expected
     for text in ("all", "0", "65", "1.5", "true"):
         file.write_text(f"jobs: {text}")
         with pytest.raises(ValueError, match="jobs: found .*expected auto, or runs at a time"):
-            config.load_study(file)
+            load_study(file)

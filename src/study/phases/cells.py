@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from src.spec import allocation, config, kill_rule
-from src.spec.config import ModelRequest, RunConfig, StudyConfig, Sweep
+from src.spec.config import ModelRequest, RunConfig, Sweep
+from src.spec.study_file import StudyConfig
 from src.storage.documents import Documents
 
 Metrics = Mapping[str, Any]
