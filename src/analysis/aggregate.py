@@ -1,16 +1,19 @@
 """Gather run directories into one CSV, the figures beside it and the report's tables.
 
     python scripts/aggregate_results.py --log_dir logs --output results_summary.csv
-    python scripts/aggregate_results.py --log_dir logs --report REPORT.md
+    python scripts/aggregate_results.py --log_dir logs/prd logs/rates --report REPORT.md
     python scripts/aggregate_results.py --from_csv results_summary.csv --report REPORT.md --check
+    python scripts/aggregate_results.py --from_csv results/x/results_summary.csv --figures results/x
 
 A row a run: finished, killed, failed, unfinished, and the experiments of a sweep that were never
 begun (missing). Beside the CSV: results_bundle.json (configs, tokenizer hashes, git SHA, seeds,
 versions: what it takes to repeat them), ppl_vs_embedding_ratio.png, ppl_vs_glu_expansion.png,
-learning_curves.png, pareto.png, rank_agreement.png where cells have ranking and full runs, and
-bits_per_byte_vs_embedding_ratio.png where a sweep compares vocabularies. The CSV's columns are
-listed in docs/METRICS.md.
-Exit codes: 0 done, 78 bad input (the CSV is still written when only a figure is refused).
+learning_curves.png, pareto.png, rank_agreement.png where configurations have ranking and full runs,
+and bits_per_byte_vs_embedding_ratio.png where a sweep compares vocabularies; a figure without a run
+to show is not drawn, and that is said. Of several directories, a run's name begins with its own.
+--from_csv reads what scripts/publish_results.py wrote. The CSV's columns are listed in
+docs/METRICS.md. Exit codes: 0 done, 78 bad input (the CSV is still written when only a figure is
+refused).
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.analysis import bundle, decision_tables, kill_table
-from src.analysis.report_tables import fill, tables
-from src.analysis.run_csv import Row, details_path, read_csv, unlisted, write_csv
+from src.analysis import bundle, kill_table, report_tables
+from src.analysis.blocks import order_sentences
+from src.analysis.run_csv import Row, details_path, read_csv, table, unlisted, write_csv
 from src.analysis.run_joins import STATUSES
-from src.analysis.run_table import read_curve, read_rows
+from src.analysis.run_table import read_curves, read_rows
 from src.spec.command_line import Parser, refuse
 from src.storage.files import read_json, write_atomic, write_json
 
@@ -45,15 +48,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         __doc__.split("\n\n")[0],
         example="python scripts/aggregate_results.py --log_dir logs --output results_summary.csv",
     )
-    parser.add_argument("--log_dir", type=Path, default=Path("logs"), help="where the runs are")
     parser.add_argument(
-        "--output", type=Path, help=f"the CSV to write (default: {OUTPUT}); unused with --from_csv"
+        "--log_dir", type=Path, nargs="+", default=[Path("logs")], help="where the runs are"
     )
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT,
+        help=f"the CSV to write (default: {OUTPUT}); unused with --from_csv",
+    )  # fmt: skip
     parser.add_argument(
         "--metric",
         default="perplexity",
         help="what the two sweep figures show: perplexity (default), bits_per_byte or "
         "word_perplexity, on the test set where there is one; test_... or dev_... to insist",
+    )
+    parser.add_argument(
+        "--figures", type=Path, help="their folder (default: the CSV's; with --from_csv none)"
     )
     parser.add_argument("--no_figures", action="store_true", help="the CSV and the report only")
     parser.add_argument("--report", type=Path, help="fill the marked tables of this Markdown file")
@@ -66,12 +75,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--check", action="store_true", help="change nothing: exit 78 if the report is out of date"
     )
     options = parser.parse_args(arguments)
-    if options.from_csv is not None and options.report is None:
-        parser.error(
-            "--from_csv alone makes nothing, since figures and the CSV come from run directories: "
-            "name the report to fill with --report"
-        )
-    options.output = options.output or OUTPUT
+    if options.from_csv is None:
+        options.figures = options.figures or options.output.parent
+    elif options.report is None and options.figures is None:
+        parser.error("--from_csv alone makes nothing: name a report with --report, or a folder "
+                     "for the figures with --figures")  # fmt: skip
     return options
 
 
@@ -88,45 +96,37 @@ def _run(options: argparse.Namespace) -> int:
     rows = _rows_from_csv(options.from_csv) if options.from_csv else _rows_from_logs(options)
     source = kill_table.publication(options.from_csv) if options.from_csv else kill_table.logs
     kills = None if source is None else kill_table.judged(rows, source)
-    filled = None
-    if options.report is not None:  # first, so that a bad marker is refused before anything else
-        study = _read_study(options.study or options.log_dir / "study.json", options.study)
-        made = tables(rows, study, kills)
-        if study is not None:
-            made["winner"] = decision_tables.winner_table(study)
-        if options.predictions is not None:
-            on_record = read_json(options.predictions)
-            made["predictions"] = decision_tables.predictions_table(rows, on_record)
-        filled = _filled(options.report, made, study)
+    # The report first, so that a bad marker is refused before anything else.
+    filled = None if options.report is None else _filled(options, rows, kills)
     status = 0
-    if options.from_csv is None and not options.check:
-        write_csv(rows, options.output)
-        write_json(options.output.with_name(bundle.NAME), bundle.bundle(rows, options.log_dir))
-        _summarise(rows, options.output)
-        for sentence in (
-            (kill_table.summary(kills), *kill_table.differences(kills)) if kills else ()
-        ):
-            print(f"  kill rule: {sentence}")
-        if not options.no_figures:
-            status = _draw(rows, options.output.parent, options.metric)
+    if not options.check:
+        if options.from_csv is None:
+            write_csv(rows, options.output)
+            made = bundle.bundle(rows, options.log_dir)
+            write_json(options.output.with_name(bundle.NAME), made)
+            _summarise(rows, options.output, kills)
+        if options.figures is not None and not options.no_figures:
+            options.figures.mkdir(parents=True, exist_ok=True)
+            status = _draw(rows, options.figures, options.metric)
     if filled is not None:
         status = _report(options.report, filled, options.check) or status
     return status
 
 
 def _rows_from_logs(options: argparse.Namespace) -> list[Row]:
-    if not options.log_dir.is_dir():
-        raise ValueError(
-            f"--log_dir {options.log_dir} is not a directory: run an experiment first, such as "
-            f"python run_experiment.py --config configs/embed_ratio.yaml --exp all."
-        )
+    for log_dir in options.log_dir:
+        if not log_dir.is_dir():
+            raise ValueError(
+                f"--log_dir {log_dir} is not a directory: run an experiment first, such as "
+                f"python run_experiment.py --config configs/embed_ratio.yaml --exp all."
+            )
     if options.output.suffix != ".csv":
         raise ValueError(f"--output is {str(options.output)!r}; expected a file ending in .csv.")
-    rows = read_rows(options.log_dir)
+    rows = read_rows(*options.log_dir)
     if not rows:
         raise ValueError(
-            f"--log_dir {options.log_dir} holds no run directory (one with config.yaml, "
-            f"metrics.jsonl or metrics.json): run an experiment first."
+            f"--log_dir {', '.join(map(str, options.log_dir))} holds no run directory (one with "
+            "config.yaml, metrics.jsonl or metrics.json): run an experiment first."
         )
     return rows
 
@@ -137,7 +137,11 @@ def _rows_from_csv(path: Path) -> list[Row]:
     rows = read_csv(path)
     if not rows or not all("run" in row and "status" in row for row in rows):
         raise ValueError(f"--from_csv {path} has no rows with a run and a status in it.")
-    return rows
+    places = [path.parent / "runs" / row["run"] for row in rows]
+    return [
+        row | {"path": str(place)} if "path" in row and place.is_dir() else row
+        for row, place in zip(rows, places, strict=True)
+    ]
 
 
 def _metric_names() -> set[str]:
@@ -145,7 +149,9 @@ def _metric_names() -> set[str]:
     return {prefix + name for prefix in ("", "test_", "dev_") for name in names}
 
 
-def _summarise(rows: Sequence[Row], output: Path) -> None:
+def _summarise(
+    rows: Sequence[Row], output: Path, kills: Sequence[kill_table.Judged] | None
+) -> None:
     counts = Counter(str(row["status"]) for row in rows)
     told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
     print(f"{output}, {details_path(output).name}: {len(rows)} rows ({told})")
@@ -154,64 +160,75 @@ def _summarise(rows: Sequence[Row], output: Path) -> None:
             print(f"  {row['status']}: {row['run']}: {row.get('reason', '')}")
     if extra := unlisted(rows):
         print(f"  columns that src/spec/metric_keys.py does not list: {', '.join(extra)}")
+    runs = table(rows)
+    for sentence in (*order_sentences(runs), *report_tables.processors_differ(runs)):
+        print(f"  {sentence}")
+    for sentence in (kill_table.summary(kills), *kill_table.differences(kills)) if kills else ():
+        print(f"  kill rule: {sentence}")
 
 
 def _draw(rows: Sequence[Row], folder: Path, metric: str) -> int:
-    """Draw every figure; a refused one is told and drawn not at all. Returns the exit code."""
-    from src.analysis import (
-        plots,  # here, because matplotlib takes a second that a refusal should not cost
-        run_plots,
-    )
+    """Draw every figure; what cannot be drawn is said, and an older figure of it removed, since it
+    would contradict the CSV. Returns the exit code."""
+    # Here, because matplotlib takes a second that a refusal should not cost.
+    from src.analysis import paper, run_figures, sweep_figures
+
+    runs = table(rows)
+    curves, styles = read_curves(rows), paper.looks(runs)
+    vocabularies = runs["sweep"].isin(sweep_figures.varies_vocabulary(runs))
+
+    def of_sweep(axis: sweep_figures.Axis, path: Path) -> bool:
+        chosen = sweep_figures.runs_of_axis(runs, axis)
+        single = chosen[~vocabularies.reindex(chosen.index)]
+        if metric.endswith("perplexity") and len(single):
+            chosen = single  # the others are in the figure of bits per byte
+        return sweep_figures.sweep_figure(chosen, axis, metric, styles, path)
+
+    def of_vocabularies(path: Path) -> bool:
+        chosen = runs[vocabularies & runs["status"].isin(["finished", "killed"])]
+        share = sweep_figures.SHARE
+        return sweep_figures.sweep_figure(chosen, share, "bits_per_byte", styles, path)
 
     status = 0
-    vocabularies = plots.varies_vocabulary(rows)
-    for axis, name in (
-        (plots.SHARE, "ppl_vs_embedding_ratio.png"),
-        (plots.GLU, "ppl_vs_glu_expansion.png"),
-    ):
-        chosen = plots.rows_of_axis(rows, axis)
-        single = [row for row in chosen if str(row.get("sweep") or "") not in vocabularies]
-        if single and len(single) < len(chosen) and metric.endswith("perplexity"):
-            chosen = single  # the others are in the bits-per-byte figure below
+    for name, draw in {
+        "ppl_vs_embedding_ratio.png": lambda path: of_sweep(sweep_figures.SHARE, path),
+        "ppl_vs_glu_expansion.png": lambda path: of_sweep(sweep_figures.GLU, path),
+        "bits_per_byte_vs_embedding_ratio.png": of_vocabularies,
+        "learning_curves.png": lambda path: run_figures.learning_curves(runs, curves, styles, path),
+        "pareto.png": lambda path: run_figures.pareto_figure(runs, styles, path),
+        "rank_agreement.png": lambda path: run_figures.rank_agreement_figure(runs, styles, path),
+    }.items():
         try:
-            plots.sweep_figure(chosen, axis, metric, folder / name)
-            print(f"{folder / name}")
-        except plots.MixedTokenizers as error:
-            (folder / name).unlink(missing_ok=True)  # an older figure would contradict the CSV
-            status = refuse(ValueError(f"{name}: {error}"))
-    if vocabularies:
-        name = "bits_per_byte_vs_embedding_ratio.png"
-        chosen = [row for row in rows if str(row.get("sweep") or "") in vocabularies]
-        done = [row for row in chosen if row["status"] in ("finished", "killed")]
-        plots.sweep_figure(done, plots.SHARE, "bits_per_byte", folder / name)
-        print(f"{folder / name}")
-    curves = {str(row["path"]): read_curve(Path(row["path"])) for row in rows if "path" in row}
-    run_plots.learning_curves(rows, curves, folder / "learning_curves.png")
-    run_plots.pareto_figure(rows, folder / "pareto.png")
-    print(f"{folder / 'learning_curves.png'}\n{folder / 'pareto.png'}")
-    if run_plots.rank_agreement_figure(rows, folder / "rank_agreement.png"):
-        print(f"{folder / 'rank_agreement.png'}")
+            drawn = draw(folder / name)
+        except sweep_figures.MixedTokenizers as error:
+            drawn, status = False, refuse(ValueError(f"{name}: {error}"))
+        if not drawn:
+            (folder / name).unlink(missing_ok=True)
+        print(folder / name if drawn else f"{name}: not drawn, for no run has what it shows")
     return status
 
 
-def _read_study(path: Path, asked: Path | None) -> dict[str, Any] | None:
-    if asked is None and not path.is_file():
-        return None
-    return read_json(path)
-
-
-def _filled(path: Path, made: Mapping[str, str], study: Mapping[str, Any] | None) -> str:
-    text = path.read_text(encoding="utf-8")
+def _filled(
+    options: argparse.Namespace, rows: Sequence[Row], kills: Sequence[kill_table.Judged] | None
+) -> str:
+    """The report with its tables, made from the runs, the study and the predictions."""
+    study: Mapping[str, Any] | None = None
+    file = options.study or options.log_dir[0] / "study.json"
+    if options.study is not None or file.is_file():
+        study = read_json(file)
+    predictions = None if options.predictions is None else read_json(options.predictions)
+    text = options.report.read_text(encoding="utf-8")
     judged = study is not None and study.get("winner") is not None
     if judged and not any(f"<!-- table:{name} -->" in text for name in ("winner", "decisions")):
         raise ValueError(
-            f"{path}: the study judged finalists, so both readings of the winner's rule belong in "
-            "its report: put <!-- table:winner --><!-- /table:winner --> (or decisions) into it."
+            f"{options.report}: the study judged finalists, so both readings of the winner's rule "
+            "belong in its report: put <!-- table:winner --><!-- /table:winner --> (or decisions) "
+            "into it."
         )
     try:
-        return fill(text, made)
+        return report_tables.fill(text, report_tables.tables(rows, study, kills, predictions))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{options.report}: {error}") from error
 
 
 def _report(path: Path, filled: str, check_only: bool) -> int:

@@ -22,7 +22,7 @@ _TOKENS = ("corpus", "vocab_size", "tokenizer_sha256", "data_sha256")
 _CODE = ("git_sha", "git_dirty", "compute_digest")
 
 
-def bundle(rows: Sequence[Row], log_dir: Path) -> dict[str, Any]:
+def bundle(rows: Sequence[Row], log_dirs: Sequence[Path]) -> dict[str, Any]:
     """Code, tokens, seeds, environments (versions, machine), the resolved config of every run,
     and a study's sweep files and decisions where there was one."""
     runs = [row for row in rows if "path" in row]
@@ -35,9 +35,10 @@ def bundle(rows: Sequence[Row], log_dir: Path) -> dict[str, Any]:
         "runs": {str(row["run"]): _config(Path(row["path"])) for row in runs},
         "sweeps": {
             path.name: portable(yaml.safe_load(path.read_bytes()))
+            for log_dir in log_dirs
             for path in sorted((log_dir / "configs").glob("*.yaml"))
         },
-        "study": portable(_study(log_dir / "study.json")),
+        "study": portable(next((s for d in log_dirs if (s := _study(d / "study.json"))), None)),
     }
 
 

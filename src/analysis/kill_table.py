@@ -7,8 +7,6 @@ it was let go on (`kill_rule.action: record`), what the rule would have saved an
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -59,7 +57,7 @@ def publication(summary: Path) -> Source | None:
 
     def read(row: Row) -> tuple[Config, kill_rule.Curve]:
         name = str(row["run"])
-        return configs.get(name, {}), published_curve(summary.parent / "runs" / name / "curve.csv")
+        return configs.get(name, {}), read_curve(summary.parent / "runs" / name)
 
     return read
 
@@ -165,11 +163,3 @@ def _line(one: Judged) -> list[str]:
 
 def _said(kind: str, tokens: int | None) -> str:
     return kind if tokens is None else f"{kind} at {tokens:,}"
-
-
-def published_curve(path: Path) -> kill_rule.Curve:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["dev_loss"]]
-    return [(int(row["tokens"]), math.exp(float(row["dev_loss"]))) for row in rows]

@@ -1,27 +1,34 @@
 """Markdown tables for REPORT.md, made from the table of runs and put between its markers.
 
 A table named NAME stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; everything
-outside the markers is a person's prose and is never touched. `<!-- table:decisions -->` comes from
-`study.json`, `<!-- table:kill-rule -->` from the runs' curves too, every other table from the CSV.
+outside the markers is a person's prose and is never touched. `decisions` and `winner` come from
+study.json, `kill-rule` from the runs' curves, `predictions` from results/predictions.json, every
+other table from the CSV.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from src.analysis import kill_table
-from src.analysis.run_csv import Row, number
+import pandas as pd
+
+from src.analysis import intervals, kill_table
+from src.analysis.blocks import Block, at_own_rates, blocks, order_sentences, own_rates, tokens_text
+from src.analysis.prediction_table import predictions_table
+from src.analysis.run_csv import Row, table
 from src.analysis.run_joins import STATUSES
+from src.analysis.table_text import DASH, field, fixed, markdown, mean_sd, total, whole
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS, Request
+from src.spec.rates import spelled
 
 _MARKER = re.compile(r"<!-- table:(?P<name>[\w-]+) -->(?P<body>.*?)<!-- /table:(?P=name) -->", re.S)
 _OPEN = re.compile(r"<!-- table:([\w-]+) -->")
-_DASH = "–"
 _NEEDS = {
     "decisions": " (decisions needs the study's study.json)",
+    "winner": " (winner needs the study's study.json)",
+    "predictions": " (predictions needs --predictions results/predictions.json)",
     "kill-rule": " (kill-rule needs the runs, or what was published with them beside the CSV)",
 }
 
@@ -30,32 +37,36 @@ def tables(
     rows: Sequence[Row],
     study: Mapping[str, Any] | None = None,
     kills: Sequence[kill_table.Judged] | None = None,
+    predictions: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Every table by name; `decisions` only with a study, `kill-rule` only where curves are."""
+    """Every table by name; those of a study, of curves and of predictions where there are any."""
+    runs = table(rows)
     made = {
-        "metrics": metrics_table(rows),
-        "metrics-rank": metrics_table([r for r in rows if r.get("phase") == "rank"]),
-        "metrics-full": metrics_table([r for r in rows if r.get("phase") != "rank"]),
-        "allocation": allocation_table(rows),
-        "runs": runs_table(rows),
-        "cost": cost_table(rows),
-        "environment": environment_table(rows),
+        "summary": summary_table(runs),
+        "rates": rates_table(runs),
+        "order": "\n".join(f"- {told}" for told in order_sentences(runs)) or "(nothing to order)",
+        "metrics": metrics_table(runs),
+        "metrics-rank": metrics_table(runs[runs["phase"] == "rank"]),
+        "metrics-full": metrics_table(runs[runs["phase"] != "rank"]),
+        "allocation": allocation_table(runs),
+        "runs": runs_table(runs),
+        "cost": cost_table(runs),
+        "environment": environment_table(runs),
     }
     if study is not None:
-        made["decisions"] = decisions_table(study)
+        made |= {"decisions": decisions_table(study), "winner": winner_table(study)}
+    if predictions is not None:
+        made["predictions"] = predictions_table(runs, predictions)
     if kills is not None:
-        made["kill-rule"] = markdown_table(
-            *kill_table.table(kills), "no run was judged by a kill rule"
-        )
+        made["kill-rule"] = markdown(*kill_table.table(kills), "no run was judged by a kill rule")
         made["kill-rule"] += f"\n\n{kill_table.summary(kills)}" if kills else ""
     return made
 
 
 def fill(report: str, made: Mapping[str, str]) -> str:
     """The report with each marked table replaced. Raises ValueError for markers it cannot serve."""
-    names = _OPEN.findall(report)
     closed = {match["name"] for match in _MARKER.finditer(report)}
-    for name in names:
+    for name in _OPEN.findall(report):
         if name not in closed:
             raise ValueError(f"<!-- table:{name} --> has no <!-- /table:{name} --> after it.")
         if name not in made:
@@ -71,171 +82,289 @@ def fill(report: str, made: Mapping[str, str]) -> str:
     return _MARKER.sub(replaced, report)
 
 
-def metrics_table(rows: Sequence[Row]) -> str:
-    """A line a cell: mean +- sd over its finished seeds; a single seed has no sd.
+# --- of the comparison: one line a configuration, at its own best rate ----------------------------
 
-    V stands beside each cell, because PPL compares only under one tokenizer; bits/byte always.
+
+def summary_table(runs: pd.DataFrame) -> str:
+    """A table a block: perplexity (test in full runs that have it, else dev) against the baseline,
+    each configuration at its own best rate; 95 % intervals over seeds, two or more a side."""
+    parts = []
+    for block in blocks(runs):
+        if len(block.runs):
+            split = "test" if block.runs["test_loss"].notna().all() else "dev"
+            head = f"configuration | share | layers | rate | seeds | {split} PPL | "
+            head += f"against {block.baseline or 'the baseline'} | {split} bits/byte"
+            parts.append(f"**{block.title}**\n\n{markdown(head, _compared(block, split), '')}")
+    return "\n\n".join(parts) or "(no finished run)"
+
+
+def _compared(block: Block, split: str) -> list[list[str]]:
+    best = at_own_rates(block.runs)
+    base = best[best["configuration"] == block.baseline].set_index("seed")
+    body = []
+    order = best.groupby("configuration")[EMBEDDING_RATIO.built].mean().sort_values()
+    for name in order.index:
+        cell = best[best["configuration"] == name]
+        first = cell.iloc[0]
+        mark = " **(baseline)**" if name == block.baseline else ""
+        rate = first["learning_rate"]
+        body.append(
+            [
+                f"{field(name)}{mark}",
+                fixed(100 * first[EMBEDDING_RATIO.built], 1, " %"),
+                whole(first["n_layers"]),
+                DASH if pd.isna(rate) else spelled(rate),
+                str(len(cell)),
+                mean_sd(cell[f"{split}_perplexity"], 1),
+                DASH if mark else _against(cell.set_index("seed"), base, f"{split}_loss"),
+                mean_sd(cell[f"{split}_bits_per_byte"], 4),
+            ]
+        )
+    return body
+
+
+def _against(ours: pd.DataFrame, base: pd.DataFrame, key: str) -> str:
+    """Perplexity against the baseline's: of pairs where the seeds and the program are the same."""
+    a, b = ours[key].dropna(), base[key].dropna()
+    if a.empty or b.empty:
+        return DASH
+    programs = pd.concat([ours["program_digest"], base["program_digest"]])
+    paired = set(a.index) == set(b.index) and programs.nunique(dropna=False) == 1
+    paired = paired and bool(programs.notna().all())
+    b = b.reindex(a.index) if paired else b
+    found = intervals.seed_interval(a.tolist(), b.tolist(), paired_seeds=paired)
+    low, ratio, high = (f"{100 * (value - 1):+.1f}" for value in found.ratio)
+    if found.seeds < 2:
+        return f"{ratio} %"
+    return f"{ratio} % ({low} to {high}{'' if paired else ', no pairs'})"
+
+
+def rates_table(runs: pd.DataFrame) -> str:
+    """Mean dev perplexity of each configuration at each rate tried, its best in bold."""
+    parts = []
+    for block in blocks(runs):
+        if block.many_rates:
+            best = own_rates(block.runs)
+            means = block.runs.pivot_table(
+                index="configuration", columns="learning_rate", values="dev_perplexity"
+            )
+            head = f"configuration | {' | '.join(spelled(rate) for rate in means.columns)}"
+            body = [
+                [field(name), *(f"**{fixed(ppl, 1)}**" if rate == best.get(name) else fixed(ppl, 1)
+                                for rate, ppl in line.items())]
+                for name, line in means.iterrows()
+            ]  # fmt: skip
+            parts.append(
+                f"**{block.title}: dev PPL by learning rate**\n\n{markdown(head, body, '')}"
+            )
+    return "\n\n".join(parts) or "(no configuration was trained at several rates)"
+
+
+def processors_differ(runs: pd.DataFrame) -> list[str]:
+    """A sentence for each block whose runs were computed on different processors, or by different
+    programs: they stand beside each other all the same."""
+    told = []
+    for block in blocks(runs):
+        programs = block.runs["program_digest"].dropna()
+        counts = block.runs["processors"].value_counts().sort_index()
+        if programs.nunique() > 1:
+            told.append(
+                f"{block.title}: computed by {programs.nunique()} programs (code, versions or "
+                "settings, program_digest): a difference between such runs may come from that."
+            )
+        elif len(counts) > 1:
+            names = ", ".join(f"{name}: {n}" for name, n in counts.items())
+            told.append(
+                f"{block.title}: the same program on {len(counts)} kinds of processor ({names} "
+                "runs): compared all the same; rounding differs, which acts like another seed."
+            )
+    return told
+
+
+# --- of all numbers -------------------------------------------------------------------------------
+
+
+def metrics_table(runs: pd.DataFrame) -> str:
+    """A line a configuration: mean +- sd over its finished seeds; a single seed has no sd.
+
+    V stands beside each, because PPL compares only under one tokenizer; bits/byte always.
     """
     head = (
         "phase | cell | V | share (asked) | GLU (asked) | layers | tokens | seeds | test PPL | "
         "dev PPL | test bits/byte | SmallBench % (chance, untrained) | latency L=128 | "
         "latency L=512 | peak MiB | USD"
     )
-    body = []
-    for runs in _cells([row for row in rows if row.get("status") == "finished"]):
-        first = runs[0]
-        mark = " **(baseline)**" if first.get("baseline") else ""
-        body.append(
-            [
-                cell_text(first.get("phase")),
-                f"{cell_text(first.get('experiment'))}{mark}",
-                _count(first, "vocab_size"),
-                _built(runs, EMBEDDING_RATIO, 100, "{:.1f} %"),
-                _built(runs, GLU_EXPANSION, 1, "{:.2f}"),
-                cell_text(first.get("n_layers")),
-                _tokens(number(first, "tokens")),
-                str(len(runs)),
-                _mean_sd(runs, "test_perplexity", 2),
-                _mean_sd(runs, "dev_perplexity", 2),
-                _mean_sd(runs, "test_bits_per_byte", 4),
-                _smallbench(runs),
-                _latency(runs, 128),
-                _latency(runs, 512),
-                _mean_sd(runs, "peak_memory_mib", 1),
-                _total(runs, "cost_usd", 2),
-            ]
-        )
-    return markdown_table(head, body, "no finished run")
+    body = [
+        [
+            field(cell["phase"].iloc[0]),
+            field(cell["experiment"].iloc[0])
+            + (" **(baseline)**" if cell["baseline"].iloc[0] else ""),
+            whole(cell["vocab_size"].iloc[0]),
+            _built(cell, EMBEDDING_RATIO, lambda value: f"{100 * value:.1f} %"),
+            _built(cell, GLU_EXPANSION, lambda value: f"{value:.2f}"),
+            whole(cell["n_layers"].iloc[0]),
+            _tokens(cell["tokens"].iloc[0]),
+            str(len(cell)),
+            mean_sd(cell["test_perplexity"], 2),
+            mean_sd(cell["dev_perplexity"], 2),
+            mean_sd(cell["test_bits_per_byte"], 4),
+            _smallbench(cell),
+            _latency(cell, 128),
+            _latency(cell, 512),
+            mean_sd(cell["peak_memory_mib"], 1),
+            total(cell["cost_usd"], 2),
+        ]
+        for cell in _cells(runs[runs["status"] == "finished"])
+    ]
+    return markdown(head, body, "no finished run")
 
 
-def _smallbench(runs: Sequence[Row]) -> str:
+def _cells(runs: pd.DataFrame) -> list[pd.DataFrame]:
+    """Runs that differ only by seed, ranking runs first, in the sweep's order of asked values."""
+    keys = [
+        (runs["phase"] != "rank"),
+        *(runs[q.asked].fillna(0.0) for q in (EMBEDDING_RATIO, GLU_EXPANSION)),
+        *(runs[key].fillna("None") for key in ("sweep", "experiment")),
+        *(runs[key].fillna(0.0) for key in ("budget", "learning_rate", "batch_size")),
+    ]
+    order = [0, 3, 1, 2, 4, 5, 6, 7]
+    return [cell for _, cell in runs.groupby([keys[place] for place in order])]
+
+
+def _smallbench(cell: pd.DataFrame) -> str:
     """Beside it what guessing and the same model untrained get: at this size that is not far."""
-    accuracy = _mean_sd(runs, "smallbench_accuracy", 1, 100)
+    accuracy = mean_sd(100 * cell["smallbench_accuracy"], 1)
     beside = [
-        _mean_sd(runs[:1], f"smallbench_{name}", 1, 100)
+        fixed(100 * cell[f"smallbench_{name}"].iloc[0], 1)
         for name in ("chance", "untrained_accuracy")
     ]
-    return accuracy if beside == [_DASH, _DASH] else f"{accuracy} ({', '.join(beside)})"
+    return accuracy if beside == [DASH, DASH] else f"{accuracy} ({', '.join(beside)})"
 
 
-def _latency(runs: Sequence[Row], length: int) -> str:
+def _latency(cell: pd.DataFrame, length: int) -> str:
     """The ratio to the baseline, interleaved; else how far the seeds' own milliseconds go, which
-    what else the machine did has part in."""
-    for row in runs:
+    what else the computer did has part in."""
+    measured = cell[cell[f"latency_ratio_l{length}"].notna()]
+    if len(measured):
         ratio, low, high = (
-            number(row, f"latency_ratio{end}_l{length}") for end in ("", "_low", "_high")
+            measured[f"latency_ratio{end}_l{length}"].iloc[0] for end in ("", "_low", "_high")
         )
-        if ratio is not None:
-            interval = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
-            return f"x {ratio:.2f}{interval}"
-    found = [ms for row in runs if (ms := number(row, f"latency_ms_p50_l{length}")) is not None]
-    if not found:
-        return _DASH
-    least, most = f"{min(found):.1f}", f"{max(found):.1f}"
+        interval = "" if pd.isna(low) or pd.isna(high) else f" ({low:.2f} to {high:.2f})"
+        return f"x {ratio:.2f}{interval}"
+    found = cell[f"latency_ms_p50_l{length}"].dropna()
+    if found.empty:
+        return DASH
+    least, most = f"{found.min():.1f}", f"{found.max():.1f}"
     return f"{least} ms" if least == most else f"{least} to {most} ms"
 
 
-def allocation_table(rows: Sequence[Row]) -> str:
+def _built(cell: pd.DataFrame, quantity: Request, write: Callable[[float], str]) -> str:
+    built, asked = cell[quantity.built].iloc[0], cell[quantity.asked].iloc[0]
+    if pd.isna(built):
+        return DASH
+    return write(built) if pd.isna(asked) else f"{write(built)} ({write(asked)})"
+
+
+def _tokens(tokens: float) -> str:
+    if pd.isna(tokens):
+        return DASH
+    return f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else tokens_text(tokens)
+
+
+def allocation_table(runs: pd.DataFrame) -> str:
     """A line a model: where its parameters lie."""
     head = (
         "cell | V | tied | d | layers | heads x dim | d_ff | attention width / d | total | "
         "embedding | projection | attention | FFN | norms | MFLOPs/token"
     )
-    body, seen = [], set()
-    for runs in _cells([row for row in rows if number(row, TOTAL_PARAMS.built) is not None]):
-        row = runs[0]
-        key = (row.get("sweep"), row.get("experiment"))
-        if key in seen:
-            continue
-        seen.add(key)
-        flops = number(row, "flops_per_token")
-        body.append(
-            [
-                cell_text(row.get("experiment")),
-                _count(row, "vocab_size"),
-                cell_text(row.get("tie_embeddings")),
-                cell_text(row.get("d_model")),
-                cell_text(row.get("n_layers")),
-                f"{cell_text(row.get('n_heads'))} x {cell_text(row.get('head_dim'))}",
-                cell_text(row.get("d_ff")),
-                plain_number(number(row, "attention_width_ratio"), 2),
-                _count(row, TOTAL_PARAMS.built),
-                *(
-                    _count(row, f"params_{part}")
-                    for part in ("embedding", "projection", "attention", "ffn", "norm")
-                ),
-                plain_number(None if flops is None else flops / 1e6, 1),
-            ]
-        )
-    return markdown_table(head, body, "no run whose model is known")
+    known = _cells(runs[runs[TOTAL_PARAMS.built].notna()])
+    first = pd.DataFrame([cell.iloc[0] for cell in known], columns=runs.columns)
+    body = [
+        [
+            field(row["experiment"]),
+            whole(row["vocab_size"]),
+            field(row["tie_embeddings"]),
+            *(f"{row[key]:.0f}" if pd.notna(row[key]) else DASH for key in ("d_model", "n_layers")),
+            f"{whole(row['n_heads'])} x {whole(row['head_dim'])}",
+            f"{row['d_ff']:.0f}" if pd.notna(row["d_ff"]) else DASH,
+            fixed(row["attention_width_ratio"], 2),
+            *(whole(row[key]) for key in (TOTAL_PARAMS.built, "params_embedding",
+                                          "params_projection", "params_attention", "params_ffn",
+                                          "params_norm")),
+            fixed(row["flops_per_token"] / 1e6, 1),
+        ]
+        for row in first.drop_duplicates(["sweep", "experiment"]).to_dict("records")
+    ]  # fmt: skip
+    return markdown(head, body, "no run whose model is known")
 
 
-def runs_table(rows: Sequence[Row]) -> str:
+def runs_table(runs: pd.DataFrame) -> str:
     """A line a run, the ones that did not finish with their reason; nothing is left out."""
     order = {status: place for place, status in enumerate(STATUSES)}
-    ranked = sorted(
-        rows, key=lambda r: (order.get(str(r.get("status")), 9), str(r.get("sweep")), str(r["run"]))
+    ranked = runs.assign(
+        place=runs["status"].map(order).fillna(9), file=runs["sweep"].fillna("None")
     )
     body = [
         [
-            cell_text(row.get("status")),
-            cell_text(row.get("run")),
-            cell_text(row.get("sweep")),
-            cell_text(row.get("seed")),
-            _tokens(number(row, "tokens")),
-            plain_number(number(row, "test_perplexity"), 2),
-            plain_number(number(row, "dev_perplexity"), 2),
-            cell_text(row.get("reason")),
+            *(field(row[key]) for key in ("status", "run", "sweep")),
+            whole(row["seed"]),
+            _tokens(row["tokens"]),
+            fixed(row["test_perplexity"], 2),
+            fixed(row["dev_perplexity"], 2),
+            field(row["reason"]),
         ]
-        for row in ranked
+        for row in ranked.sort_values(["place", "file", "run"]).to_dict("records")
     ]
     head = "status | run | sweep | seed | tokens | test PPL | dev PPL | reason"
-    return markdown_table(head, body, "no run")
+    return markdown(head, body, "no run")
 
 
-def cost_table(rows: Sequence[Row]) -> str:
+def cost_table(runs: pd.DataFrame) -> str:
     """Runs, hours and dollars by phase and status, and their sum; killed runs cost money too."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.get("status") != "missing":
-            key = (cell_text(row.get("phase")), cell_text(row.get("status")))
-            groups.setdefault(key, []).append(row)
-    body = [[*key, *_costs(runs)] for key, runs in sorted(groups.items())]
+    paid = runs[runs["status"] != "missing"]
+    groups = paid.groupby([paid["phase"].map(field), paid["status"].map(field)])
+    body = [[*map(str, key), *_costs(group)] for key, group in groups]
     if body:
-        body.append(["**all**", "", *_costs([row for runs in groups.values() for row in runs])])
-    return markdown_table("phase | status | runs | wall hours | GPU hours | USD", body, "no run")
+        body.append(["**all**", "", *_costs(paid)])
+    return markdown("phase | status | runs | wall hours | GPU hours | USD", body, "no run")
 
 
-def _costs(runs: Sequence[Row]) -> list[str]:
-    seconds = [v for v in (number(row, "wall_seconds") for row in runs) if v is not None]
+def _costs(group: pd.DataFrame) -> list[str]:
+    hours = group["wall_seconds"] / 3600
     return [
-        str(len(runs)),
-        plain_number(sum(seconds) / 3600 if seconds else None, 2),
-        _total(runs, "gpu_hours", 2),
-        _total(runs, "cost_usd", 2),
+        str(len(group)),
+        total(hours, 2),
+        total(group["gpu_hours"], 2),
+        total(group["cost_usd"], 2),
     ]
 
 
-def environment_table(rows: Sequence[Row]) -> str:
+def environment_table(runs: pd.DataFrame) -> str:
     """What the runs share, and where they differ: corpus, tokenizer, code, device, seeds."""
+    labels = {
+        "corpus": "corpus",
+        "data_sha256": "token files (sha256)",
+        "tokenizer_sha256": "tokenizer (sha256)",
+        "git_sha": "git commit",
+        "git_dirty": "uncommitted changes",
+        "device_name": "device",
+        "processors": "processors",
+        "precision": "precision",
+        "seed": "seeds",
+    }
     body = []
-    for key, label in (
-        ("corpus", "corpus"),
-        ("data_sha256", "token files (sha256)"),
-        ("tokenizer_sha256", "tokenizer (sha256)"),
-        ("git_sha", "git commit"),
-        ("git_dirty", "uncommitted changes"),
-        ("device_name", "device"),
-        ("precision", "precision"),
-        ("seed", "seeds"),
-    ):
-        values = sorted({cell_text(row[key])[:16] for row in rows if row.get(key) is not None})
-        body.append([label, ", ".join(values) or _DASH])
-    return markdown_table("what | values", body, "no run")
+    for key, label in labels.items():
+        length = None if key == "processors" else 16
+        found = (whole(v) if key == "seed" else field(v)[:length] for v in runs[key].dropna())
+        body.append([label, ", ".join(sorted(set(found))) or DASH])
+    return markdown("what | values", body, "no run")
+
+
+# --- of the study ---------------------------------------------------------------------------------
 
 
 def decisions_table(study: Mapping[str, Any]) -> str:
-    """`study["decisions"]`: a list of flat objects, tabulated under the keys of the first one."""
+    """`study["decisions"]`: a list of flat objects, tabulated under all their keys."""
     decisions = study.get("decisions")
     if not isinstance(decisions, list) or not all(isinstance(d, dict) for d in decisions):
         raise ValueError(
@@ -243,84 +372,34 @@ def decisions_table(study: Mapping[str, Any]) -> str:
         )
     keys = list(dict.fromkeys(key for decision in decisions for key in decision))
     body = [[_decision(decision.get(key)) for key in keys] for decision in decisions]
-    return markdown_table(
-        " | ".join(key.replace("_", " ") for key in keys), body, "no decision yet"
-    )
+    return markdown(" | ".join(key.replace("_", " ") for key in keys), body, "no decision yet")
 
 
 def _decision(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(_decision(item) for item in value) or _DASH
-    return f"{value:.4g}" if isinstance(value, float) else cell_text(value)
+        return ", ".join(_decision(item) for item in value) or DASH
+    return f"{value:.4g}" if isinstance(value, float) else field(value)
 
 
-# --- cells of a table ---------------------------------------------------------------------------
-
-
-def _cells(rows: Sequence[Row]) -> list[list[Row]]:
-    """Runs that differ only by seed, ranking runs first, in the sweep's order of asked values."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        key = (
-            0 if row.get("phase") == "rank" else 1,
-            str(row.get("sweep")),
-            number(row, EMBEDDING_RATIO.asked) or 0.0,
-            number(row, GLU_EXPANSION.asked) or 0.0,
-            str(row.get("experiment")),
-            float(f"{number(row, 'tokens') or 0:.1e}"),
-            number(row, "learning_rate") or 0.0,
-        )
-        groups.setdefault(key, []).append(row)
-    return [groups[key] for key in sorted(groups)]
-
-
-def _mean_sd(rows: Sequence[Row], key: str, digits: int, scale: float = 1.0) -> str:
-    values = [v * scale for v in (number(row, key) for row in rows) if v is not None]
-    if not values:
-        return _DASH
-    told = f"{fmean(values):.{digits}f}"
-    return told if len(values) == 1 else f"{told} ± {stdev(values):.{digits}f}"
-
-
-def _built(rows: Sequence[Row], quantity: Request, scale: float, form: str) -> str:
-    value, asked = number(rows[0], quantity.built), number(rows[0], quantity.asked)
-    if value is None:
-        return _DASH
-    told = form.format(value * scale)
-    return told if asked is None else f"{told} ({form.format(asked * scale)})"
-
-
-def _total(rows: Sequence[Row], key: str, digits: int) -> str:
-    values = [v for v in (number(row, key) for row in rows) if v is not None]
-    return f"{sum(values):.{digits}f}" if values else _DASH
-
-
-def plain_number(value: float | None, digits: int) -> str:
-    return _DASH if value is None else f"{value:.{digits}f}"
-
-
-def _count(row: Row, key: str) -> str:
-    value = number(row, key)
-    return _DASH if value is None else f"{value:,.0f}"
-
-
-def _tokens(value: float | None) -> str:
-    if value is None:
-        return _DASH
-    return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.0f} k"
-
-
-def cell_text(value: Any) -> str:
-    if value is None:
-        return _DASH
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def markdown_table(head: str, body: Sequence[Sequence[str]], empty: str) -> str:
-    if not body:
-        return f"({empty})"
-    names = [name.strip() for name in head.split(" | ")]
-    lines = [names, ["---"] * len(names), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def winner_table(study: Mapping[str, Any]) -> str:
+    """`study["winner"]`: each candidate and the outcome, strict and with the margin."""
+    found = study.get("winner")
+    if found is None:
+        return "(no finalist was judged)"
+    body = [
+        [
+            field(candidate["name"]),
+            f"{100 * (candidate['perplexity_ratio'] - 1):+.1f} %",
+            field(candidate["strict"]),
+            field(candidate["margin"]),
+            field("; ".join(candidate["reasons"])),
+        ]
+        for candidate in found["candidates"]
+    ]
+    outcome = [f"**{field(found[key] or 'no winner')}**" for key in ("strict", "margin")]
+    body.append(["**winner**", "", *outcome, found["reason"]])
+    head = (
+        f"configuration | perplexity against {found['baseline']} | strict: latency and memory not "
+        "above the baseline's | with 3 % above allowed | why"
+    )
+    return markdown(head, body, "")

@@ -12,12 +12,38 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from src.spec.metric_keys import DETAILS, KEYS, SMALLBENCH, SUMMARY
+from src.spec.rates import configuration
 
 Row = dict[str, Any]
 _DTYPES = {"text": "string", "integer": "Int64", "number": "Float64", "true/false": "boolean"}
+
+
+def table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows as columns, every key of the list among them; numbers are floats, NaN where missing.
+
+    Also `configuration`, `baseline_configuration`: the experiments without a list's rate; and
+    `budget`: trained tokens to two digits, which the runs of one comparison share.
+    """
+    found = pd.DataFrame(list(rows), dtype=object)
+    columns = {
+        name: found.get(name, pd.Series(index=found.index, dtype=object))
+        for name in [*KEYS, *found]
+    }
+    for name, key in KEYS.items():
+        if key.kind in ("number", "integer"):
+            numbers = pd.to_numeric(columns[name], errors="coerce").astype(float)
+            columns[name] = numbers.where(np.isfinite(numbers))
+    columns["baseline"] = columns["baseline"].eq(True)
+    for name, source in (
+        ("configuration", "experiment"), ("baseline_configuration", "baseline_name"),
+    ):  # fmt: skip
+        columns[name] = columns[source].map(configuration, na_action="ignore")
+    columns["budget"] = columns["tokens"].map(lambda tokens: float(f"{tokens:.1e}"))
+    return pd.DataFrame(columns)
 
 
 def details_path(summary: Path) -> Path:
@@ -42,8 +68,8 @@ def write_csv(rows: Sequence[Row], summary: Path) -> None:
         (details_path(summary), (*DETAILS, *sorted(tasks), *unlisted(rows))),
     ):
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        cells = frame.reindex(columns=columns).map(_cell)
-        cells.to_csv(temporary, index=False, lineterminator="\n")
+        fields = frame.reindex(columns=columns).map(_field)
+        fields.to_csv(temporary, index=False, lineterminator="\n")
         temporary.replace(path)
 
 
@@ -80,7 +106,7 @@ def _read(path: Path) -> pd.DataFrame:
     return frame.assign(**{column: frame[column].convert_dtypes() for column in rest})
 
 
-def _cell(value: Any) -> str:
+def _field(value: Any) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)

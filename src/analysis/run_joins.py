@@ -39,14 +39,17 @@ class Sweeps:
         if _size(sweep) > _size(self._found.setdefault(key, sweep)):
             self._found[key] = sweep
 
-    def unbegun(self, rows: Sequence[Row]) -> list[Row]:
+    def unbegun(self, rows: Iterable[Row], prefix: str = "") -> list[Row]:
         """Runs that a sweep lists, in a phase that was begun, and that were not begun themselves.
 
+        prefix: how the names of these sweeps' runs begin, where `rows` has others too.
         A sweep that lists no seeds lacks an experiment only where no run of it was begun. A seed
         that other experiments were given by hand is nobody's plan: its row is only a question.
         """
-        known = {row["run"] for row in rows}  # a run whose config.yaml is not readable, too
-        return [row for row in self._listed(rows) if row["run"] not in known]
+        mine = [row for row in rows if row["run"].startswith(prefix)]
+        known = {row["run"] for row in mine}  # a run whose config.yaml is not readable, too
+        listed = [row | {"run": f"{prefix}{row['run']}"} for row in self._listed(mine)]
+        return [row for row in listed if row["run"] not in known]
 
     def _listed(self, rows: Sequence[Row]) -> Iterator[Row]:
         who = ("sweep", "phase", "experiment", "seed")
@@ -99,15 +102,16 @@ def provided(unbegun: Iterable[Row], rows: Sequence[Row]) -> Iterator[Row]:
             yield row
 
 
-def aliases(study: Mapping[str, Any], rows: Iterable[Row]) -> Iterator[Row]:
+def aliases(study: Mapping[str, Any], rows: Sequence[Row], prefix: str = "") -> list[Row]:
     """Configurations that a study did not train because an equal one was."""
-    listed = list(rows)
-    done = {row["run"]: row for row in listed if row["status"] in ("finished", "killed")}
-    known = {row["run"] for row in listed}
+    known = {row["run"]: row for row in rows}
+    found = []
     for alias in study.get("aliases", []):
-        other = done.get(alias["alias_of"])
-        if other is not None and alias["run"] not in known:
-            yield stands_for(other, alias)
+        other = known.get(f"{prefix}{alias['alias_of']}", {})
+        name = f"{prefix}{alias['run']}"
+        if other.get("status") in ("finished", "killed") and name not in known:
+            found.append(stands_for(other, {**alias, "run": name}))
+    return found
 
 
 def stands_for(other: Row, own: Mapping[str, Any]) -> Row:

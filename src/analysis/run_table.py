@@ -7,23 +7,25 @@ number of each task.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
-from src.analysis.latency_ratios import read_ratios
 from src.analysis.run_csv import Row
 from src.analysis.run_joins import Sweeps, aliases, and_also, each_once, provided
 from src.evaluation import metrics as record
+from src.spec import run_identity
 from src.spec.metric_keys import KEYS, SMALLBENCH
+from src.storage import run_dir
 
 Curve = list[tuple[int, float]]
-
+LENGTHS = (128, 512)
 _MARKS = ("config.yaml", "metrics.json", "metrics.jsonl", "failure.json", "checkpoints")
-_TAIL_BYTES = 65_536
 
 
 def find_runs(log_dir: Path) -> list[Path]:
@@ -37,37 +39,56 @@ def find_runs(log_dir: Path) -> list[Path]:
     return found
 
 
-def read_rows(log_dir: Path) -> list[Row]:
-    """One row for every run at or below `log_dir`, every alias of its study.json, and every run of
-    their sweeps that has neither: with the numbers of a run that is the same, else missing."""
-    found, sweeps = [], Sweeps()
+def read_rows(*log_dirs: Path) -> list[Row]:
+    """One row for every run at or below each directory, every alias of its study.json, and every
+    run of its sweeps that has neither: with the numbers of a run that is the same, else missing.
+
+    Each directory's sweeps are plans of their own. Of several directories a run's name begins with
+    its directory's; ValueError where two have the same.
+    """
+    names = [log_dir.resolve().name for log_dir in log_dirs]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"--log_dir: found two directories called {max(names, key=names.count)}, expected "
+            "different names, for the runs are called by them"
+        )
+    prefixes = [f"{name}/" if len(names) > 1 else "" for name in names]
+    found = [_read(*one) for one in zip(log_dirs, prefixes, strict=True)]
+    rows = each_once(row for rows, _, _ in found for row in rows)
+    for (_, sweeps, study), prefix in zip(found, prefixes, strict=True):
+        rows += aliases(study, rows, prefix)
+        rest = provided(sweeps.unbegun(rows, prefix), rows)
+        rows += [
+            row for row in rest if row["status"] != "missing" or _is_planned(row, study, prefix)
+        ]
+    return rows
+
+
+def _read(log_dir: Path, prefix: str) -> tuple[list[Row], Sweeps, Mapping[str, Any]]:
+    rows, sweeps, ratios = [], Sweeps(), read_ratios(log_dir)
     for path in find_runs(log_dir):
         config, problem = read_config(path)
         sweeps.add(config)
-        row = _read_run(path, path.relative_to(log_dir).as_posix(), config)
-        found.append(row if problem is None else row | {"reason": and_also(row, problem)})
+        name = path.relative_to(log_dir).as_posix()
+        row = _read_run(path, path.name if name == "." else name, config)
+        row |= ratios.get(row["run"], {}) | _computed(path)
+        row |= {} if problem is None else {"reason": and_also(row, problem)}
+        rows.append(row | {"run": f"{prefix}{row['run']}"})
     file = log_dir / "study.json"
-    study = (read_json(file) or {}) if file.exists() else {}
-    rows = each_once(found)
-    ratios = read_ratios(log_dir)
-    rows = [row | ratios.get(str(row["run"]), {}) for row in rows]
-    rows += aliases(study, rows)
-    rest = provided(sweeps.unbegun(rows), rows)
-    return rows + [row for row in rest if row["status"] != "missing" or _is_planned(row, study)]
+    return rows, sweeps, (read_json(file) or {}) if file.exists() else {}
 
 
-def _is_planned(row: Row, study: Mapping[str, Any]) -> bool:
+def _is_planned(row: Row, study: Mapping[str, Any], prefix: str) -> bool:
     """Whether a missing run is one that somebody means to begin: of its sweeps, a study trains at
     the full budget what it promoted."""
     if row["sweep"] not in study.get("sweeps", []):
         return True
-    return any(
-        run["run"] == row["run"] and run["state"] != "assumed" for run in study.get("runs", [])
-    )
+    name = row["run"].removeprefix(prefix)
+    return any(run["run"] == name and run["state"] != "assumed" for run in study.get("runs", []))
 
 
 def _read_run(path: Path, name: str, config: Mapping[str, Any]) -> Row:
-    where = {"run": path.name if name == "." else name, "path": str(path)}
+    where = {"run": name, "path": str(path)}
     row = _from_config(config) | where
     metrics_file, failure_file = path / "metrics.json", path / "failure.json"
     if metrics_file.exists():
@@ -82,73 +103,85 @@ def _read_run(path: Path, name: str, config: Mapping[str, Any]) -> Row:
         if row.get("status") not in ("finished", "killed"):
             row |= {"status": "failed", "reason": f"metrics.json says status {row.get('status')!r}"}
         return row | where
-    row |= _progress(path / "metrics.jsonl")
+    last = _last_row(path)
+    row |= {key: last[key] for key in ("steps", "tokens") if key in last}
     if failure_file.exists():
         failure = read_json(failure_file) or {}
         told = [failure[key] for key in ("kind", "reason", "message") if failure.get(key)]
         reason = ": ".join(str(part) for part in told) or "failure.json gives no reason"
         return row | {"status": "failed", "reason": reason}
-    last = row.get("steps")
-    at = f"step {last:,}" if isinstance(last, int) else "before its first row"
+    at = f"step {last['steps']:,}" if last else "before its first row"
     return row | {"status": "unfinished", "reason": f"stopped at {at}, no metrics.json yet"}
 
 
 def _from_config(config: Mapping[str, Any]) -> Row:
     """What a run that never wrote metrics.json is known to be: who it is and what was asked."""
-    asked, model, training, built, params = (
+    asked, model, training, built, params, sweep = (
         part if isinstance(part := config.get(name), dict) else {}
-        for name in ("asked", "model", "training", "built", "params")
+        for name in ("asked", "model", "training", "built", "params", "sweep")
     )
-    sweep = config.get("sweep") if isinstance(config.get("sweep"), dict) else {}
     experiment, baseline = config.get("experiment"), config.get("baseline")
+    own = sweep.get("built")
+    own = own.get(experiment) if isinstance(own, dict) else None
     known = {
-        "experiment": experiment,
-        "sweep": (sweep or {}).get("file"),
+        **config,
+        "sweep": sweep.get("file"),
         "baseline": None if experiment is None or baseline is None else experiment == baseline,
         "baseline_name": baseline,
-        "phase": config.get("phase"),
-        "seed": config.get("seed"),
-        "config_digest": config.get("config_digest"),
-        "evaluation_digest": config.get("evaluation_digest"),
-        "corpus": config.get("corpus"),
-        "tokenizer_sha256": config.get("tokenizer_sha256"),
-        "data_sha256": config.get("data_sha256"),
+        **(own if isinstance(own, dict) else {}),
+        **asked, **built, **model,
+        **{f"params_{block}": count for block, count in params.items()},
+        **{key: training.get(key) for key in ("batch_size", "seq_len", "learning_rate")},
+    }  # fmt: skip
+    return {
+        key: value
+        for key, value in known.items()
+        if key in KEYS and value is not None and not isinstance(value, (dict, list))
     }
-    own = (sweep or {}).get("built")
-    own = own.get(experiment) if isinstance(own, dict) else None
-    known |= (own if isinstance(own, dict) else {}) | asked | built | model
-    known |= {f"params_{block}": count for block, count in params.items()}
-    known |= {key: training.get(key) for key in ("batch_size", "seq_len", "learning_rate")}
-    return {k: value for k, value in known.items() if k in KEYS and value is not None}
 
 
-def _progress(path: Path) -> Row:
-    """Steps and tokens of the last whole row of metrics.jsonl; a torn last line is skipped."""
-    if not path.exists():
+def _last_row(path: Path) -> dict[str, int]:
+    """Steps and tokens of the last row of metrics.jsonl; {} without one, or where it is damaged."""
+    try:
+        rows = run_dir.read_rows(path / "metrics.jsonl")
+    except ValueError:
         return {}
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        lines = file.read().split(b"\n")
-    for line in reversed(lines):
-        row = _parse(line)
-        if row and "step" in row and "tokens" in row:
-            return {"steps": row["step"], "tokens": row["tokens"]}
-    return {}
+    last = next((row for row in reversed(rows) if "step" in row and "tokens" in row), None)
+    return {} if last is None else {"steps": last["step"], "tokens": last["tokens"]}
+
+
+def _computed(path: Path) -> Row:
+    """What environment.json says of the program and the processors that computed a run; nothing
+    for a run that is not finished or of an older build."""
+    file = path / "environment.json"
+    found = (read_json(file) or {}).get("computed") if file.is_file() else None
+    if not found or not all(isinstance(one, dict) and one for one in found):
+        return {}
+    processors = (
+        " ".join(str(part) for part in (one.get("device_name"), one.get("cpu_capability"),
+                                        *(one.get("amx") or ())) if part)
+        for one in found
+    )  # fmt: skip
+    return {
+        "program_digest": run_identity.program_digest(found),
+        "processors": "; ".join(dict.fromkeys(processors)),
+    }
 
 
 def read_curve(path: Path) -> Curve:
-    """(tokens, dev perplexity) of each dev check in a run's metrics.jsonl, oldest first."""
-    file = path / "metrics.jsonl"
-    if not file.exists():
+    """(tokens, dev perplexity) of a run's dev checks, oldest first: of its metrics.jsonl, or of
+    the curve.csv that was published of it; empty without a readable one."""
+    published = path / "curve.csv"
+    if published.is_file():
+        losses = pd.read_csv(published).dropna(subset=["dev_loss"])
+        return [
+            (int(t), math.exp(loss))
+            for t, loss in zip(losses["tokens"], losses["dev_loss"], strict=True)
+        ]
+    try:
+        return run_dir.read_curve(path)
+    except ValueError:
         return []
-    curve: dict[int, float] = {}
-    for line in file.read_bytes().split(b"\n"):
-        if b'"dev"' not in line:  # train rows are many: not worth parsing
-            continue
-        row = _parse(line)
-        if row and row.get("kind") == "dev" and isinstance(row.get("dev_perplexity"), (int, float)):
-            curve[int(row["tokens"])] = float(row["dev_perplexity"])
-    return sorted(curve.items())
 
 
 def _flatten(metrics: Mapping[str, Any]) -> Row:
@@ -185,12 +218,51 @@ def read_config(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    return _parse(path.read_bytes())
-
-
-def _parse(data: bytes) -> dict[str, Any] | None:
+    """A JSON object, or None where the file holds something else."""
     try:
-        value = json.loads(data)
+        value = json.loads(path.read_bytes())
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+# --- latencies that one process measured in turns -------------------------------------------------
+
+
+def read_ratios(log_dir: Path) -> dict[str, dict[str, Any]]:
+    """By run: `latency_ratio_l<L>`, its 95 % interval `..._low_l<L>`, `..._high_l<L>`, and
+    `latency_ratio_to`, the run it was measured beside; of that run itself the ratio 1.
+
+    From `latency/*.json` (python -m src.evaluation.latency --compare): milliseconds of runs that
+    were measured each in its own process differ by what else the computer did. A run that was
+    measured beside several has no one ratio that fits beside the others': the one against the
+    baseline of most comparisons counts.
+    """
+    files = sorted((log_dir / "latency").glob("*.json"))
+    found = [one for file in files if _is_comparison(one := read_json(file) or {})]
+    baselines = [one["baseline"] for one in found]
+    ratios: dict[str, dict[str, Any]] = {}
+    for one in sorted(found, key=lambda one: baselines.count(one["baseline"])):
+        to = {"latency_ratio_to": one["baseline"]}
+        ratios[one["ours"]] = to | {
+            f"latency_{name}_l{length}": one["comparison"][f"l{length}"][name]
+            for length in LENGTHS
+            for name in ("ratio", "ratio_low", "ratio_high")
+        }
+        ratios[one["baseline"]] = to | {f"latency_ratio_l{length}": 1.0 for length in LENGTHS}
+    return ratios
+
+
+def _is_comparison(content: Mapping[str, Any]) -> bool:
+    """Whether it is a file of that command, of these prompt lengths."""
+    try:
+        rows = [content["comparison"][f"l{length}"] for length in LENGTHS]
+        sound = all({"ratio", "ratio_low", "ratio_high"} <= set(row) for row in rows)
+    except (KeyError, TypeError):
+        return False
+    return sound and {"ours", "baseline"} <= set(content)
+
+
+def read_curves(rows: Sequence[Row]) -> dict[str, Curve]:
+    """The dev curve of each run that has a directory, by name."""
+    return {row["run"]: read_curve(Path(row["path"])) for row in rows if "path" in row}

@@ -24,6 +24,8 @@ _NOT_LEARNED_FROM = frozenset(
     checkpoint_every_steps precision micro_batch loss_chunk compile threads deterministic
     """.split()
 )
+# Of those conditions, what says which processor computed: it moves rounding and nothing else.
+_PROCESSOR = frozenset({"device_name", "cpu_capability", "amx"})
 # Where a run of an older build has no training_digest: what it says of its training.
 _TRAINED = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio", "tokens")
 DATA = ("corpus", "tokenizer_sha256", "data_sha256")
@@ -41,6 +43,16 @@ def compute_digest(conditions: Iterable[Mapping[str, Any]]) -> str:
     them, in their order, joined by `+`, so that it equals neither."""
     texts = (json.dumps(condition, sort_keys=True) for condition in conditions)
     return "+".join(hashlib.sha256(text.encode()).hexdigest() for text in texts)
+
+
+def program_digest(conditions: Iterable[Mapping[str, Any]]) -> str:
+    """The same without the processor: equal where the same program computed, on whatever CPU or
+    GPU, so that runs are comparable though rounding differs."""
+    texts = {
+        json.dumps({k: v for k, v in one.items() if k not in _PROCESSOR}, sort_keys=True)
+        for one in conditions
+    }
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()
 
 
 def configuration(row: Mapping[str, Any]) -> Identity:

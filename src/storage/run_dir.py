@@ -95,7 +95,7 @@ def read_rows(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def read_curve(run: Path) -> list[tuple[int, float]]:
     """(tokens, dev perplexity) of a run's dev evaluations so far."""
     rows = read_rows(run / "metrics.jsonl", "dev")
-    return [(row["tokens"], row["dev_perplexity"]) for row in rows]
+    return [(row["tokens"], row["dev_perplexity"]) for row in rows if "dev_perplexity" in row]
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

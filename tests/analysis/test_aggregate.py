@@ -15,7 +15,8 @@ import pandas
 import pytest
 import yaml
 
-from src.analysis import plots, run_csv, run_table
+from src.analysis import run_csv, run_table, sweep_figures
+from src.analysis.blocks import blocks
 from src.spec import metric_keys
 from tests import ROOT
 from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, Cell, write_run, write_sweep
@@ -416,16 +417,14 @@ def test_a_marker_that_cannot_be_served_is_refused(tmp_path: Path, text: str, to
 
 
 def panels(logs: Path) -> dict[str, list[list[object]]]:
-    rows = run_table.read_rows(logs)
-    found = {}
-    for axis in (plots.SHARE, plots.GLU):
-        drawn = plots.panels_of(plots.rows_of_axis(rows, axis))
-        found[axis.key] = [
-            [p.sweep, p.phase, p.tokens, sorted(r["run"] for r in p.runs),
-             [r["run"] for r in p.killed]]
-            for p in drawn
-        ]  # fmt: skip
-    return found
+    runs = run_csv.table(run_table.read_rows(logs))
+    return {
+        axis.quantity.built: [
+            [b.sweep, b.phase, b.budget, sorted(b.runs["run"]), list(b.killed["run"])]
+            for b in blocks(sweep_figures.runs_of_axis(runs, axis))
+        ]
+        for axis in (sweep_figures.SHARE, sweep_figures.GLU)
+    }
 
 
 def test_phases_sweeps_and_budgets_never_share_a_panel(study: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from matplotlib import pyplot as plt
 
-from src.analysis import run_plots
-from src.analysis.latency_ratios import read_ratios, side_by_side
+from src.analysis import paper, run_figures
 from src.analysis.report_tables import metrics_table
+from src.analysis.run_csv import table
+from src.analysis.run_figures import side_by_side
+from src.analysis.run_table import read_ratios
 
 
 def write(log_dir: Path, ours: str, baseline: str, ratio: float) -> None:
@@ -38,8 +40,9 @@ def test_ratios_are_to_the_baseline_of_most_comparisons(tmp_path: Path) -> None:
         pytest.approx(1.09),
         pytest.approx(1.11),
     )
-    assert side_by_side([[found["a"]], [{}, found["base"]], [{}]]) == "base"
-    assert side_by_side([[found["a"]], [{}], []]) is None
+    runs = [{"experiment": name, **row} for name, row in found.items()]
+    assert side_by_side(table([*runs, {"experiment": "c"}])) == "base"
+    assert side_by_side(table([runs[0], {"experiment": "c"}])) is None
 
 
 def rows(with_ratio: bool) -> list[dict[str, Any]]:
@@ -63,9 +66,10 @@ def rows(with_ratio: bool) -> list[dict[str, Any]]:
 
 def drawn(made: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     kept = []
-    monkeypatch.setattr(run_plots, "save", lambda figure, _: kept.append(figure))
-    run_plots.pareto_figure(made, path)
-    return kept[0].axes[1]
+    monkeypatch.setattr(paper, "save", lambda figure, _: kept.append(figure))
+    runs = table(made)
+    assert run_figures.pareto_figure(runs, paper.looks(runs), path)
+    return kept[0].axes[0]
 
 
 def test_the_front_is_of_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +94,9 @@ def test_without_ratios_every_seed_is_a_point_and_there_is_no_front(
 
 
 def test_the_table_shows_ratios_and_else_the_range() -> None:
-    line = [text for text in metrics_table(rows(True)).splitlines() if "| fast |" in text][0]
-    assert "x 0.70" in line and "ms" not in line
-    line = [text for text in metrics_table(rows(False)).splitlines() if "| fast |" in text][0]
-    assert "8.5 to 27.8 ms" in line and "17.0 to 55.6 ms" in line
+    measured, alone = (
+        next(line for line in metrics_table(table(rows(ratio))).splitlines() if "| fast |" in line)
+        for ratio in (True, False)
+    )
+    assert "x 0.70" in measured and "ms" not in measured
+    assert "8.5 to 27.8 ms" in alone and "17.0 to 55.6 ms" in alone

@@ -39,7 +39,7 @@ def test_a_log_directory_becomes_small_files(
     assert int(points[-1]["tokens"]) == metrics["tokens"]
     names = {path.name for path in output.rglob("*") if path.is_file()}
     assert {"results_summary.csv", "results_bundle.json", "study.json", "documents_test.npz",
-            "ppl_vs_embedding_ratio.png"} <= names  # fmt: skip
+            "ppl_vs_glu_expansion.png"} <= names  # fmt: skip
     assert not [name for name in names if name.endswith((".pt", ".safetensors"))]
     text = "".join(
         path.read_text() for path in output.rglob("*") if path.suffix in (".json", ".csv")

@@ -22,6 +22,7 @@ from scipy import stats
 
 from src.analysis import compare, decisions, intervals, kill_table, repeats
 from src.analysis.run_csv import Row, read_csv
+from src.analysis.run_table import read_curve
 from src.spec import config
 from src.study.phases.cells import allocate
 from tests import ROOT
@@ -259,7 +260,7 @@ def kills() -> Iterator[str]:
     yield f"its window scaled to {window:,} tokens"
     yield f"stopped four of the thirteen full runs at {at[0]:.0f} to {at[-1]:.0f} % of their budget"
     twin, theirs = (
-        dict(kill_table.published_curve(folder / "runs" / run / "curve.csv"))
+        dict(read_curve(folder / "runs" / run))
         for folder, run in ((COMPLETE, EMB45), (STUDY, GLU4X))
     )
     died = rows(STUDY)[STUDY_EMB45]["tokens"]

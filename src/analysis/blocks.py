@@ -1,0 +1,168 @@
+"""Runs that may stand beside each other: one sweep, phase, token budget, batch and vocabulary.
+
+A block is what a panel of a figure shows and what a table compares. Where a block has several
+learning rates for a configuration, each is judged at its own best rate, chosen on dev.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+_ALIKE = ["sweep", "phase", "batch_size", "seq_len"]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Runs of one sweep, phase, budget and batch, as rows of `run_csv.table`.
+
+    budget: tokens a run, to two digits. runs: the finished ones, each model at each rate and seed
+    once; killed: those that a kill rule stopped.
+    """
+
+    sweep: str
+    phase: str
+    budget: float
+    steps: float  # optimizer steps a run; NaN where not recorded
+    runs: pd.DataFrame
+    killed: pd.DataFrame
+
+    @property
+    def kind(self) -> str:
+        """Full runs, 1.0 M tokens in 512 steps."""
+        kind = "Ranking runs" if self.phase == "rank" else "Full runs"
+        budget = f", {tokens_text(self.budget)} tokens" if self.budget else ""
+        return kind + budget + (f" in {self.steps:,.0f} steps" if self.steps > 0 else "")
+
+    @property
+    def file(self) -> str:
+        """The sweep's file without its folder and ending."""
+        return Path(self.sweep).stem
+
+    @property
+    def title(self) -> str:
+        """Full runs, 1.0 M tokens in 512 steps (miniature_embed)."""
+        return f"{self.kind} ({self.file})" if self.file else self.kind
+
+    @property
+    def baseline(self) -> str | None:
+        """The configuration that the sweep names as its baseline, finished or not."""
+        names = pd.concat([self.runs, self.killed])["baseline_configuration"].dropna()
+        return None if names.empty else str(names.mode()[0])
+
+    @property
+    def many_rates(self) -> bool:
+        """Whether some configuration was trained at several learning rates."""
+        return bool((self.runs.groupby("configuration")["learning_rate"].nunique() > 1).any())
+
+
+def blocks(runs: pd.DataFrame) -> list[Block]:
+    """The blocks of a table's finished and killed runs, ranking runs first; a killed run joins the
+    block that it was cut from: the least budget that is not below its own tokens."""
+    done = runs[runs["status"].isin(["finished", "killed"])]
+    found = []
+    for _, mates in done.groupby(_ALIKE, dropna=False):
+        whole = sorted(mates.loc[mates["status"] == "finished", "budget"].unique())
+
+        def home(budget: float, whole: Sequence[float] = whole) -> float:
+            return min((b for b in whole if b >= budget), default=whole[0] if whole else budget)
+
+        homes = mates["budget"].where(mates["status"] == "finished", mates["budget"].map(home))
+        for budget, members in mates.groupby(homes.fillna(0.0)):
+            finished = members[members["status"] == "finished"]
+            first = members.iloc[0]
+            found.append(
+                Block(
+                    sweep=str(first["sweep"]) if pd.notna(first["sweep"]) else "",
+                    phase=str(first["phase"]),
+                    budget=float(budget),
+                    steps=float(finished["steps"].max()),
+                    runs=each_once(finished),
+                    killed=members[members["status"] == "killed"],
+                )
+            )
+    return sorted(found, key=lambda b: (b.sweep, b.phase != "rank", b.budget, b.steps))
+
+
+def each_once(runs: pd.DataFrame) -> pd.DataFrame:
+    """`emb35` and the run of a list of rates that is the same, `emb35-lr4e-3`, count once."""
+    return runs.drop_duplicates(["configuration", "learning_rate", "seed", "vocab_size"])
+
+
+def own_rates(runs: pd.DataFrame) -> dict[str, float]:
+    """Each configuration's best learning rate: the lowest mean dev loss over the seeds that all of
+    its rates have (all of its seeds where there is none such)."""
+    best: dict[str, float] = {}
+    for name, mine in runs.dropna(subset=["dev_loss", "learning_rate"]).groupby("configuration"):
+        counts = mine.groupby("seed")["learning_rate"].nunique()
+        common = counts.index[counts == mine["learning_rate"].nunique()]
+        judged = mine[mine["seed"].isin(common)] if len(common) else mine
+        best[str(name)] = float(judged.groupby("learning_rate")["dev_loss"].mean().idxmin())
+    return best
+
+
+def at_own_rates(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs at their configuration's best rate; those without a rate or a dev loss stay."""
+    best = runs["configuration"].map(own_rates(runs))
+    return runs[best.isna() | (runs["learning_rate"] == best)]
+
+
+def shared_rate(runs: pd.DataFrame) -> float | None:
+    """Of the rates that every configuration was trained at, that of the lowest mean dev loss."""
+    means = runs.pivot_table(index="configuration", columns="learning_rate", values="dev_loss")
+    common = means.dropna(axis="columns")
+    return None if common.empty else float(common.mean().idxmin())
+
+
+def ranking(runs: pd.DataFrame) -> pd.Series:
+    """Mean dev perplexity by configuration, the best first, over the seeds that all have (all
+    seeds where there is none such)."""
+    counts = runs.groupby("seed")["configuration"].nunique()
+    common = counts.index[counts == runs["configuration"].nunique()]
+    judged = runs[runs["seed"].isin(common)] if len(common) else runs
+    return judged.groupby("configuration")["dev_perplexity"].mean().dropna().sort_values()
+
+
+def order_sentences(runs: pd.DataFrame) -> list[str]:
+    """Which configuration leads each block, at its own best rate and at the shared one, and
+    whether two blocks of the same sweep order them otherwise."""
+    told: list[str] = []
+    orders: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    for block in blocks(runs):
+        best = ranking(at_own_rates(block.runs))
+        if len(best) < 2:
+            continue
+        rates = own_rates(block.runs)
+        named = [
+            f"{name} {ppl:.1f}" + (f" at {rates[name]:g}" if block.many_rates else "")
+            for name, ppl in best.items()
+        ]
+        sentence = f"{block.title}: dev perplexity {' < '.join(named)}"
+        seeds = block.runs.groupby("configuration")["seed"].nunique()
+        if seeds.min() == 1:
+            sentence += "; one seed of some, so their order is not sure"
+        told.append(f"{sentence}.")
+        order = tuple(map(str, best.index))
+        rate = shared_rate(block.runs) if block.many_rates else None
+        if rate is not None:
+            at = tuple(ranking(block.runs[block.runs["learning_rate"] == rate]).index)
+            same = "the same order" if at == order else f"another order, {' < '.join(at)}"
+            told[-1] += f" At the shared rate {rate:g}: {same}."
+        orders.setdefault(block.sweep, []).append((block.title, order))
+    for (one, first), (other, second) in (
+        pair for known in orders.values() for pair in zip(known, known[1:], strict=False)
+    ):
+        if set(first) == set(second):
+            same = "the same order" if first == second else "another order"
+            told.append(f"{one} against {other}: {same}.")
+    return told
+
+
+def tokens_text(tokens: float) -> str:
+    """5e6 -> "5.0 M", 160000 -> "160 k"."""
+    if tokens >= 1e9:
+        return f"{tokens / 1e9:.1f} B"
+    return f"{tokens / 1e6:.1f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"

@@ -1,0 +1,275 @@
+"""The figures of a sweep: perplexity against what was swept, with seeds, intervals and kills.
+
+Ranking runs and full runs never share a panel, nor do runs of different token budgets or batches;
+token perplexities of different tokenizers never share a figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from scipy import stats
+
+from src.analysis import paper
+from src.analysis.blocks import Block, at_own_rates, blocks
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, Request
+from src.spec.rates import spelled
+
+BAR = 0.95  # PRD section 8: a winner's perplexity is at least 5 % below the baseline's
+
+
+class MixedTokenizers(ValueError):
+    """Token perplexities of different tokenizers were asked for in one figure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One swept quantity, how it is written, and the one that the other sweep varies."""
+
+    quantity: Request
+    other: Request
+    label: str
+    title: str
+    scale: float = 1.0
+
+
+SHARE = Axis(
+    EMBEDDING_RATIO, GLU_EXPANSION, "Embedding share of all parameters (%)", "embedding share", 100
+)
+GLU = Axis(GLU_EXPANSION, EMBEDDING_RATIO, "GLU expansion, d_ff / d_model", "GLU expansion")
+
+
+# --- choosing runs ------------------------------------------------------------------------------
+
+
+def varies_vocabulary(runs: pd.DataFrame) -> set[str]:
+    """Sweep files whose runs have several vocabularies: compared in bits per byte only."""
+    sizes = runs.groupby("sweep")["vocab_size"].nunique()
+    return set(sizes.index[sizes > 1])
+
+
+def runs_of_axis(runs: pd.DataFrame, axis: Axis) -> pd.DataFrame:
+    """The finished and killed runs of sweeps that vary this axis.
+
+    A sweep varies an axis if its runs asked for several values of it. A sweep that so far has one
+    value of both belongs to both, because nothing yet tells which it will vary.
+    """
+    done = runs[runs["status"].isin(["finished", "killed"]) & runs[axis.quantity.built].notna()]
+    here = done[axis.quantity.asked].fillna(done[axis.quantity.built].round(3)).round(4)
+    sweep = done["sweep"].fillna("")
+    values = here.groupby(sweep).nunique()
+    others = done[axis.other.asked].groupby(sweep).nunique()
+    return done[sweep.isin(values.index[(values > 1) | (others <= 1)])]
+
+
+def refuse_mixed_tokenizers(runs: pd.DataFrame, metric: str) -> None:
+    """Token perplexity means nothing across tokenizers: another token count, another task.
+
+    Raises MixedTokenizers, naming the runs of each tokenizer, unless the metric is bits per byte
+    or word perplexity, which compare over the same text.
+    """
+    if not metric.endswith("perplexity") or metric.endswith("word_perplexity"):
+        return
+    names = runs.groupby("tokenizer_sha256")["run"].agg(sorted)
+    if len(names) > 1:
+        told = "; ".join(
+            f"{key[:12]}: {', '.join(some[:4])}"
+            + (f" and {len(some) - 4} more" if len(some) > 4 else "")
+            for key, some in names.items()
+        )
+        raise MixedTokenizers(
+            f"token perplexities of {len(names)} different tokenizers cannot stand in one figure "
+            f"({told}). Pass --metric bits_per_byte, or aggregate the runs of each tokenizer apart."
+        )
+
+
+def column_of(metric: str, runs: pd.DataFrame) -> str:
+    """The column to draw: "perplexity" is the test set's, or the dev set's where no run has one."""
+    if metric.startswith(("test_", "dev_")):
+        return metric
+    return f"test_{metric}" if runs[f"test_{metric}"].notna().any() else f"dev_{metric}"
+
+
+# --- drawing ------------------------------------------------------------------------------------
+
+
+def sweep_figure(
+    runs: pd.DataFrame, axis: Axis, metric: str, styles: Mapping[str, paper.Look], output: Path
+) -> bool:
+    """A panel for each block of these runs: seeds, means, intervals, baseline, kills; False where
+    no finished run has the metric, and then nothing is drawn."""
+    refuse_mixed_tokenizers(runs, metric)
+    shown = [
+        block for block in blocks(runs) if block.runs[column_of(metric, block.runs)].notna().any()
+    ]
+    if not shown:
+        return False
+    with paper.style():
+        figure, axes = paper.grid(len(shown))
+        handles: list[Any] = []
+        for ax, block in zip(axes, shown, strict=True):
+            handles += _draw(ax, block, axis, column_of(metric, block.runs), styles)
+        drawn = pd.concat([part for block in shown for part in (block.runs, block.killed)])
+        heading = f"{paper.words(column_of(metric, drawn))} against {axis.title}"
+        paper.finish(figure, handles, heading, drawn, styles)
+        paper.save(figure, output)
+    return True
+
+
+def _draw(
+    ax: Axes, block: Block, axis: Axis, column: str, styles: Mapping[str, paper.Look]
+) -> list[Any]:
+    """Draw one block; returns the legend entries of what it shows."""
+    runs = block.runs.dropna(subset=[column])
+    best = at_own_rates(runs)
+    others = runs.drop(best.index)
+    series = _series(best, axis, block.many_rates)
+    cells = _cells(best, series, axis, column)
+    base = best[best["configuration"] == block.baseline]
+    bar = bar_of(base, column)
+    low, high = best[column].min(), best[column].max()
+    room = (high - low) or 0.05 * high
+    near = others[column][others[column] <= high + 1.5 * room]
+    held = [low, high, *near, *([] if bar is None else [bar])]
+    held += [
+        min(max(end, low - room), high + room)
+        for end in [*cells["low"].dropna(), *cells["high"].dropna()]
+    ]
+    if len(block.killed):
+        held.append(max(held) + 0.2 * (max(held) - min(held) or room))
+    paper.hold(ax, "y", held)
+    paper.hold(ax, "x", axis.scale * pd.concat([runs, block.killed])[axis.quantity.built])
+    handles = _draw_rates(ax, others, axis, column, styles) if len(others) else []
+    handles += _draw_cells(ax, cells, best, series, axis, column, styles)
+    handles += paper.named(cells["configuration"], styles, [block.baseline or ""])
+    if bar is not None:
+        ax.axhline(bar, color="#444444", linestyle=paper.BAR_DASH, linewidth=0.9, zorder=1.5)
+        handles.append(paper.line("5 % below the baseline", color="#444444", ls=paper.BAR_DASH))
+    for x in axis.scale * block.killed[axis.quantity.built]:
+        ax.plot([x], [0.94], "x", color=paper.BLACK, mew=1.4, transform=ax.get_xaxis_transform())
+        handles.append(paper.point("killed, no final value", "x", color=paper.BLACK, mew=1.4))
+    paper.title(ax, _title(block, runs, best, base, column))
+    ax.set_xlabel(axis.label)
+    ax.set_ylabel(paper.words(column))
+    return handles
+
+
+def _title(
+    block: Block, runs: pd.DataFrame, best: pd.DataFrame, base: pd.DataFrame, column: str
+) -> str:
+    seeds = sorted(best.groupby("configuration")["seed"].nunique().unique())
+    told = [f"{seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")]
+    told[0] += " seed" if seeds == [1] else " seeds"
+    if base.empty and block.baseline is not None:
+        gone = (block.killed["configuration"] == block.baseline).any()
+        told.append(f"baseline {block.baseline} {'was killed' if gone else 'is not finished'}")
+    if len(block.runs) > len(runs):
+        told.append(f"{len(block.runs) - len(runs)} runs without {column}")
+    return f"{block.kind}\n{block.file}: {'; '.join(told)}"
+
+
+def _series(best: pd.DataFrame, axis: Axis, many_rates: bool) -> pd.Series:
+    """What else differs between runs, in words: each such kind is a line of its own."""
+    names = {
+        axis.other.asked: lambda v: f"share {100 * v:.3g} %" if axis is GLU else f"GLU {v:.3g}",
+        "vocab_size": lambda v: f"V = {v:,.0f}",
+        "tie_embeddings": lambda v: "tied" if v else "untied",
+        "embedding_lr_ratio": lambda v: f"embedding rate x {v:g}",
+    }
+    if not many_rates:
+        names["learning_rate"] = lambda v: f"rate {v:g}"
+    label = best["embedding_dim"].notna().map({True: "factorised table", False: "whole table"})
+    label = label if label.nunique() > 1 else label.map(lambda _: "")
+    for key, write in names.items():
+        if best[key].nunique() > 1:
+            label = label + best[key].map(
+                lambda v, write=write: "" if pd.isna(v) else f", {write(v)}"
+            )
+    return label.str.removeprefix(", ")
+
+
+def _cells(best: pd.DataFrame, series: pd.Series, axis: Axis, column: str) -> pd.DataFrame:
+    """A row a configuration and series: x, the mean over seeds and its 95 % t interval."""
+    grouped = best.groupby([series.rename("series"), "configuration"])
+    found = grouped.agg(
+        x=(axis.quantity.built, "mean"),
+        mean=(column, "mean"),
+        sd=(column, "std"),
+        n=(column, "size"),
+    ).reset_index()
+    found["x"] *= axis.scale
+    half = stats.t.ppf(0.975, (found["n"] - 1).clip(lower=1)) * found["sd"] / found["n"] ** 0.5
+    return found.assign(low=found["mean"] - half, high=found["mean"] + half)
+
+
+def _draw_cells(
+    ax: Axes,
+    cells: pd.DataFrame,
+    best: pd.DataFrame,
+    series: pd.Series,
+    axis: Axis,
+    column: str,
+    styles: Mapping[str, paper.Look],
+) -> list[Any]:
+    handles = []
+    many = cells["series"].nunique() > 1
+    left, right = ax.get_xlim()
+    for place, (label, mine) in enumerate(cells.groupby("series")):
+        how = {"color": paper.GREY, "lw": 0.8, "ls": paper.DASHES[place % len(paper.DASHES)]}
+        mine = mine.sort_values("x")
+        ax.plot(mine["x"], mine["mean"], zorder=2, **how)
+        if many:
+            handles.append(paper.line(str(label), **how))
+        for cell in mine.itertuples():
+            look = styles[cell.configuration]
+            if cell.n > 1:
+                own = best[(best["configuration"] == cell.configuration) & (series == label)]
+                beside = cell.x - 0.018 * (right - left)  # else the mean would hide the middle seed
+                ax.plot([beside] * len(own), own[column], "o", ms=3.5, mfc="none",
+                        color=look.colour, mew=0.7, zorder=4)  # fmt: skip
+                leaves = paper.draw_interval(ax, cell.x, cell.low, cell.high, look.colour)
+                handles.append(paper.point("one seed", "o", mfc="none", ms=3.5, mew=0.7))
+                handles.append(paper.point("mean, 95 % t interval", "_", ms=8))
+                if leaves:
+                    handles.append(paper.point("interval leaves the panel", "^", ms=3.5))
+            ax.plot([cell.x], [cell.mean], look.marker, color=look.colour, zorder=5)
+    return handles
+
+
+def _draw_rates(
+    ax: Axes, others: pd.DataFrame, axis: Axis, column: str, styles: Mapping[str, paper.Look]
+) -> list[Any]:
+    """Means at the rates that are not a configuration's best; above the panel, at its frame."""
+    handles: list[Any] = [paper.line("each at its own best rate", lw=0.8)]
+    bottom, top = ax.get_ylim()
+    rates = sorted(others["learning_rate"].unique())
+    handles += [
+        paper.point(f"at rate {spelled(r)}", "1234"[i % 4], ms=6) for i, r in enumerate(rates)
+    ]
+    for (name, rate), mine in others.groupby(["configuration", "learning_rate"]):
+        x, y = axis.scale * mine[axis.quantity.built].mean(), mine[column].mean()
+        colour, shape = styles[str(name)].colour, "1234"[rates.index(rate) % 4]
+        if y > top - 0.03 * (top - bottom):
+            ax.plot([x], [0.96], "^", color=colour, mfc="none", ms=4, zorder=3,
+                    transform=ax.get_xaxis_transform())  # fmt: skip
+            handles.append(paper.point("at another rate, above the panel", "^", mfc="none", ms=4))
+        else:
+            ax.plot([x], [y], shape, color=colour, ms=6, mew=0.9, zorder=3)
+    return handles
+
+
+def bar_of(base: pd.DataFrame, column: str) -> float | None:
+    """Where the PRD's 5 % bar lies in this column, from the baseline's mean over seeds."""
+    level = base[column].mean()
+    if math.isnan(level) or column.endswith("word_perplexity"):
+        return None  # 5 % of token perplexity is another figure in words
+    if column.endswith("bits_per_byte"):
+        loss = base[column.replace("bits_per_byte", "loss")].mean()
+        return None if math.isnan(loss) else level * (1 + math.log(BAR) / loss)
+    return BAR * level
