@@ -18,6 +18,7 @@ import numpy as np
 
 from src.analysis.repeats import Noise
 from src.analysis.science import fits
+from src.analysis.science.surface import response_surface
 from src.spec import allocation, config
 from tests import ROOT
 
@@ -113,7 +114,7 @@ def surface(design: np.ndarray, rng: np.random.Generator, out: Outcome) -> None:
     s, g = share - share.mean(), glu - glu.mean()
     terms = (s, s**2, g, g**2, s * g, np.log(layers))
     y = sum(c * t for c, t in zip(SURFACE.values(), terms, strict=True))
-    fit = fits.response_surface(share, glu, layers, y + SD * rng.standard_normal(len(share)))
+    fit = response_surface(share, glu, layers, y + SD * rng.standard_normal(len(share)))
     for term, truth in SURFACE.items():
         out.setdefault(f"surface, {term}", []).append(covers(fit.coefficients[term], truth))
     assert fit.best_share is not None

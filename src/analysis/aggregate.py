@@ -137,11 +137,7 @@ def _rows_from_csv(path: Path) -> list[Row]:
     rows = read_csv(path)
     if not rows or not all("run" in row and "status" in row for row in rows):
         raise ValueError(f"--from_csv {path} has no rows with a run and a status in it.")
-    places = [path.parent / "runs" / row["run"] for row in rows]
-    return [
-        row | {"path": str(place)} if "path" in row and place.is_dir() else row
-        for row, place in zip(rows, places, strict=True)
-    ]
+    return rows
 
 
 def _metric_names() -> set[str]:

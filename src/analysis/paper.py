@@ -203,9 +203,10 @@ def facts(runs: pd.DataFrame) -> str:
     return " · ".join(part.replace(" ", "\u00a0") for part in parts)  # broken between parts only
 
 
-def title(ax: Axes, text: str) -> None:
-    """A panel's title, broken where the panel is too narrow for it."""
-    ax.set_title("\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, 46)))
+def title(ax: Axes, text: str, width: int = 46) -> None:
+    """A panel's title, broken where the panel is too narrow for it; width in characters."""
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, width)]
+    ax.set_title("\n".join(lines))
 
 
 def point(label: str, shape: Look | str, **how: Any) -> Line2D:

@@ -76,14 +76,19 @@ def write_csv(rows: Sequence[Row], summary: Path) -> None:
 def read_csv(summary: Path) -> list[Row]:
     """The rows that `write_csv` wrote, with their types; empty fields are absent keys.
 
-    The details are joined where they lie beside the summary. Raises ValueError for what is no
-    table of runs.
+    The details are joined where they lie beside the summary; where the runs were published there
+    too, `path` is that place. Raises ValueError for what is no table of runs.
     """
     frame, details = _read(summary), details_path(summary)
     if details.is_file():
         frame = frame.merge(_read(details), on="run", how="left", validate="one_to_one")
     records = frame.astype(object).to_dict("records")
-    return [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in records]
+    rows = [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in records]
+    for row in rows:
+        place = summary.parent / "runs" / str(row["run"])
+        if "path" in row and place.is_dir():
+            row["path"] = str(place)
+    return rows
 
 
 def number(row: Row, key: str) -> float | None:

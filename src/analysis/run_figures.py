@@ -290,9 +290,11 @@ def _draw_front(
         look = styles[name]
         face = look.colour if (name, x, y) in front else "none"
         ax.plot([x], [y], look.marker, color=look.colour, mfc=face, zorder=4)
-    edge = sorted((x, y) for _, x, y in front)
-    ax.plot(*zip(*edge, strict=True), color="#999999", drawstyle="steps-post", zorder=2)
-    handles: list[Any] = [paper.line("Pareto front", color="#999999")]
+    handles: list[Any] = []
+    if len(front) > 1:
+        edge = sorted((x, y) for _, x, y in front)
+        ax.plot(*zip(*edge, strict=True), color="#999999", drawstyle="steps-post", zorder=2)
+        handles.append(paper.line("Pareto front", color="#999999"))
     if len(front) < len(points):
         handles.append(paper.point("hollow: beaten in both", "o", mfc="none"))
     if bar is not None:

@@ -61,11 +61,12 @@ def runs_of_axis(runs: pd.DataFrame, axis: Axis) -> pd.DataFrame:
     value of both belongs to both, because nothing yet tells which it will vary.
     """
     done = runs[runs["status"].isin(["finished", "killed"]) & runs[axis.quantity.built].notna()]
-    here = done[axis.quantity.asked].fillna(done[axis.quantity.built].round(3)).round(4)
     sweep = done["sweep"].fillna("")
-    values = here.groupby(sweep).nunique()
-    others = done[axis.other.asked].groupby(sweep).nunique()
-    return done[sweep.isin(values.index[(values > 1) | (others <= 1)])]
+    here, there = (
+        done[q.asked].fillna(done[q.built].round(3)).round(4).groupby(sweep).nunique()
+        for q in (axis.quantity, axis.other)
+    )
+    return done[sweep.isin(here.index[(here > 1) | (there <= 1)])]
 
 
 def refuse_mixed_tokenizers(runs: pd.DataFrame, metric: str) -> None:

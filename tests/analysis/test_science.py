@@ -74,17 +74,11 @@ def test_the_surface_over_both_arms_separates_share_from_depth(found):
         assert truth <= estimate["high"] + 0.5 * (estimate["high"] - estimate["low"]), term
 
 
-def test_a_prediction_is_scored_by_its_slope(found):
+def test_a_prediction_stands_beside_its_arm(found):
     told = arm(found, "frontier.yaml")["prediction"]
     assert told["date"] == "2026-11-23" and told["tao_best_share"] == pytest.approx(0.2, abs=0.01)
-    predicted, observed = [], []
-    for cell in arm(found, "frontier.yaml")["cells"]:
-        predicted += [told["cells"][cell["label"]]] * 3
-        observed += cell["ln_ppl_ratio"]
-    mean = sum(predicted) / len(predicted)
-    slope = sum((p - mean) * o for p, o in zip(predicted, observed, strict=True))
-    slope /= sum((p - mean) ** 2 for p in predicted)
-    assert told["tao_slope"]["value"] == pytest.approx(slope)
+    labels = [cell["label"] for cell in arm(found, "frontier.yaml")["cells"]]
+    assert list(told["cells"]) == labels and len(set(told["cells"].values())) == 6
     assert arm(found, "depth_control.yaml")["prediction"] is None
 
 
@@ -130,15 +124,11 @@ def test_a_prediction_is_of_a_cell_at_any_rate(tmp_path):
     content = science.analyse(science.read_runs([], [tmp_path]), told)
     for shape in content["arms"]:
         assert set(shape["prediction"]["cells"]) == {cell["label"] for cell in shape["cells"]}
-        assert shape["prediction"]["tao_slope"]["value"] > 0
 
 
-def test_ranking_runs_are_judged_on_dev_and_held_against_the_full_ones(found):
+def test_ranking_runs_are_judged_on_dev(found):
     assert arm(found, "frontier.yaml", "rank")["split"] == "dev"
     assert arm(found, "frontier.yaml", "full")["split"] == "test"
-    (agreement,) = found["rank_agreement"]
-    assert agreement["n"] == 6 and agreement["top1_regret"] >= 0
-    assert agreement["short_tokens"] < agreement["full_tokens"]
 
 
 def test_the_kill_rule_is_replayed_over_grace_and_margin(found):
@@ -179,7 +169,7 @@ def test_what_cannot_be_fitted_says_why(tmp_path, capsys):
     content = json.loads((tmp_path / "science.json").read_text())
     assert "three different x, found 2" in content["arms"][0]["curves"]["share"]["unavailable"]
     assert "not fitted" in capsys.readouterr().out
-    assert content["surfaces"] == content["rank_agreement"] == content["learning_rates"] == []
+    assert content["surfaces"] == content["learning_rates"] == []
 
 
 def test_other_budgets_and_unfinished_runs_do_not_mix(tmp_path):

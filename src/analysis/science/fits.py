@@ -1,4 +1,4 @@
-"""Curves, optima, surfaces and rules fitted to a study's losses: pure functions over numbers.
+"""Curves and their optima fitted to a study's losses: pure functions over numbers.
 
 Losses are ln of bits per byte (or nats), so a difference of 0.01 is about 1 %. Lower is better.
 Intervals are signed by simulation: tests/simulated_studies.py measures how often they cover.
@@ -16,10 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from src.analysis.kill_replay import replay_kills
 from src.analysis.repeats import Noise
-from src.spec.config import KillRule
-from src.spec.kill_rule import Curve
 
 Floats = NDArray[np.float64]
 
@@ -43,7 +40,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fit:
+class Fit:
     """Ordinary least squares of y (n) on a design (n, p) of full rank."""
 
     coefficients: Floats  # (p)
@@ -52,11 +49,8 @@ class _Fit:
     df: int
     residuals: Floats  # (n)
 
-    def t(self, level: float) -> float:
-        return float(stats.t.ppf(0.5 + level / 2, self.df)) if self.df else math.nan
 
-
-def _least_squares(design: Floats, y: Floats, noise: Noise | None) -> _Fit:
+def least_squares(design: Floats, y: Floats, noise: Noise | None) -> Fit:
     q, r = np.linalg.qr(design)
     inverse = np.linalg.inv(r)
     coefficients = inverse @ (q.T @ y)
@@ -65,15 +59,16 @@ def _least_squares(design: Floats, y: Floats, noise: Noise | None) -> _Fit:
     sd = math.sqrt(float(residuals @ residuals) / df) if df else math.nan
     if noise is not None:
         sd, df = noise.sd, noise.df
-    return _Fit(coefficients, inverse @ inverse.T, sd, df, residuals)
+    return Fit(coefficients, inverse @ inverse.T, sd, df, residuals)
 
 
-def _interval(fit: _Fit, direction: Floats, level: float) -> Estimate:
+def interval(fit: Fit, direction: Floats, level: float) -> Estimate:
     """The combination direction (p) @ coefficients with its t interval."""
     value = float(direction @ fit.coefficients)
     if not fit.df:
         return Estimate(value, None, None, level)
-    half = fit.t(level) * fit.sd * math.sqrt(float(direction @ fit.spread @ direction))
+    t = float(stats.t.ppf(0.5 + level / 2, fit.df))
+    half = t * fit.sd * math.sqrt(float(direction @ fit.spread @ direction))
     return Estimate(value, value - half, value + half, level)
 
 
@@ -90,7 +85,6 @@ class CurveFit:
     is all one end of it (no optimum in the range), else "undecided". An optimum at an end is the
     best that was tried, never an extrapolation.
     band: (x, value, low, high) along the range; low and high None as in `Estimate`.
-    lack_of_fit_p: F test of the quadratic against the cells' means (None without repeats).
     """
 
     optimum: Estimate
@@ -102,7 +96,6 @@ class CurveFit:
     df: int
     points: int
     cells: int
-    lack_of_fit_p: float | None
     band: tuple[tuple[float, float, float | None, float | None], ...]
 
 
@@ -134,7 +127,7 @@ def quadratic(
     Raises ValueError for shapes that do not fit, numbers that are not finite, or fewer than three
     different x.
     """
-    xs, ys = _points(x, y)
+    xs, ys = points_of(x, y)
     if log and (xs <= 0).any():
         raise ValueError(f"x must be above 0 for a logarithm, found {xs.min():g}.")
     back: Callable[[float], float] = math.exp if log else float
@@ -149,25 +142,25 @@ def quadratic(
     design = np.column_stack([np.ones_like(z), z, z**2, offsets])
     if np.linalg.matrix_rank(design) < design.shape[1]:
         raise ValueError("the blocks leave nothing to fit: some block holds points of one x alone.")
-    fit = _least_squares(design, ys, noise)
-    best = float(_lowest(fit.coefficients[None, :])[0])
+    fit = least_squares(design, ys, noise)
+    best = float(lowest_place(fit.coefficients[None, :])[0])
     value = _quadratic_at(fit.coefficients[None, :], np.array([best]))[0]
     ends: tuple[float | None, float | None] = (None, None)
     depth: tuple[float | None, float | None] = (None, None)
     if fit.df:
-        sampled = _draws(fit, draws, np.random.default_rng(seed))
+        drawn = sampled(fit, draws, np.random.default_rng(seed))
         tail = [50 * (1 - level), 50 * (1 + level)]
-        places = _lowest(sampled)
+        places = lowest_place(drawn)
         ends = tuple(np.percentile(places, tail))
-        depth = tuple(np.percentile(_quadratic_at(sampled, places), tail))
+        depth = tuple(np.percentile(_quadratic_at(drawn, places), tail))
     verdict = _verdict(best, ends)
     optimum = Estimate(best, *ends, level).map(lambda at: back(middle + half * float(at)))
-    curvature = _interval(fit, _unit(2, design.shape[1]), level).map(lambda c: c / half**2)
+    curvature = interval(fit, unit(2, design.shape[1]), level).map(lambda c: c / half**2)
     band = []
     for at in np.linspace(-1, 1, 41):
         direction = np.zeros(design.shape[1])
         direction[:3] = 1.0, at, at**2
-        here = _interval(fit, direction, level)
+        here = interval(fit, direction, level)
         band.append((back(middle + half * float(at)), here.value, here.low, here.high))
     return CurveFit(
         optimum=optimum,
@@ -179,12 +172,11 @@ def quadratic(
         df=fit.df,
         points=len(xs),
         cells=cells,
-        lack_of_fit_p=_lack_of_fit(xs, ys, design, offsets),
         band=tuple(band),
     )
 
 
-def _points(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
+def points_of(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
     xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if (
         xs.ndim != 1
@@ -208,11 +200,11 @@ def _offsets(blocks: Sequence[Hashable] | None, n: int) -> Floats:
     return np.array(columns, dtype=np.float64).T if columns else np.empty((n, 0))
 
 
-def _unit(place: int, size: int) -> Floats:
+def unit(place: int, size: int) -> Floats:
     return np.eye(size)[place]
 
 
-def _draws(fit: _Fit, draws: int, rng: np.random.Generator) -> Floats:
+def sampled(fit: Fit, draws: int, rng: np.random.Generator) -> Floats:
     """Coefficients (B, p) of the parametric bootstrap: a multivariate t around the estimate."""
     root = np.linalg.cholesky(fit.spread)
     normal = rng.standard_normal((draws, len(fit.coefficients))) @ root.T
@@ -224,7 +216,7 @@ def _quadratic_at(coefficients: Floats, z: Floats) -> Floats:
     return coefficients[:, 0] + coefficients[:, 1] * z + coefficients[:, 2] * z**2
 
 
-def _lowest(coefficients: Floats) -> Floats:
+def lowest_place(coefficients: Floats) -> Floats:
     """Where each quadratic (B, p) is lowest on -1..1."""
     _, b, c = coefficients[:, :3].T
     ends = np.where(b > 0, -1.0, 1.0)
@@ -257,26 +249,6 @@ def _curve_statement(
         f"undecided: lowest at {at.value:.4g}, but the interval ({at.low:.4g} to {at.high:.4g}) "
         f"reaches an end {where}."
     )
-
-
-def _lack_of_fit(xs: Floats, ys: Floats, design: Floats, offsets: Floats) -> float | None:
-    """p of the F test of the quadratic against one mean a cell; None without repeats to judge."""
-    cells = (xs[:, None] == np.unique(xs)).astype(np.float64)
-    full = np.column_stack([cells, offsets])
-    df_pure = len(xs) - int(np.linalg.matrix_rank(full))
-    df_lack = len(xs) - design.shape[1] - df_pure
-    if df_pure < 1 or df_lack < 1:
-        return None
-    pure = _rss(full, ys)
-    lack = max(0.0, _rss(design, ys) - pure)
-    if pure <= 0:
-        return 0.0 if lack > 0 else None
-    return float(stats.f.sf(lack / df_lack / (pure / df_pure), df_lack, df_pure))
-
-
-def _rss(design: Floats, y: Floats) -> float:
-    found = np.linalg.lstsq(design, y, rcond=None)[0]
-    return float(((y - design @ found) ** 2).sum())
 
 
 # --- learning rates, cell by cell ---------------------------------------------------------------
@@ -332,8 +304,8 @@ def _pooled(curves: Sequence[tuple[list[float], list[float]]]) -> Noise | None:
         return None
     rss = 0.0
     for x, y in curves:
-        z = np.log(x) - np.log(x).mean()
-        rss += _rss(np.column_stack([np.ones_like(z), z, z**2]), np.asarray(y))
+        fit = np.polynomial.Polynomial.fit(np.log(x), y, 2)
+        rss += float(((np.asarray(y) - fit(np.log(x))) ** 2).sum())
     return Noise(sd=math.sqrt(rss / df), df=df)
 
 
@@ -360,245 +332,3 @@ def _rate_fit(
     return RateFit(
         best, curve.minimum, lowest, means[lowest], curve.verdict, statement, curve
     )  # fmt: skip
-
-
-def shared_rate(cells: Mapping[str, Rates]) -> float | None:
-    """The rate, among those that every cell has a loss at, with the lowest mean over cells."""
-    tried = [{rate for rate, losses in rates.items() if losses} for rates in cells.values()]
-    common = set.intersection(*tried) if tried else set()
-
-    def over_cells(rate: float) -> float:
-        return sum(sum(c[rate]) / len(c[rate]) for c in cells.values()) / len(cells)
-
-    return min(sorted(common), key=over_cells, default=None)
-
-
-# --- the response surface -----------------------------------------------------------------------
-
-TERMS = ("share", "share^2", "glu", "glu^2", "share*glu", "ln L")
-MOST_CONDITION = 30.0  # Belsley, Kuh and Welsch 1980: from here on coefficients trade places
-MOST_INFLATION = 10.0  # the usual alarm for a variance inflation factor
-
-
-@dataclass(frozen=True, slots=True)
-class Surface:
-    """ln BPB on share, GLU expansion, their squares and product, and ln of depth.
-
-    coefficients: by term, of predictors centred at `centre`; "share" is thus the slope there, per
-    unit of share. standardised: coefficient times the predictor's sd, to compare terms.
-    best_share: where the share's part is lowest within the shares tried, at the centre's expansion
-    and one depth for all; None without both of its terms, or with a warning.
-    condition: of the centred, scaled predictors. inflation: variance inflation factor by term, how
-    many times wider than alone a term's variance is for the company of the others.
-    """
-
-    coefficients: dict[str, Estimate]
-    standardised: dict[str, float]
-    centre: dict[str, float]
-    best_share: Estimate | None
-    condition: float
-    inflation: dict[str, float]
-    warnings: tuple[str, ...]
-    sd: float
-    df: int
-    points: int
-    r_squared: float
-
-
-def response_surface(
-    share: ArrayLike,
-    glu: ArrayLike,
-    layers: ArrayLike,
-    loss: ArrayLike,
-    *,
-    terms: Sequence[str] = TERMS,
-    noise: Noise | None = None,
-    level: float = 0.95,
-) -> Surface:
-    """Least squares with t intervals over all cells (n) at once.
-
-    layers: depth, counted; loss: ln bits per byte. terms: those to fit, of `TERMS`.
-    Raises ValueError where the cells cannot tell the terms apart (rank), or leave no degree of
-    freedom, or for shapes and numbers that do not fit.
-    """
-    s, y = _points(share, loss)
-    g, depth = _points(glu, layers)
-    if not s.shape == g.shape or (depth <= 0).any():
-        raise ValueError("share, glu, layers and loss must be equally long, layers above 0.")
-    centre = {"share": float(s.mean()), "glu": float(g.mean())}
-    if unknown := [term for term in terms if term not in TERMS]:
-        raise ValueError(f"terms: found {', '.join(unknown)}, expected some of {', '.join(TERMS)}.")
-    a, b = s - centre["share"], g - centre["glu"]
-    columns = dict(zip(TERMS, (a, a**2, b, b**2, a * b, np.log(depth)), strict=True))
-    x = np.column_stack([columns[term] for term in terms])
-    x = x - x.mean(axis=0)
-    spread = x.std(axis=0)
-    design = np.column_stack([np.ones(len(y)), x])
-    _check_rank(design, spread, len(y), terms)
-    fit = _least_squares(design, y, noise)
-    scaled = x / spread
-    singular = np.linalg.svd(scaled, compute_uv=False)
-    condition = float(singular[0] / singular[-1])
-    inflation = np.diag(np.linalg.inv(np.corrcoef(scaled, rowvar=False).reshape(len(terms), -1)))
-    factors = {term: float(v) for term, v in zip(terms, inflation, strict=True)}
-    warnings = _collinear(condition, factors)
-    total = float(((y - y.mean()) ** 2).sum())
-    return Surface(
-        coefficients={
-            "mean": _interval(fit, _unit(0, design.shape[1]), level),
-            **{
-                term: _interval(fit, _unit(i + 1, design.shape[1]), level)
-                for i, term in enumerate(terms)
-            },
-        },
-        standardised={t: float(fit.coefficients[i + 1] * spread[i]) for i, t in enumerate(terms)},
-        centre=centre,
-        best_share=(None if warnings else _best_share(fit, terms, s, centre["share"], level)),
-        condition=condition,
-        inflation=factors,
-        warnings=warnings,
-        sd=fit.sd,
-        df=fit.df,
-        points=len(y),
-        r_squared=1 - float(fit.residuals @ fit.residuals) / total if total else 1.0,
-    )
-
-
-def _best_share(
-    fit: _Fit, terms: Sequence[str], shares: Floats, centre: float, level: float
-) -> Estimate | None:
-    if not {"share", "share^2"} <= set(terms):
-        return None
-    low, high = float(shares.min()), float(shares.max())
-    middle, half = (low + high) / 2, (high - low) / 2
-    slope, bowl = terms.index("share") + 1, terms.index("share^2") + 1
-
-    def lowest(coefficients: Floats) -> Floats:
-        b, c = coefficients[:, slope] / half, coefficients[:, bowl]
-        # b a + c a^2 of a = share - centre, written over -1..1 of the range.
-        offset = (middle - centre) / half
-        return middle + half * _lowest(np.column_stack([0 * b, b + 2 * c * offset, c]))
-
-    value = float(lowest(fit.coefficients[None, :])[0])
-    places = lowest(_draws(fit, 4000, np.random.default_rng(0)))
-    ends = np.percentile(places, [50 * (1 - level), 50 * (1 + level)])
-    return Estimate(value, float(ends[0]), float(ends[1]), level)
-
-
-def _check_rank(design: Floats, spread: Floats, n: int, terms: Sequence[str]) -> None:
-    scaled = design / np.concatenate([[1.0], np.where(spread > 0, spread, 1.0)])
-    rank = int(np.linalg.matrix_rank(scaled))
-    if rank < design.shape[1]:
-        raise ValueError(
-            f"{n} cells tell only {rank - 1} of {len(terms)} terms apart ({', '.join(terms)}); "
-            "ask for fewer terms, or add cells where the others move alone."
-        )
-    if n == design.shape[1]:
-        raise ValueError(f"{n} cells leave no degree of freedom for {len(terms)} terms and a mean.")
-
-
-def _collinear(condition: float, inflation: Mapping[str, float]) -> tuple[str, ...]:
-    told = []
-    if condition > MOST_CONDITION:
-        told.append(
-            f"condition number {condition:.0f} (above {MOST_CONDITION:.0f}): the cells hardly tell "
-            "the terms apart."
-        )
-    for term, factor in inflation.items():
-        if factor > MOST_INFLATION:
-            told.append(f"{term}: variance inflated {factor:.0f} times by the other terms.")
-    return tuple(told)
-
-
-# --- the kill rule over grace and margin --------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class KillCell:
-    """One rule replayed over complete runs.
-
-    false_kills of `innocent` runs (those that end no worse than the baseline), with the exact
-    (Clopper-Pearson) interval of that rate; saved: share of the runs' tokens not spent.
-    """
-
-    grace: float
-    margin: float
-    runs: int
-    kills: int
-    innocent: int
-    false_kills: int
-    false_rate_low: float
-    false_rate_high: float
-    best_killed: int
-    saved: float
-
-
-def kill_grid(
-    studies: Sequence[tuple[Curve, Mapping[str, Curve]]],
-    rule: Callable[[float, float], KillRule],
-    graces: Sequence[float],
-    margins: Sequence[float],
-    *,
-    tolerance_ppl: float = 0.0,
-    level: float = 0.95,
-) -> tuple[KillCell, ...]:
-    """False kills and tokens saved for every grace and margin.
-
-    studies: (the baseline's complete curve, the runs' by name), one a seed or sweep.
-    rule(grace, margin): the rule to replay. best_killed: in how many
-    studies the rule stopped the run that would have ended lowest of all.
-    Raises ValueError as `replay_kills` does.
-    """
-    cells = []
-    for grace in graces:
-        for margin in margins:
-            found = [
-                replay_kills(baseline, runs, rule(grace, margin), tolerance_ppl)
-                for baseline, runs in studies
-            ]
-            rows = [row for replay in found for row in replay.runs]
-            innocent = sum(row.final_gap_ppl <= tolerance_ppl for row in rows)
-            false = sum(row.false_kill for row in rows)
-            low, high = exact_rate(false, innocent, level)
-            total = sum(replay.tokens_total for replay in found)
-            cells.append(
-                KillCell(
-                    grace,
-                    margin,
-                    len(rows),
-                    sum(r.kills for r in found),
-                    innocent,
-                    false,
-                    low,
-                    high,
-                    sum(r.best_killed for r in found),
-                    sum(r.tokens_saved for r in found) / total if total else 0.0,
-                )  # fmt: skip
-            )
-    return tuple(cells)
-
-
-def exact_rate(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's (1934) interval of a rate; 0 to 1 where nothing was counted."""
-    if n == 0:
-        return 0.0, 1.0
-    found = stats.binomtest(hits, n).proportion_ci(level, method="exact")
-    return float(found.low), float(found.high)
-
-
-# --- does a prediction hold? --------------------------------------------------------------------
-
-
-def calibration(predicted: ArrayLike, observed: ArrayLike, level: float = 0.95) -> Estimate:
-    """Slope of observed (n) on predicted (n) differences with its t interval; an offset is free.
-
-    1: the prediction holds in size; 0: it says nothing; below 0: the order is the other way round.
-    Raises ValueError for fewer than three points or predictions that do not differ.
-    """
-    x, y = _points(predicted, observed)
-    if len(x) < 3:
-        raise ValueError(f"a slope with an interval needs three predictions, found {len(x)}.")
-    if np.ptp(x) == 0:
-        raise ValueError("the predictions must differ to be held against anything.")
-    fit = _least_squares(np.column_stack([np.ones_like(x), x - x.mean()]), y, None)
-    return _interval(fit, _unit(1, 2), level)

@@ -1,0 +1,287 @@
+"""Draw the fits of src.analysis.science: arms with predictions, rates, kill replay.
+
+    python scripts/plot_science.py --science results/science/science.json --output results/science
+
+Makes share_arms.png, glu_arms.png, learning_rates.png and kill_replay.png, each only where
+science.json has something to draw. Exit codes: 0, 78 bad input, 74 could not read or write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from src.analysis import paper
+from src.analysis.blocks import tokens_text
+from src.spec.command_line import BAD_INPUT, IO_FAILED, Parser
+from src.spec.metric_keys import TOTAL_PARAMS
+from src.spec.rates import spelled
+
+Found = Mapping[str, Any]
+PREDICTION = "#8B5A2B"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    try:
+        found = json.loads(options.science.read_bytes())
+        options.output.mkdir(parents=True, exist_ok=True)
+        with paper.style():
+            drawn = [
+                path
+                for name, draw in FIGURES.items()
+                if draw(found, path := options.output / f"{name}.png")
+            ]
+    except OSError as error:
+        print(f"plot_science: could not read or write {error}", file=sys.stderr)
+        return IO_FAILED
+    except (ValueError, KeyError, TypeError) as error:
+        print(
+            f"plot_science: {options.science}: found {type(error).__name__} ({error}), expected "
+            "the science.json of python -m src.analysis.science.report",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    print("\n".join(map(str, drawn)) or "nothing to draw yet")
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        __doc__.split("\n\n")[0],
+        example="python scripts/plot_science.py --science results/science/science.json --output .",
+    )
+    parser.add_argument(
+        "--science", type=Path, required=True, help="what src/analysis/science/report.py wrote"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the folder for the figures")
+    return parser.parse_args(arguments)
+
+
+def _finish(
+    figure: Any, handles: Sequence[Any], title: str, parts: Sequence[Found], note: str, path: Path
+) -> bool:
+    runs = pd.DataFrame(
+        [{"corpus": p["corpus"], "device_name": p["device_name"],
+          TOTAL_PARAMS.built: p[TOTAL_PARAMS.asked]} for p in parts]
+    )  # fmt: skip
+    paper.finish(figure, handles, title, runs, {}, note)
+    paper.save(figure, path)
+    return True
+
+
+def _kind(part: Found) -> str:
+    """Full runs, 50.0 M tokens."""
+    kind = "Ranking runs" if part["phase"] == "rank" else "Full runs"
+    return f"{kind}, {tokens_text(part['tokens'])} tokens"
+
+
+# --- arms, fits and depth -----------------------------------------------------------------------
+
+
+def share_arms(found: Found, path: Path) -> bool:
+    """Bits per byte against share, all arms of a study together, and their depth below."""
+    return _arms(found, "share", "Embedding share of all parameters", path)
+
+
+def glu_arms(found: Found, path: Path) -> bool:
+    """Bits per byte against GLU expansion, and depth below."""
+    return _arms(found, "glu", "GLU expansion, d_ff / d_model", path)
+
+
+def _arms(found: Found, axis: str, label: str, path: Path) -> bool:
+    studies: dict[tuple[Any, ...], list[Found]] = {}
+    keys = ("corpus", "tokenizer_sha256", TOTAL_PARAMS.asked, "tokens", "batch_size", "phase")
+    for arm in found["arms"]:
+        if arm["axis"] == axis and len(arm["cells"]) > 2:
+            studies.setdefault(tuple(arm[key] for key in keys), []).append(arm)
+    if not studies:
+        return False
+    names = list(dict.fromkeys(_name(arm) for arms in studies.values() for arm in arms))
+    looks = {name: paper.look(place) for place, name in enumerate(names)}
+    width = paper.COLUMN if len(studies) == 1 else paper.PAGE
+    figure, axes = plt.subplots(
+        2, len(studies), figsize=(width, 3.3), squeeze=False, height_ratios=(2.2, 1)
+    )
+    handles: list[Any] = []
+    for (top, bottom), arms in zip(axes.T, studies.values(), strict=True):
+        handles += _draw_arms(top, axis, arms, looks)
+        cells = [cell for arm in arms for cell in arm["cells"]]
+        paper.hold(bottom, "y", [cell["n_layers"] for cell in cells])
+        for ax in (top, bottom):
+            told = (
+                [arm["prediction"] for arm in arms if arm["prediction"]] if axis == "share" else []
+            )
+            best = [told[0][key] for key in ("tao_best_share", "levine_best_share")] if told else []
+            paper.hold(ax, "x", [*(cell[axis] for cell in cells), *best])
+        for arm in arms:
+            look = looks[_name(arm)]
+            line = sorted((cell[axis], cell["n_layers"]) for cell in arm["cells"])
+            bottom.plot(*zip(*line, strict=True), color=look.colour, marker=look.marker, lw=0.8)
+        top.set_ylabel(f"{arms[0]['split'].capitalize()} bits per byte")
+        paper.title(top, f"{_kind(arms[0])}, {arms[0][TOTAL_PARAMS.asked] / 1e6:.1f} M",
+                    92 // max(2, len(studies)))  # fmt: skip
+        bottom.set_ylabel("Layers")
+        bottom.set_xlabel(label)
+    parts = [arm for arms in studies.values() for arm in arms]
+    note = "bar at the bottom: 95 % interval of the optimum, hollow where not inside the range"
+    return _finish(figure, handles, f"{label}, sweep by sweep", parts, note, path)
+
+
+def _name(arm: Found) -> str:
+    rate = "" if arm["rate"] == "one rate" else f", {arm['rate']}"
+    return f"{Path(arm['sweep']).stem}{rate}"
+
+
+def _draw_arms(
+    ax: Axes, axis: str, arms: Sequence[Found], looks: Mapping[str, paper.Look]
+) -> list[Any]:
+    """Seeds as rings, means as filled markers, the fitted curve with its band and optimum, and
+    what Tao et al. predict through each baseline; returns the legend's entries."""
+    lines = {id(arm): _predicted(arm) for arm in arms if axis == "share" and arm["prediction"]}
+    values = [math.exp(v) for arm in arms for cell in arm["cells"] for v in cell["ln_bpb"]]
+    values += [y for line in lines.values() for _, y in line]
+    values.append(min(values) - 0.06 * len(arms) * (max(values) - min(values)))  # for the bars
+    paper.hold(ax, "y", values)
+    handles: list[Any] = []
+    for place, arm in enumerate(arms):
+        look, fit = looks[_name(arm)], arm["curves"].get(f"ln {axis}", {})
+        _draw_fit(ax, fit, look.colour, place)
+        for cell in arm["cells"]:
+            seeds, x = [math.exp(v) for v in cell["ln_bpb"]], cell[axis]
+            if len(seeds) > 1:
+                ax.plot(
+                    [x] * len(seeds), seeds, "o", mfc="none", color=look.colour, ms=3.5, mew=0.7
+                )
+                handles.append(paper.point("one seed", "o", mfc="none", ms=3.5, mew=0.7))
+            face = paper.BLACK if cell["baseline"] else look.colour
+            ax.plot([x], [math.exp(np.mean(cell["ln_bpb"]))], look.marker, color=face, zorder=4)
+        handles.append(paper.line(_name(arm), color=look.colour, marker=look.marker))
+        handles.append(paper.point("black: the baseline", "o", color=paper.BLACK))
+        if id(arm) in lines:
+            ax.plot(*zip(*lines[id(arm)], strict=True), color=PREDICTION, ls=paper.BAR_DASH)
+    if lines:
+        told = next(arm["prediction"] for arm in arms if id(arm) in lines)
+        ax.axvline(told["tao_best_share"], color=PREDICTION, ls="--", lw=0.9, zorder=1)
+        ax.axvline(told["levine_best_share"], color=PREDICTION, ls=":", lw=0.9, zorder=1)
+        handles += [
+            paper.line(f"Tao et al., {told['date']}", color=PREDICTION, ls=paper.BAR_DASH),
+            paper.line("their best share", color=PREDICTION, ls="--", lw=0.9),
+            paper.line("Levine et al.'s", color=PREDICTION, ls=":", lw=0.9),
+        ]
+    return handles
+
+
+def _predicted(arm: Found) -> list[tuple[float, float]]:
+    """Tao et al.'s bits per byte by share, through the arm's baseline; in order of share."""
+    told = arm["prediction"]["cells"]
+    level = next((np.mean(c["ln_bpb"]) for c in arm["cells"] if c["baseline"]), None)
+    if level is None:
+        return []
+    return sorted(
+        (c["share"], math.exp(level + math.log1p(told[c["label"]] / arm["reference_loss"])))
+        for c in arm["cells"]
+        if c["label"] in told
+    )
+
+
+def _draw_fit(ax: Axes, fit: Found, colour: str, place: int) -> None:
+    """A fitted curve with its band, and along the bottom the optimum with its interval, hollow
+    where that is not inside the range."""
+    if "band" not in fit:
+        return
+    x, y, low, high = zip(*fit["band"], strict=True)
+    ax.plot(x, np.exp(y), color=colour, lw=1.2, zorder=3)
+    if low[0] is not None:
+        ax.fill_between(x, np.exp(low), np.exp(high), color=colour, alpha=0.13, lw=0)
+    at, across = fit["optimum"], ax.get_xaxis_transform()
+    height = 0.04 + 0.04 * place
+    if at["low"] is not None:
+        ax.plot([at["low"], at["high"]], [height] * 2, color=colour, lw=2.5, alpha=0.5,
+                transform=across, solid_capstyle="butt")  # fmt: skip
+    face = colour if fit["verdict"] == "interior" else "none"
+    ax.plot([at["value"]], [height], "v", color=colour, mfc=face, ms=4, transform=across)
+
+
+# --- learning rates -----------------------------------------------------------------------------
+
+
+def learning_rates(found: Found, path: Path) -> bool:
+    """Dev bits per byte over learning rates, a curve a configuration, its own best rate below."""
+    arms = found["learning_rates"]
+    if not arms:
+        return False
+    figure, axes = paper.grid(len(arms))
+    names = sorted({name for arm in arms for name in arm["cells"]})
+    looks = {name: paper.look(place) for place, name in enumerate(names)}
+    handles: list[Any] = []
+    for ax, arm in zip(axes, arms, strict=True):
+        tried = [point for cell in arm["cells"].values() for point in cell["tried"]]
+        values = [math.exp(v) for _, losses in tried for v in losses]
+        paper.hold(ax, "y", [*values, min(values) - 0.06 * len(arm["cells"]) * np.ptp(values)])
+        paper.hold(ax, "x", [rate for rate, _ in tried], log=True)
+        rates = sorted({rate for rate, _ in tried})
+        ax.set_xticks(rates, [spelled(rate) for rate in rates])
+        for place, (name, cell) in enumerate(arm["cells"].items()):
+            look = looks[name]
+            for rate, losses in cell["tried"]:
+                ax.plot([rate] * len(losses), np.exp(losses), look.marker, color=look.colour)
+            _draw_fit(ax, cell["curve"] or {}, look.colour, place)
+            label = f"{name}, share {cell['share']:.0%}"
+            handles.append(paper.line(label, color=look.colour, marker=look.marker))
+        if arm["shared_rate"]:
+            ax.axvline(arm["shared_rate"], color=paper.BLACK, lw=0.9, ls=":")
+            handles.append(paper.line("best shared rate", color=paper.BLACK, ls=":"))
+        ax.set_xlabel("Peak learning rate")
+        ax.set_ylabel("Dev bits per byte")
+        paper.title(ax, f"{_kind(arm)}\n{Path(arm['sweep']).stem}")
+    note = "bar: 95 % interval of the best rate, hollow: not inside the tried range"
+    return _finish(figure, handles, "Learning rate by configuration", arms, note, path)
+
+
+# --- the kill rule ------------------------------------------------------------------------------
+
+
+def kill_replay(found: Found, path: Path) -> bool:
+    """Tokens saved (shade) and false kills (text) over grace and margin."""
+    replays = found["kill_replay"]
+    if not replays:
+        return False
+    figure, axes = paper.grid(len(replays))
+    for ax, replay in zip(axes, replays, strict=True):
+        grid = pd.DataFrame(replay["grid"]).set_index(["margin", "grace"])
+        saved = grid["saved"].unstack()
+        ax.imshow(saved, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+        for (margin, grace), cell in grid.iterrows():
+            at = saved.columns.get_loc(grace), saved.index.get_loc(margin)
+            text, bad = f"{cell['saved']:.0%}", cell["false_kills"] > 0
+            if cell["kills"]:
+                text += f"\n{cell['false_kills']:.0f}/{cell['innocent']:.0f}"
+            colour = "white" if cell["saved"] > 0.55 else "#D55E00" if bad else "#222222"
+            ax.text(*at, text, ha="center", va="center", size=5.5, color=colour,
+                    weight="bold" if bad else "normal")  # fmt: skip
+        ax.set_xticks(range(saved.shape[1]), [f"{grace:.0%}" for grace in saved.columns])
+        ax.set_yticks(range(saved.shape[0]), [f"{margin:g}" for margin in saved.index])
+        ax.set_xlabel("Grace, share of the budget")
+        ax.set_ylabel("Margin (PPL)")
+        ax.grid(False)
+        runs = replay["grid"][0]["runs"]
+        paper.title(ax, f"{_kind(replay)}, n = {runs}\n{Path(replay['sweep']).stem}")
+    note = (
+        f"Window {replays[0]['window_fraction']:.0%} of the budget; shade and %: tokens saved; "
+        "k/n: false kills among runs that end no worse than the baseline"
+    )
+    return _finish(figure, [], "Kill rule replayed on complete runs", replays, note, path)
+
+
+FIGURES = {draw.__name__: draw for draw in (share_arms, glu_arms, learning_rates, kill_replay)}
