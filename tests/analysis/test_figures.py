@@ -19,7 +19,6 @@ from src.analysis import aggregate, paper
 from src.analysis.run_table import read_rows
 from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, Cell, write_run, write_sweep
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARE, GLU = "embed_ratio.yaml", "glu_expansion.yaml"
 LONG = tuple(
     Cell(name=f"factorised-embedding-of-rank-{64 + 8 * i}-with-an-untied-head-and-attention-{i}",
