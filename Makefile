@@ -27,6 +27,7 @@ quickstart: setup
 	$(BIN)/python run_experiment.py --config configs/quickstart_embed.yaml --exp all --device cpu --log_dir $(QUICK)/logs
 	$(BIN)/python run_experiment.py --config configs/quickstart_glu.yaml --exp all --device cpu --log_dir $(QUICK)/logs
 	$(BIN)/python scripts/aggregate_results.py --log_dir $(QUICK)/logs --output $(QUICK)/results_summary.csv
+	$(BIN)/python -m src.analysis.quickstart $(QUICK)
 
 test: setup-test
 	$(BIN)/python -m pytest

@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 
 def corpus_parser(description: str, example: str) -> Parser:
-    """The arguments of every command that makes a corpus directory."""
+    """The arguments of every command that makes such a directory."""
     parser = Parser(description.partition("\n")[0], example=example)
     parser.add_argument("--output", type=Path, required=True, help="the directory to make")
-    parser.add_argument("--force", action="store_true", help="replace another corpus in --output")
+    parser.add_argument("--force", action="store_true", help="replace what --output holds")
     return parser
 
 
@@ -51,14 +52,7 @@ def make_once(
     what source.json shall say. Returns whether anything was made. Raises Refusal where `output`
     holds another corpus (unless `force`), a damaged one, or files of somebody else.
     """
-    if output.is_dir() and any(output.iterdir()):
-        if not {"source.json", ".lock"} & {path.name for path in output.iterdir()}:
-            raise Refusal(
-                f"--output {output}: found files of other origin, expected a free name, an empty "
-                "directory, or one that this command has made; choose another"
-            )
-    make_directory(output)
-    with locked(output / ".lock"):
+    with writing_to(output):
         if not force and is_finished(output, dataset, config, splits):
             print(f"{output}: holds {dataset}, whole and verified; nothing to do")
             return False
@@ -71,6 +65,20 @@ def make_once(
         counts = (f"{count:,} {what}" for what, count in facts.items() if isinstance(count, int))
         print(f"{split}: {', '.join(counts)}")
     return True
+
+
+@contextmanager
+def writing_to(output: Path) -> Iterator[None]:
+    """`output`, made and locked; Refusal where it holds files of somebody else."""
+    if output.is_dir() and (names := {path.name for path in output.iterdir()}):
+        if not names & {"source.json", ".lock"}:
+            raise Refusal(
+                f"--output {output}: found files of other origin, expected a free name, an empty "
+                "directory, or one that this command has made; choose another"
+            )
+    make_directory(output)
+    with locked(output / ".lock"):
+        yield
 
 
 def is_finished(output: Path, dataset: str, config: str | None, splits: Iterable[str]) -> bool:

@@ -13,33 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.data.corpus import corpus_parser, writing_to
 from src.data.hub import MIRROR_HELP, Loaded, find_mirror, load, where
 from src.data.parquet import is_plain
 from src.data.tasks import TASKS_FILE, Task, load_tasks, needed_fields
-from src.spec.command_line import Parser, Refusal
+from src.spec.command_line import Refusal
 from src.spec.progress import say, track
-from src.storage.files import (
-    locked,
-    make_directory,
-    publish,
-    read_json,
-    sha256_of,
-    workshop,
-    write_json,
-)
+from src.storage.files import publish, read_json, sha256_of, workshop, write_json
 
 
 def main() -> None:
-    parser = Parser(
-        __doc__.partition("\n")[0],
-        example="python scripts/download_smallbench.py --output data/smallbench",
+    parser = corpus_parser(
+        str(__doc__), "python scripts/download_smallbench.py --output data/smallbench"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the directory to make")
     parser.add_argument(
         "--tasks", type=Path, default=TASKS_FILE, help="task list (default: the repository's)"
     )
     parser.add_argument("--mirror", help=MIRROR_HELP)
-    parser.add_argument("--force", action="store_true", help="download everything again")
     arguments = parser.parse_args()
     try:
         tasks = load_tasks(arguments.tasks)
@@ -53,8 +43,7 @@ def main() -> None:
         print(f"left out, because the hub does not have them: {', '.join(left_out)}")
     tasks = [task for task in tasks if task.name not in left_out]
     output: Path = arguments.output
-    make_directory(output)
-    with locked(output / ".lock"):
+    with writing_to(output):
         held = read_held(output, mirror is not None, force=arguments.force)
         kept = {} if arguments.force else whole_tasks(output, held, tasks)
         missing = [task for task in tasks if task.name not in kept]

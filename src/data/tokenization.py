@@ -112,22 +112,20 @@ def is_finished(final: Path, source: Mapping[str, Any]) -> bool:
         for split, facts in meta["splits"].items():
             hashes[facts["file"]] = facts["sha256"]
             hashes[f"{split}_documents.npy"] = facts["documents_sha256"]
-    except (OSError, KeyError, TypeError):
-        raise Refusal(
-            f"{final / 'meta.json'}: found no complete list of the tokens here; --force makes "
-            "them again"
-        ) from None
+        damaged = [name for name, sha256 in hashes.items() if sha256_of(final / name) != sha256]
+    except (OSError, KeyError, TypeError) as error:
+        held, damaged = source, [f"meta.json or a file that it lists ({error})"]
     if held != source:
         raise Refusal(
             f"{final}: holds tokens of {held.get('dataset')}, configuration {held.get('config')}, "
             f"expected {source.get('dataset')}, configuration {source.get('config')}, with the "
             "hashes of its source.json; choose another --output, or --force"
         )
-    for name, digest in hashes.items():
-        if not (final / name).is_file() or sha256_of(final / name) != digest:
-            raise Refusal(
-                f"{final / name}: is not what meta.json says; --force makes the tokens again"
-            )
+    if damaged:
+        raise Refusal(
+            f"{final}: found {', '.join(damaged)} missing or changed, expected what meta.json "
+            "says; --force makes the tokens again"
+        )
     return True
 
 
@@ -141,20 +139,6 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
         yield text[start:cut]
         start = cut
     yield text[start:]
-
-
-def batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Group texts up to about BATCH_CHARACTERS."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def tokenize(corpus: Path, source: Mapping[str, Any], vocab_size: int, folder: Path) -> None:
@@ -189,9 +173,8 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(
-        counted(batches(learned_from(file, tokenizer.pre_tokenizer)), file), trainer
-    )
+    texts = learned_from(file, tokenizer.pre_tokenizer)
+    tokenizer.train_from_iterator(batches(texts, file), trainer)
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
         raise Refusal(
@@ -243,12 +226,19 @@ def long_words(text: str, pre_tokenizer: PreTokenizer) -> list[tuple[int, int]]:
     ]
 
 
-def counted(groups: Iterator[list[str]], file: Path) -> Iterator[list[str]]:
-    """Pass batches on and say how far they are (characters stand for bytes)."""
+def batches(texts: Iterator[str], file: Path) -> Iterator[list[str]]:
+    """Group texts up to about BATCH_CHARACTERS, and say how far they are (characters for bytes)."""
+    batch: list[str] = []
+    size = 0
     with Progress(f"{file}: reading", file.stat().st_size / 1e6, "MB") as progress:
-        for group in groups:
-            yield group
-            progress.advance(sum(map(len, group)) / 1e6)
+        for text in texts:
+            batch.append(text)
+            size += len(text)
+            if size >= BATCH_CHARACTERS:
+                yield batch
+                progress.advance(size / 1e6)
+                batch, size = [], 0
+        yield batch
     say(f"{file}", "merging pairs into a vocabulary")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from src.data.corpus import SPLITS
+from src.data.corpus import SPLITS, check_split, read_source, read_texts
 from src.data.tokenizer import load_tokenizer
 
 
@@ -118,41 +118,24 @@ def _load_split(path: Path, name: str, meta: dict[str, Any], vocab_size: int) ->
     return Split(tokens=tokens, documents=documents, sha256=meta["sha256"])
 
 
-def read_source(corpus: Path) -> dict[str, Any]:
-    """source.json of a corpus directory; raises ValueError where there is none."""
-    try:
-        source = json.loads((corpus / "source.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        source = None
-    if not isinstance(source, dict):
-        raise ValueError(
-            f"evaluation.outside_dir: found no corpus in {corpus} (its source.json), expected a "
-            "directory of scripts/download_wikitext.py; download it, or leave the key out"
-        )
-    return source
-
-
 def outside_texts(corpus: Path, name: str) -> tuple[list[str], str]:
     """The documents of a split of another corpus directory, and its hash.
 
     Raises ValueError for a corpus that is not there or not what its source.json says.
     """
     file = corpus / f"{name}.jsonl"
-    source = read_source(corpus)
     try:
-        expected = source["splits"][name]["sha256"]
-        _check_hash(file, expected)
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-        texts = [json.loads(line)["text"] for line in lines]
-        if not any(text.encode() for text in texts):
-            raise ValueError("found no text in it")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        sha256 = read_source(corpus, [name])["splits"][name]["sha256"]
+        check_split(file, sha256)
+        texts = list(read_texts(file))
+        if not any(texts):
+            raise ValueError(f"{file}: found no text")
+    except ValueError as error:
         raise ValueError(
-            f"evaluation.outside_dir: found no sound split {name!r} in {corpus} ({error}), "
-            "expected a corpus directory of scripts/download_wikitext.py; download it again, or "
-            "leave the key out"
+            f"evaluation.outside_dir: found no sound split {name!r} ({error}), expected a corpus "
+            "directory; make it again, or leave the key out"
         ) from None
-    return texts, expected
+    return texts, sha256
 
 
 def outside_split(corpus: Path, name: str, tokenizer_path: Path, eot_id: int) -> Split:

@@ -16,8 +16,9 @@ import numpy as np
 from src.compute.compute_config import Machine
 from src.data import leakage
 from src.data import tasks as smallbench
+from src.data.corpus import read_source
 from src.data.tokenizer import load_tokenizer
-from src.data.tokens import Split, TokenData, outside_split, read_source
+from src.data.tokens import Split, TokenData, outside_split
 from src.evaluation import latency as eval_latency
 from src.evaluation import perplexity
 from src.evaluation import smallbench as eval_smallbench
@@ -101,7 +102,7 @@ def _outside(
 ) -> dict[str, Any]:
     assert run.evaluation.outside_dir is not None
     corpus = Path(run.evaluation.outside_dir)
-    found: dict[str, Any] = {"outside_corpus": corpus_name(read_source(corpus))}
+    found: dict[str, Any] = {"outside_corpus": corpus_name(read_source(corpus, []))}
     for name in ("validation", "test") if run.evaluation.test else ("validation",):
         split = outside_split(corpus, name, data.tokenizer_path, data.eot_id)
         measured = _split(run, model, split, f"outside_{name}", machine, run_path)

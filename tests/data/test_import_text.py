@@ -177,6 +177,7 @@ def test_nothing_of_the_users_is_written_over(texts: Path, tmp_path: Path) -> No
         "import_text.py": ("--input", texts / "a.jsonl"),
         "download_wikitext.py": ("--mirror", tmp_path),
         "make_corpus.py": (),
+        "download_smallbench.py": ("--mirror", tmp_path),
     }.items():
         message = refused(script, *arguments, "--output", texts, "--force")
         assert "files of other origin" in message

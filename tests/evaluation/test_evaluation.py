@@ -127,8 +127,8 @@ def test_an_outside_corpus_is_read_as_the_runs_own_is(tmp_path: Path, tiny_sweep
 
 
 def test_an_outside_corpus_that_is_none_is_refused(tmp_path: Path, tiny_sweep: Path) -> None:
-    with pytest.raises(ValueError, match="evaluation.outside_dir: found no corpus"):
-        data.read_source(tmp_path)
+    with pytest.raises(ValueError, match="evaluation.outside_dir: .* expected a whole corpus"):
+        data.outside_texts(tmp_path, "test")
     (tmp_path / "source.json").write_text('{"splits": {"test": {"sha256": "0"}}}')
     (tmp_path / "test.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match="found no sound split 'test'"):

@@ -1,0 +1,41 @@
+"""The quickstart's last sentence is made of its results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import ROOT
+
+COLUMNS = ("experiment", "status", "test_perplexity", "test_bits_per_byte")
+SHAPE = {"embedding_ratio_built": 0.14, "glu_expansion_built": 2.667}
+
+
+def last_words(folder: Path, *runs: tuple[str, str, float | str, float | str]) -> str:
+    (folder / "corpus").mkdir(exist_ok=True)
+    source = {"splits": {"test": {"entropy_bits_per_byte": 0.5}}}
+    (folder / "corpus" / "source.json").write_text(json.dumps(source))
+    with (folder / "results_summary.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *SHAPE])
+        writer.writeheader()
+        writer.writerows({**dict(zip(COLUMNS, run, strict=True)), **SHAPE} for run in runs)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "src.analysis.quickstart", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_the_last_sentence_follows_the_results(tmp_path: Path) -> None:
+    (tmp_path / "ppl_vs_glu_expansion.png").touch()
+    broken = ("broken", "failed", "", "")
+    told = last_words(tmp_path, ("a", "finished", 6.0, 0.7), broken, ("b", "finished", 5.25, 0.55))
+    assert told.startswith(f"{tmp_path / 'ppl_vs_glu_expansion.png'}: of 2 finished runs")
+    assert "lowest test perplexity is b 5.250" in told and "highest a 6.000" in told
+    assert "0.5500 bits a byte, 10.0% more than the 0.5000" in told
+    other = last_words(tmp_path, ("a", "finished", 5.0, 0.6), ("b", "finished", 5.25, 0.7))
+    assert "lowest test perplexity is a 5.000" in other and "20.0% more" in other
+    assert "no run finished" in last_words(tmp_path, broken)
