@@ -55,32 +55,31 @@ def main() -> None:
     files = find_files(asked.input, output)
     separator = asked.separator and asked.separator.replace("\\n", "\n").replace("\\t", "\t")
     settings = (asked.text_column, separator, asked.validation, asked.test)
-    config = digest(files, settings)
+    tracked = track(files.items(), "--input: hashing", "files", len(files))
+    listed = [(name, sha256_of(file)) for name, file in tracked]
+    # Twelve digits that stand for these bytes under these names, cut in this way.
+    config = hashlib.sha256(json.dumps([listed, settings]).encode()).hexdigest()[:12]
+    dataset = f"own/{output.absolute().name}"
 
     def make(partial: Path) -> dict[str, Any]:
-        splits = write_splits(files, partial / "files", *settings)
         return {
             "dataset": dataset,
             "config": config,
             "revision": None,
             "mirror": False,
             "licence": None,
-            "splits": splits,
-            "files": len(files),
-            "validation": asked.validation,
-            "test": asked.test,
+            "splits": write_splits(files, partial / "files", *settings),
         }
 
-    dataset = f"own/{output.absolute().name}"
     if make_once(output, dataset, config, SPLITS, make, force=asked.force):
         splits = read_source(output)["splits"]
         for split in ("validation", "test"):
             if (count := splits[split]["documents"]) < FEW_DOCUMENTS:
                 say(split, f"{count} documents are few to measure on; --{split} 0.1 takes more")
-        size = (output / "train.jsonl").stat().st_size
+        size = splits["train"]["bytes"]
         vocabulary = next(entries for least, entries in VOCABULARIES if size >= least)
-        print(f"{output}: a corpus of {len(files):,} files; next:")
         print(
+            f"{output}: a corpus of {len(files):,} files; next:\n"
             f"  python scripts/preprocess_lm.py --input {output} --vocab_size {vocabulary} "
             f"--output {output}_tokenized"
         )
@@ -144,13 +143,6 @@ def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def digest(files: dict[str, Path], settings: Sequence[Any]) -> str:
-    """Twelve digits that stand for these bytes under these names, cut in this way."""
-    tracked = track(files.items(), "--input: hashing", "files", len(files))
-    listed = [(name, sha256_of(file)) for name, file in tracked]
-    return hashlib.sha256(json.dumps([listed, settings]).encode()).hexdigest()[:12]
-
-
 def write_splits(
     files: dict[str, Path],
     folder: Path,
@@ -160,35 +152,28 @@ def write_splits(
     test: float,
 ) -> dict[str, dict[str, Any]]:
     """Write the three splits, every document where its hash belongs; Refusal for an empty one."""
-    lowest, highest, empty = 1.0, 0.0, 0
+    empty, places = 0, [1.0, 0.0]  # the lowest and the highest of a document
     total = sum(file.stat().st_size for file in files.values())
     with ExitStack() as stack:
         progress = stack.enter_context(Progress("--input: reading", total / 1e6, "MB"))
         writers = {
             split: stack.enter_context(SplitWriter(folder / f"{split}.jsonl")) for split in SPLITS
         }
-
-        def advance(read_bytes: int) -> None:
-            progress.advance(read_bytes / 1e6)
-
         for file in files.values():
-            for text in documents(file, column, separator, advance):
+            for text in documents(file, column, separator, progress):
                 if not text.strip():
                     empty += 1
                     continue
                 place = place_of(text)
-                lowest, highest = min(lowest, place), max(highest, place)
-                split = (
-                    "validation" if place < validation else "test" if place >= 1 - test else "train"
-                )
-                writers[split].write(text)
+                places = [min(places[0], place), max(places[1], place)]
+                held_out = "validation" if place < validation else "test"
+                writers[held_out if not validation <= place < 1 - test else "train"].write(text)
     splits = {split: writer.facts() for split, writer in writers.items()}
-    count = sum(facts["documents"] for facts in splits.values())
     if empty:
         say("--input", f"left out {empty:,} documents without a visible character")
-    lacking = [split for split, facts in splits.items() if not facts["documents"]]
-    if lacking:
-        enough = (math.floor(lowest * 100 + 1) / 100, math.floor((1 - highest) * 100 + 1) / 100)
+    if lacking := [split for split, facts in splits.items() if not facts["documents"]]:
+        count = sum(facts["documents"] for facts in splits.values())
+        enough = [math.floor(share * 100 + 1) / 100 for share in (places[0], 1 - places[1])]
         way_out = "give more files, or cut .txt files into documents with --separator"
         if count >= FEWEST_DOCUMENTS and sum(enough) < 0.5:
             shares = f"--validation {max(enough[0], validation)} --test {max(enough[1], test)}"
@@ -205,9 +190,7 @@ def place_of(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
 
 
-def documents(
-    file: Path, column: str, separator: str | None, advance: Callable[[int], None]
-) -> Iterator[str]:
+def documents(file: Path, column: str, separator: str | None, progress: Progress) -> Iterator[str]:
     """The documents of one file; Refusal names file, line and what to do."""
     kind = kind_of(file)
     if kind == ".parquet":
@@ -218,14 +201,15 @@ def documents(
                 f"{column}{COLUMN_HINT}"
             )
         yield from (row[column] for row in split.texts([column]))
-        advance(file.stat().st_size)
+        progress.advance(file.stat().st_size / 1e6)
         return
     with opened(file) as (stream, position):
         done = 0
-        found = rows(file, stream, column) if kind == ".jsonl" else texts(file, stream, separator)
-        for text in found:
+        for text in (
+            rows(file, stream, column) if kind == ".jsonl" else texts(file, stream, separator)
+        ):
             yield text
-            advance(position() - done)
+            progress.advance((position() - done) / 1e6)
             done = position()
 
 
