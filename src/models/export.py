@@ -118,7 +118,10 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     divide, though head_dim is stated; a Mistral without its window computes the same.
     """
     if config.qk_norm:
-        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        qwen3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        # No window, said in full: mistral.rs refuses a file without max_window_layers.
+        window = {"use_sliding_window": False, "max_window_layers": config.n_layers}
+        return qwen3 | window | {"sliding_window": None}
     if config.d_model % config.n_heads == 0:
         llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         return llama | {"mlp_bias": False}
