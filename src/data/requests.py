@@ -27,23 +27,26 @@ class Request:
 
 
 def own_pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
-    """Every item's choices under its own prompt."""
-    return [(item.prompt, item.delimiter + choice) for item in items for choice in item.choices]
+    """Every item's choices under their own prompts."""
+    return [pair for item in items for pair in item.pairs]
 
 
 def held_out_pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
     """Every item's choices under the prompts of other items, evenly spaced over the list.
 
-    Empty where that says nothing: for choices that stand alone, for equal prompts, and for labels,
-    which are calibrated for nothing from the scores that are there anyway.
+    Empty where that says nothing: for choices that stand alone, for prompts that are equal or
+    differ by choice, and for labels, which are calibrated for nothing from the scores that are
+    there anyway.
     """
     count = len(items)
     alone = any(len(item.choices) == 1 for item in items)
-    if alone or fixed_labels(items) or len({item.prompt for item in items}) <= HELD_OUT_PROMPTS:
+    prompts = [item.prompt for item in items if isinstance(item.prompt, str)]
+    by_choice = len(prompts) < count
+    if alone or by_choice or fixed_labels(items) or len(set(prompts)) <= HELD_OUT_PROMPTS:
         return []
     shifts = [round(count * (k + 1) / (HELD_OUT_PROMPTS + 1)) for k in range(HELD_OUT_PROMPTS)]
     return [
-        (items[(i + shift) % count].prompt, item.delimiter + choice)
+        (prompts[(i + shift) % count], item.delimiter + choice)
         for i, item in enumerate(items)
         for shift in shifts
         for choice in item.choices

@@ -36,7 +36,7 @@ class Task:
     path: str
     config: str
     split: str
-    prompt: str
+    prompt: str | tuple[str, ...]  # a template, or one for each choice
     choices: tuple[str, ...] | str  # templates of each, or one expression giving a list
     gold: str
     n: int | None = None
@@ -70,10 +70,21 @@ class Item:
 
     task: str
     row: int
-    prompt: str
+    prompt: str | tuple[str, ...]  # of all choices, or of each
     choices: tuple[str, ...]
     gold: int
     delimiter: str
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Context and continuation of each choice."""
+        prompts = (
+            (self.prompt,) * len(self.choices) if isinstance(self.prompt, str) else self.prompt
+        )
+        return [
+            (prompt, self.delimiter + choice)
+            for prompt, choice in zip(prompts, self.choices, strict=True)
+        ]
 
 
 def load_tasks(path: Path) -> list[Task]:
@@ -95,9 +106,10 @@ def load_tasks(path: Path) -> list[Task]:
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "path", "config", "split", "prompt", "gold"), (str,)),
+    **dict.fromkeys(("name", "path", "config", "split", "gold"), (str,)),
     **dict.fromkeys(("group", "balanced", "keep"), (str, type(None))),
     "target_delimiter": (str,),
+    "prompt": (str, list),
     "choices": (list, dict),
     "metrics": (list,),
     "n": (int, type(None)),
@@ -137,6 +149,16 @@ def _task(where: str, entry: Any, seed: int) -> Task:
         raise ValueError(f"{where}: choices: found {choices!r}, expected texts")
     else:
         fields["choices"] = tuple(choices)
+    prompts = fields["prompt"]
+    if isinstance(prompts, list):
+        listed = fields["choices"]
+        if not all(isinstance(prompt, str) for prompt in prompts) or (
+            isinstance(listed, tuple) and len(prompts) != len(listed)
+        ):
+            raise ValueError(
+                f"{where}: prompt: found {prompts!r}, expected one text, or one for each choice"
+            )
+        fields["prompt"] = tuple(prompts)
     if fields.get("n") is not None and fields["n"] < 1:
         raise ValueError(f"{where}: n: found {fields['n']}, expected at least 1, or null for all")
     fields["metrics"] = tuple(fields.get("metrics", ("accuracy",)))
@@ -169,16 +191,17 @@ class _Renderer:
         )
         environment.filters |= {"wikihow": wikihow, "full_stop": full_stop}
         self.task = task
+        prompts = (task.prompt,) if isinstance(task.prompt, str) else task.prompt
         as_choices = (
             (f"{{{{ {task.choices} }}}}",) if isinstance(task.choices, str) else task.choices
         )
         try:
             parsed = [
                 environment.parse(text)
-                for text in (task.prompt, task.gold, task.keep or "", *as_choices)
+                for text in (*prompts, task.gold, task.keep or "", *as_choices)
             ]
             self.fields = set[str]().union(*map(jinja2.meta.find_undeclared_variables, parsed))
-            self.prompt = environment.from_string(task.prompt)
+            self.prompts = [environment.from_string(text) for text in prompts]
             self.gold = environment.from_string(task.gold)
             self.keep = environment.from_string(task.keep or "True")
             if isinstance(task.choices, str):
@@ -215,7 +238,10 @@ class _Renderer:
         gold = int(self.gold.render(row))
         if not 0 <= gold < len(choices):
             raise ValueError(f"gold: found {gold}, expected an index below {len(choices)}")
-        prompt = self.prompt.render(row)
+        prompts = tuple(template.render(row) for template in self.prompts)
+        prompt = prompts[0] if isinstance(task.prompt, str) else prompts
+        if isinstance(prompt, tuple) and len(prompt) != len(choices):
+            raise ValueError(f"prompt: found {len(prompt)} for {len(choices)} choices")
         return Item(task.name, int(row["_row"]), prompt, choices, gold, task.target_delimiter)
 
     def _guard(self, row: Mapping[str, Any], render: Any) -> Any:

@@ -237,6 +237,8 @@ def test_adding_a_task_is_an_edit_of_the_list(tokenizer: Tokenizer, tmp_path: Pa
         ("n: true", "n: found True"),
         ("metrics: [f1]", "metrics: found 'f1'"),
         ("choices: []", "choices: found"),
+        ("prompt: [a, b, c]", "expected one text, or one for each choice"),
+        ("prompt: [1, 2]", "expected one text, or one for each choice"),
         ("choices: {expression: x}", "expected {field: expression}"),
         ("gold: 1", "gold: found 1, expected str"),
     ],

@@ -113,7 +113,9 @@ def compare(reference: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]
     if "greedy" in answer:
         found["same_greedy"] = answer["greedy"] == [entry["greedy"] for entry in prompts]
     if "greedy_texts" in answer:
-        found["same_greedy"] = answer["greedy_texts"] == [entry["continued_alone"] for entry in prompts]
+        found["same_greedy"] = answer["greedy_texts"] == [
+            entry["continued_alone"] for entry in prompts
+        ]
     others = {name: _largest(said, rows) for name, rows in answer.get("others", {}).items()}
     for name, row in answer.get("other_sums", {}).items():
         others[name] = _largest([sums], [row])

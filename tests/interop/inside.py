@@ -113,11 +113,19 @@ def _llama_cpp(final: Path, reference: Answer) -> Answer:
         "runpy.run_path('convert_hf_to_gguf.py', run_name='__main__')"
     )
     subprocess.run([sys.executable, "-c", program], cwd=sources, check=True, capture_output=True)
-    other = {"ours-f32": final.parent / "ours.gguf"} if (final.parent / "ours.gguf").exists() else {}
+    other = (
+        {"ours-f32": final.parent / "ours.gguf"} if (final.parent / "ours.gguf").exists() else {}
+    )
 
     def open_model(path: Path, **settings: Any) -> Any:
         return llama_cpp.Llama(
-            str(path), n_ctx=128, n_batch=128, logits_all=True, verbose=False, n_threads=1, **settings
+            str(path),
+            n_ctx=128,
+            n_batch=128,
+            logits_all=True,
+            verbose=False,
+            n_threads=1,
+            **settings,
         )
 
     def said(model: Any) -> list[list[float]]:
@@ -172,7 +180,9 @@ def _openvino(final: Path, reference: Answer) -> Answer:
     from optimum.intel import OVModelForCausalLM
 
     exact = OVModelForCausalLM.from_pretrained(
-        final, export=True, ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        final,
+        export=True,
+        ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"},
     )
     answer = _like_transformers(exact, final, reference)
     default = OVModelForCausalLM.from_pretrained(final, export=True)
@@ -193,7 +203,11 @@ def _ctranslate2(final: Path, reference: Answer) -> Answer:
 
     scored = model.score_batch(tokens("texts"))
     made = model.generate_batch(
-        tokens("prompts"), max_length=NEW_TOKENS, beam_size=1, end_token=[], include_prompt_in_result=False
+        tokens("prompts"),
+        max_length=NEW_TOKENS,
+        beam_size=1,
+        end_token=[],
+        include_prompt_in_result=False,
     )
     return {
         "log_probabilities": [result.log_probs for result in scored],
@@ -268,24 +282,31 @@ def logged(run: Path) -> dict[str, list[list[float]]]:
 def _tensorboard(run: Path) -> Answer:
     """The server itself, asked over HTTP as its page does."""
     import socket
-    from urllib.parse import urlencode
-    from urllib.request import urlopen
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run.parent), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(run.parent),
+        "--port",
+        str(port),
+    ]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    place = f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?"
+    place = f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?run={run.name}%2Ftensorboard&tag="
     try:
-        return {tag: _asked(urlopen, place + urlencode({"run": f"{run.name}/tensorboard", "tag": tag}))
-                for tag in logged(run)}  # fmt: skip
+        return {"curves": {tag: _asked(place + tag) for tag in logged(run)}}
     finally:
         server.terminate()
         server.wait(30)
 
 
-def _asked(urlopen: Callable[[str], Any], address: str) -> list[list[float]]:
+def _asked(address: str) -> list[list[float]]:
+    from urllib.request import urlopen
+
     for _ in range(120):  # the server needs a while to start and to read
         try:
             with urlopen(address) as answer:
@@ -314,7 +335,8 @@ def _mlflow(run: Path) -> Answer:
             mlflow.log_metrics(numbers, step=line["step"])
     client = mlflow.MlflowClient()
     history = {
-        tag: client.get_metric_history(begun.info.run_id, tag.replace("/", "_")) for tag in logged(run)
+        tag: client.get_metric_history(begun.info.run_id, tag.replace("/", "_"))
+        for tag in logged(run)
     }
     return {tag: [[m.step, m.value] for m in points] for tag, points in history.items()}
 

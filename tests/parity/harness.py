@@ -30,6 +30,8 @@ TEMPLATES = {
     "piqa": "piqa/piqa.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
     "lambada": "lambada/lambada_openai.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "wsc273": "wsc273/default.yaml",
 }
 
 
@@ -110,8 +112,8 @@ def compare(
 
 def _fits(tokenizer: Tokenizer, item: Item, context: int) -> bool:
     """The harness refuses a continuation longer than the context; we score it in windows."""
-    pairs = [(item.prompt, item.delimiter + choice) for choice in item.choices]
-    return all(len(r.ids) - r.context <= context for r in encode_requests(tokenizer, pairs))
+    requests = encode_requests(tokenizer, item.pairs)
+    return all(len(r.ids) - r.context <= context for r in requests)
 
 
 def _write_task(task: Task, rows: Iterable[int], data_dir: Path, work: Path) -> None:
