@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from src.compute import runtime
+from src.compute.autotune import seconds
+from src.evaluation import memory
 from src.evaluation.trained_run import load_run
 from src.models.transformer import Transformer
 from src.spec import command_line
 from src.spec.progress import Progress, say
-from src.storage.run_dir import open_lock_file, write_json
+from src.storage.files import open_lock_file, read_json, write_json
 
-MIB = 2**20
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # "Equal latency" is a ratio below this, fixed before any measurement (3 %, set in advance).
 MARGIN = 1.03
@@ -61,20 +59,9 @@ def ratio_interval(ours: FloatArray, baseline: FloatArray, seed: int = 0) -> tup
     Repeats are interleaved, so repeat i of both is drawn together: drift cancels.
     """
     assert len(ours) == len(baseline)
-    draws = _draws(len(ours), seed)
-    return _percentiles(_resampled_medians(ours, draws) / _resampled_medians(baseline, draws))
-
-
-def _draws(count: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, count, size=(RESAMPLES, count))
-
-
-def _resampled_medians(samples: FloatArray, draws: NDArray[np.int64]) -> FloatArray:
-    return np.median(samples[draws], axis=1)
-
-
-def _percentiles(values: FloatArray) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
+    draws = np.random.default_rng(seed).integers(0, len(ours), size=(RESAMPLES, len(ours)))
+    ratios = np.median(ours[draws], axis=1) / np.median(baseline[draws], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -101,7 +88,7 @@ def time_interleaved(
     Device events around one synchronised call on CUDA, the monotonic clock on a CPU. One process
     of a machine at a time.
     """
-    once = _time_cuda if device.type == "cuda" else _time_cpu
+    once = _time_cuda if device.type == "cuda" else lambda step: 1e3 * seconds(step, device)
     found = {name: np.empty(repeats) for name in steps}
     with _alone_on_this_machine(label), Progress(label, warmup + repeats, "rounds") as progress:
         for _ in range(warmup):
@@ -129,12 +116,6 @@ def _alone_on_this_machine(label: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _time_cpu(step: Step) -> float:
-    begun = time.perf_counter_ns()
-    step()
-    return (time.perf_counter_ns() - begun) / 1e6
 
 
 def _time_cuda(step: Step) -> float:
@@ -202,94 +183,25 @@ def _graphed(step: Step) -> Step:
 def _compiled_steps(
     model: Transformer, device: torch.device, cache_dtype: torch.dtype, lengths: Sequence[int]
 ) -> dict[str, Step]:
-    """Prefill through compiled blocks in a CUDA graph; decoding in a CUDA graph.
+    """Prefill through compiled blocks in a CUDA graph; decoding in a CUDA graph. Nothing where that
+    fails: no compiler, or an operator that a graph cannot hold.
 
     Decoding is not compiled: each layer would compile its own code for its place in the cache.
     """
-    steps = {"decode": _graphed(_steps(model, device, cache_dtype, lengths)["decode"])}
     fast = _plain_copy(model, device)
     torch.compiler.reset()  # or dynamo's limit of eight shapes a process leaves some eager
     for block in fast.blocks:
         block.compile(dynamic=False)
-    for length in lengths:
-        prompt = _prompt(fast, length, device)
-        steps[f"l{length}"] = _graphed(functools.partial(_last_logits, fast, prompt))
+    try:
+        decode = _steps(model, device, cache_dtype, lengths)["decode"]
+        steps = {"compiled_decode": _graphed(decode)}
+        for length in lengths:
+            prefill = functools.partial(_last_logits, fast, _prompt(fast, length, device))
+            steps[f"compiled_l{length}"] = _graphed(prefill)
+    except RuntimeError as error:
+        warnings.warn(f"compiled latency is missing: {error}", stacklevel=2)
+        return {}
     return steps
-
-
-# ---------------------------------------------------------------------------------------- memory
-
-
-class PeakMemory(TorchDispatchMode):
-    """Most bytes that tensors made inside the block held at one time, on any device.
-
-    Counts storages as operators return them and until they are freed. Scratch space inside an
-    operator is not seen. Unlike the process's resident set it is the same on every machine.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        for value in tree_iter((args, kwargs)):
-            if isinstance(value, Tensor):
-                self._known.add(value.untyped_storage()._cdata)
-        result = function(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """Bytes beyond what is held already that one call of `step` holds at its peak."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with PeakMemory() as memory:
-        step()
-    return memory.peak
-
-
-def _memory(
-    model: Transformer,
-    steps: Mapping[str, Step],
-    device: torch.device,
-    cache_dtype: torch.dtype,
-    longest: int,
-) -> dict[str, float]:
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
-    cache = model.new_cache(1, longest, cache_dtype).nbytes() / MIB
-    process = runtime.peak_memory_mib(device)  # before the counters below are reset
-    activations = peak_bytes(steps[f"l{longest}"], device) / MIB
-    return {
-        "weights_mib": weights,
-        "kv_cache_mib": cache,
-        "activations_mib": activations,
-        "peak_memory_mib": weights + cache + activations,
-        "process_peak_memory_mib": process,
-    }
 
 
 # ----------------------------------------------------------------------------------- one model
@@ -320,27 +232,17 @@ def measure(
     model = _plain_copy(model, device)
     cache_dtype = autocast_dtype or torch.float32
     with _inference(device, autocast_dtype):
-        steps = _steps(model, device, cache_dtype, lengths)
-        memory_steps = steps
+        steps = prefill = _steps(model, device, cache_dtype, lengths)
         if compiled and device.type == "cuda":
-            steps = steps | _try_compiled(model, device, cache_dtype, lengths)
+            steps = steps | _compiled_steps(model, device, cache_dtype, lengths)
         times = time_interleaved(steps, device=device, warmup=warmup, repeats=repeats, label=label)
-        memory = _memory(model, memory_steps, device, cache_dtype, max(lengths))
-    found: dict[str, Any] = {}
+        longest = max(lengths)
+        found: dict[str, Any] = memory.held(
+            model, prefill[f"l{longest}"], device, cache_dtype, longest
+        )
     for name, samples in times.items():
         found |= _summary(name, samples)
-    return found | memory
-
-
-def _try_compiled(
-    model: Transformer, device: torch.device, cache_dtype: torch.dtype, lengths: Sequence[int]
-) -> dict[str, Step]:
-    try:
-        steps = _compiled_steps(model, device, cache_dtype, lengths)
-    except RuntimeError as error:  # no compiler, or an operator that a graph cannot hold
-        warnings.warn(f"compiled latency is missing: {error}", stacklevel=2)
-        return {}
-    return {f"compiled_{name}": step for name, step in steps.items()}
+    return found
 
 
 def _plain_copy(model: Transformer, device: torch.device) -> Transformer:
@@ -360,17 +262,13 @@ def _inference(device: torch.device, autocast_dtype: torch.dtype | None) -> Iter
 
 
 def _summary(name: str, samples: FloatArray) -> dict[str, float]:
-    values = {"p50": float(np.median(samples)), "p95": float(np.percentile(samples, 95))}
-    return {_key(name, statistic): value for statistic, value in values.items()}
-
-
-def _key(name: str, statistic: str) -> str:
-    """`l128` -> latency_ms_p50_l128; `compiled_decode` -> decode_compiled_ms_per_token_p50."""
+    """`l128` -> latency_ms_p50_l128, ...; `compiled_decode` -> decode_compiled_ms_per_token_p50."""
     kind, _, rest = name.rpartition("_")
     kind = f"{kind}_" if kind else ""
+    form = f"latency_{kind}ms_{{}}_{rest}"
     if rest == "decode":
-        return f"decode_{kind}ms_per_token_{statistic}"
-    return f"latency_{kind}ms_{statistic}_{rest}"
+        form = f"decode_{kind}ms_per_token_{{}}"
+    return {form.format(f"p{p}"): float(np.percentile(samples, p)) for p in (50, 95)}
 
 
 # ----------------------------------------------------------------------------------- two models
@@ -473,26 +371,19 @@ def _measured(asked: argparse.Namespace) -> dict[str, Any]:
 def _own_precision(paths: Sequence[Path]) -> str:
     """What the runs' metrics.json say, fp32 where none does; ValueError where they disagree."""
     stated: dict[str, Path] = {}
-    for path in paths:
-        file = path / "metrics.json"
-        if not file.is_file():
-            continue
-        try:
-            found = json.loads(file.read_bytes()).get("precision") or "fp32"
-        except (ValueError, AttributeError):
-            raise ValueError(
-                f"{file}: found no JSON object, expected a run's metrics; state --precision"
-            ) from None
-        if not isinstance(found, str) or found not in DTYPES:
+    for file in (path / "metrics.json" for path in paths):
+        if file.is_file():
+            stated.setdefault(str(read_json(file).get("precision") or "fp32"), file)
+    for found, file in stated.items():
+        if found not in DTYPES:
             raise ValueError(
                 f"{file}: precision: found {found!r}, expected one of {', '.join(DTYPES)}; "
                 "state --precision"
             )
-        stated.setdefault(found, path)
     if len(stated) > 1:
-        told = ", ".join(f"{name} of {path}" for name, path in stated.items())
+        named = ", ".join(f"{name} of {file.parent}" for name, file in stated.items())
         raise ValueError(
-            f"precision: found {told}, expected one for both models of a comparison; state it "
+            f"precision: found {named}, expected one for both models of a comparison; state it "
             "with --precision"
         )
     return next(iter(stated), "fp32")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from src.evaluation.scoring import IntArray, LanguageModel, score_positions
+from src.evaluation.scoring import IntArray, LanguageModel, Reading, score_positions
 
 FloatArray = NDArray[np.float64]
 
@@ -88,10 +88,7 @@ def score_documents(
     *,
     context: int,
     stride: int | None = None,
-    device: torch.device | str,
-    autocast_dtype: torch.dtype | None,
-    batch_tokens: int | None = None,
-    label: str = "scoring",
+    **reading: Unpack[Reading],
 ) -> tuple[FloatArray, FloatArray, IntArray]:
     """Nats (D,) with overlapping windows, nats (D,) without, and scored tokens (D,).
 
@@ -105,20 +102,12 @@ def score_documents(
         plan.add(int(begin), int(end - begin) - 1, context, stride)
     rows = [tokens[start:end] for start, end in plan.rows]
     queries = plan.queries(tokens)
-    nats, _ = score_positions(
-        model,
-        rows,
-        queries,
-        device=device,
-        autocast_dtype=autocast_dtype,
-        batch_tokens=batch_tokens,
-        label=label,
-    )
+    nats, _ = score_positions(model, rows, queries, **reading)
     if not np.isfinite(nats).all():
         raise ValueError(
             "the model's log-probabilities: found values that are not finite numbers, expected "
             "numbers; the weights have diverged, or need a wider precision than "
-            f"{autocast_dtype or torch.float32}"
+            f"{reading['autocast_dtype'] or torch.float32}"
         )
     overlapping = plan.gather(nats, plan.overlapping, int(offsets[-1]))
     separate = plan.gather(nats, plan.separate, int(offsets[-1]))
@@ -186,11 +175,8 @@ def evaluate_split(
     documents: IntArray,
     *,
     context: int,
-    autocast_dtype: torch.dtype | None,
-    device: torch.device | str,
     limit_tokens: int | None = None,
-    batch_tokens: int | None = None,
-    label: str = "scoring",
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Losses of one split, document by document.
 
@@ -207,16 +193,7 @@ def evaluate_split(
         offsets = offsets[: min(max(kept, 1), len(documents)) + 1]
     tokens = tokens[: offsets[-1]]
     documents = documents[: len(offsets) - 1]
-    nats, separate, counts = score_documents(
-        model,
-        tokens,
-        offsets,
-        context=context,
-        device=device,
-        autocast_dtype=autocast_dtype,
-        batch_tokens=batch_tokens,
-        label=label,
-    )
+    nats, separate, counts = score_documents(model, tokens, offsets, context=context, **reading)
     total, scored, words = float(nats.sum()), int(counts.sum()), int(documents[:, 2].sum())
     by_word = word_perplexity(total, words) if words else math.inf
     return {

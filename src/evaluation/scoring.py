@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Required, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -42,32 +42,37 @@ class LanguageModel(Protocol):
         """(..., width) -> (..., V)."""
 
 
+class Reading(TypedDict, total=False):
+    """How a model reads: what every measurement passes on to `score_positions`."""
+
+    device: Required[torch.device | str]
+    autocast_dtype: Required[torch.dtype | None]  # None or float32 computes in float32
+    batch_tokens: int | None
+    label: str  # names the progress
+
+
 def score_positions(
     model: LanguageModel,
     rows: Sequence[NDArray[Any]],
     queries: IntArray,
     *,
-    device: torch.device | str,
-    autocast_dtype: torch.dtype | None,
     greedy: bool = False,
     share_prefixes: bool = False,
-    batch_tokens: int | None = None,
-    label: str = "scoring",
+    **reading: Unpack[Reading],
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Nats of chosen targets, each after its row's tokens up to and with its position.
 
     rows: R arrays of token ids. queries: (Q, 3) of row, position, target, sorted by row.
     Returns (Q,) -log p(target | row[: position + 1]) and (Q,) whether the target is the most
-    likely token (all False unless `greedy` asks for it). `autocast_dtype` None or float32 computes
-    in float32. `share_prefixes` reads once what several rows begin with, where the model is a
-    Transformer. Rows are padded on the right, which a causal model cannot see, and batched by
-    length; only queried positions reach the head, each once, a chunk at a time, so that float32
-    logits of a batch never exist. `label` names the progress.
+    likely token (all False unless `greedy` asks for it). `share_prefixes` reads once what several
+    rows begin with, where the model is a Transformer. Rows are padded on the right, which a causal
+    model cannot see, and batched by length; only queried positions reach the head, each once, a
+    chunk at a time, so that float32 logits of a batch never exist.
     """
-    device = torch.device(device)
+    device, autocast_dtype = torch.device(reading["device"]), reading["autocast_dtype"]
     low = autocast_dtype not in (None, torch.float32)
     on_cpu = device.type == "cpu"
-    batch_tokens = batch_tokens or (4_096 if on_cpu else 65_536)
+    batch_tokens = reading.get("batch_tokens") or (4_096 if on_cpu else 65_536)
     chunk = 256 if on_cpu else 4_096
     shape = _compiled_shape(model, rows, batch_tokens) if low else None
     first_query = np.searchsorted(queries[:, 0], np.arange(len(rows) + 1))
@@ -77,7 +82,7 @@ def score_positions(
     # no_grad and not inference_mode: tensors that the model caches here (RoPE tables) must stay
     # usable in training. One autocast context, so that weights are cast once for all batches.
     autocast = torch.autocast(device.type, autocast_dtype, enabled=low)
-    progress = Progress(label, len(queries), "tokens")
+    progress = Progress(reading.get("label", "scoring"), len(queries), "tokens")
     with torch.no_grad(), autocast, uncompiled(model), progress:
         for batch in _batches(rows, groups, batch_tokens):
             index = np.concatenate([np.arange(*first_query[[r, r + 1]]) for r in batch.rows])

@@ -13,13 +13,11 @@ docs/EVALUATION.md describes the scoring in words.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -38,25 +36,17 @@ from src.data.tasks import (
     TASKS_FILE,
     Item,
     Task,
-    chance,
-    fixed_labels,
-    items_sha256,
     load_items,
     load_tasks,
 )
 from src.evaluation.perplexity import windows
-from src.evaluation.scoring import LanguageModel, score_positions
+from src.evaluation.scoring import LanguageModel, Reading, score_positions
+from src.evaluation.task_scores import UNSCORED, FloatArray, TaskScores, item_lines, units
 from src.evaluation.trained_run import load_run
 from src.models.transformer import Transformer
 from src.spec import command_line
 from src.spec.config import ModelConfig
 from src.storage.run_dir import write_atomic
-
-# Differences of float32 log-probabilities below this are rounding, not preference.
-CALIBRATED_TIE = 1e-6
-
-FloatArray = NDArray[np.float64]
-
 
 # ----------------------------------------------------------------------------------- log-likelihood
 
@@ -66,10 +56,7 @@ def score_requests(
     requests: Sequence[Request],
     *,
     context: int,
-    device: torch.device | str,
-    autocast_dtype: torch.dtype | None,
-    batch_tokens: int | None = None,
-    label: str = "SmallBench",
+    **reading: Unpack[Reading],
 ) -> tuple[FloatArray, NDArray[np.bool_]]:
     """Log-probability of each continuation, and whether greedy decoding writes it.
 
@@ -100,12 +87,9 @@ def score_requests(
         model,
         [np.frombuffer(row, dtype=np.uint16) for row in rows],
         queries[order],
-        device=device,
-        autocast_dtype=autocast_dtype,
         greedy=True,
         share_prefixes=True,
-        batch_tokens=batch_tokens,
-        label=label,
+        **reading,
     )
     scores, misses = np.zeros(len(requests)), np.zeros(len(requests), dtype=np.int64)
     np.subtract.at(scores, of[order], nats.astype(np.float64))
@@ -138,134 +122,6 @@ def _merge_prefixes(rows: Iterable[bytes]) -> dict[bytes, bytes]:
     return owner
 
 
-# -------------------------------------------------------------------------------- scores to numbers
-
-
-def credit(scores: FloatArray, gold: int, tie: float = 0.0) -> float:
-    """1 if gold scores best alone, 1/k if it shares the best score with k - 1 others, else 0.
-
-    A scorer without preference gets chance exactly. Values that are not numbers are an error.
-    """
-    if not np.isfinite(scores).all():
-        raise ValueError(f"scores: found {scores.tolist()}, expected finite log-probabilities")
-    best = scores >= scores.max() - tie
-    return float(best[gold] / best.sum())
-
-
-def matthews(predictions: Sequence[int], golds: Sequence[int]) -> float | None:
-    """Correlation of predicted and right classes (Gorodkin 2004); None if either is constant."""
-    classes = max(*predictions, *golds) + 1
-    predicted = np.eye(classes)[list(predictions)]
-    right = np.eye(classes)[list(golds)]
-    predicted, right = predicted - predicted.mean(axis=0), right - right.mean(axis=0)
-    spread = math.sqrt(float((predicted**2).sum() * (right**2).sum()))
-    return float((predicted * right).sum()) / spread if spread > 1e-12 else None
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for a single value."""
-    if len(values) < 2:
-        return None
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
-
-
-def calibrated_by_halves(scores: Sequence[FloatArray], golds: Sequence[int]) -> list[float]:
-    """Credits after subtracting each label's mean score over the half the item is not in."""
-    table = np.stack(scores)
-    halves = [np.arange(len(table)) % 2 == half for half in (0, 1)]
-    if not all(half.any() for half in halves):
-        return []
-    credits = np.empty(len(table))
-    for half, other in (halves, halves[::-1]):
-        shifted = table[half] - table[other].mean(axis=0)
-        chosen = np.asarray(golds)[half]
-        credits[half] = [credit(s, g, CALIBRATED_TIE) for s, g in zip(shifted, chosen, strict=True)]
-    return credits.tolist()
-
-
-@dataclass(slots=True)
-class _TaskScores:
-    """What the model said about one task's items."""
-
-    task: Task
-    items: list[Item]
-    scores: list[FloatArray]
-    greedy: list[bool]  # of the first choice
-    uniform: list[FloatArray]  # minus the number of tokens of each choice
-    held_out: list[FloatArray] | None  # each choice's mean score under other items' prompts
-    cut: int  # items of which something was cut to fit the context
-
-    def predictions(self) -> list[int | None]:
-        """Index of the best choice; of a cloze 0 where greedy decoding writes it."""
-        if self.task.is_cloze:
-            return [0 if hit else None for hit in self.greedy]
-        return [int(np.argmax(scores)) for scores in self.scores]
-
-    def credits(self) -> list[float]:
-        if self.task.is_cloze:
-            return [float(hit) for hit in self.greedy]
-        return self._credits(self.scores)
-
-    def _credits(self, scores: Sequence[FloatArray], tie: float = 0.0) -> list[float]:
-        return [credit(s, item.gold, tie) for s, item in zip(scores, self.items, strict=True)]
-
-    def calibrated(self) -> list[float]:
-        golds = [item.gold for item in self.items]
-        if fixed_labels(self.items):
-            return calibrated_by_halves(self.scores, golds)
-        if self.held_out is None:
-            return []
-        shifted = [own - mean for own, mean in zip(self.scores, self.held_out, strict=True)]
-        return self._credits(shifted, CALIBRATED_TIE)
-
-    def summary(self) -> dict[str, Any]:
-        """The task's row of the result; None means that a number does not apply."""
-        credits, gold_scores = (
-            self.credits(),
-            [float(s[item.gold]) for s, item in zip(self.scores, self.items, strict=True)],
-        )
-        row: dict[str, Any] = {
-            "n": len(self.items),
-            "accuracy": float(np.mean(credits)),
-            "accuracy_se": standard_error(credits),
-            "chance": chance(self.items),
-            "gold_logprob": float(np.mean(gold_scores)),
-            "cut_prompts": self.cut,
-            "items_sha256": items_sha256(self.items),
-        }
-        if not self.task.is_cloze:
-            row |= self._choice_summary(credits)
-        if "matthews" in self.task.metrics:
-            predictions = [p for p in self.predictions() if p is not None]
-            row["matthews"] = matthews(predictions, [item.gold for item in self.items])
-        if "perplexity" in self.task.metrics:
-            mean = -row["gold_logprob"]
-            row["perplexity"] = math.exp(mean) if mean < 700 else None
-        return row
-
-    def _choice_summary(self, credits: Sequence[float]) -> dict[str, Any]:
-        by_length = [
-            scores / np.array([max(1, len(choice)) for choice in item.choices])
-            for scores, item in zip(self.scores, self.items, strict=True)
-        ]
-        margins = [
-            float(scores[item.gold] - np.delete(scores, item.gold).max())
-            for scores, item in zip(self.scores, self.items, strict=True)
-        ]
-        calibrated = self.calibrated()
-        golds = [item.gold for item in self.items]
-        majority = max(map(golds.count, golds)) / len(golds) if fixed_labels(self.items) else None
-        return {
-            "accuracy_norm": float(np.mean(self._credits(by_length))),
-            "accuracy_calibrated": float(np.mean(calibrated)) if calibrated else None,
-            "accuracy_uniform": float(np.mean(self._credits(self.uniform))),
-            "gold_margin": float(np.mean(margins)),
-            "gold_margin_se": standard_error(margins),
-            "majority": majority,
-            "ties": sum(0 < value < 1 for value in credits),
-        }
-
-
 # --------------------------------------------------------------------------------------- evaluation
 
 
@@ -276,14 +132,11 @@ def evaluate(
     data_dir: Path,
     *,
     context: int,
-    device: torch.device | str,
-    autocast_dtype: torch.dtype | None,
     limit: int | None = None,
     full: bool = False,
     exclude: Mapping[str, set[int]] | None = None,
     items_path: Path | None = None,
-    batch_tokens: int | None = None,
-    label: str = "SmallBench",
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Score `tasks` from the rows in `data_dir`.
 
@@ -312,22 +165,14 @@ def evaluate(
         dropped[task.name] = None if exclude is None else len(items) - len(clean)
         if clean:
             kept.append((task, clean))
-    scored = _score_tasks(
-        model,
-        tokenizer,
-        kept,
-        context=context,
-        device=device,
-        autocast_dtype=autocast_dtype,
-        batch_tokens=batch_tokens,
-        label=label,
-    )
+    reading = {"label": "SmallBench", **reading}
+    scored = _score_tasks(model, tokenizer, kept, context=context, **reading)
     if items_path is not None:
-        write_atomic(items_path, _item_lines(scored))
+        write_atomic(items_path, item_lines(scored))
     rows = {entry.task.name: entry.summary() for entry in scored}
-    rows = {name: rows.get(name, _UNSCORED) | {"contaminated": n} for name, n in dropped.items()}
-    units = _units(listed, rows)
-    counted = [row for row in units.values() if row["n"]]
+    rows = {name: rows.get(name, UNSCORED) | {"contaminated": n} for name, n in dropped.items()}
+    by_unit = units(listed, rows)
+    counted = [row for row in by_unit.values() if row["n"]]
     errors = [row["accuracy_se"] for row in counted]
     known = errors and None not in errors
     return {
@@ -335,7 +180,7 @@ def evaluate(
         "accuracy_se": math.hypot(*errors) / len(errors) if known else None,
         "chance": float(np.mean([row["chance"] for row in counted])) if counted else None,
         "items": sum(row["n"] for row in counted),
-        "tasks": units,
+        "tasks": by_unit,
         # Without a leakage report the number is unknown, not 0.
         "contaminated_items": None if exclude is None else sum(dropped.values()),
         "contaminated_tasks": [name for name, row in rows.items() if not row["n"]],
@@ -366,8 +211,8 @@ def _score_tasks(
     kept: Sequence[tuple[Task, list[Item]]],
     *,
     context: int,
-    **options: Any,
-) -> list[_TaskScores]:
+    **reading: Unpack[Reading],
+) -> list[TaskScores]:
     """One pass over the requests of all tasks, so that batches are full and sorted by length."""
     pairs: list[tuple[str, str]] = []
     held: list[bool] = []
@@ -378,7 +223,7 @@ def _score_tasks(
     if not pairs:
         return []
     requests = encode_requests(tokenizer, pairs)
-    scores, greedy = score_requests(model, requests, context=context, **options)
+    scores, greedy = score_requests(model, requests, context=context, **reading)
     if not np.isfinite(scores).all():
         raise ValueError(
             "SmallBench: found log-probabilities that are not finite numbers, expected numbers; "
@@ -398,7 +243,7 @@ def _score_tasks(
         firsts = np.concatenate(([0], ends[:-1]))
         too_long = np.array([len(request.ids) > context + 1 for request in own_requests])
         result.append(
-            _TaskScores(
+            TaskScores(
                 task=task,
                 items=items,
                 scores=np.split(scores[at : at + size], ends[:-1]),
@@ -410,61 +255,6 @@ def _score_tasks(
         )
         at += size * (1 + HELD_OUT_PROMPTS * wants)
     return result
-
-
-def _item_lines(scored: Sequence[_TaskScores]) -> bytes:
-    lines = []
-    for entry in scored:
-        for item, scores, guess in zip(entry.items, entry.scores, entry.predictions(), strict=True):
-            row = {
-                "task": item.task,
-                "row": item.row,
-                "scores": scores.tolist(),
-                "prediction": guess,
-                "gold": item.gold,
-            }
-            lines.append(json.dumps(row) + "\n")
-    return "".join(lines).encode()
-
-
-# The row of a task without an item that the training text does not hold.
-_UNSCORED: dict[str, Any] = {"n": 0, "accuracy": None, "accuracy_se": None, "chance": None}
-
-
-def _units(listed: Sequence[Task], rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Tasks as they enter the mean: a group's members averaged, and listed inside it."""
-    members: dict[str, list[str]] = {}
-    for task in listed:
-        members.setdefault(task.unit, []).append(task.name)
-    return {
-        unit: rows[unit] if names == [unit] else _group({name: rows[name] for name in names})
-        for unit, names in members.items()
-    }
-
-
-def _group(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Means over the members that were scored, each weighing the same; counts add up over all."""
-    counted = [row for row in rows.values() if row["n"]] or list(rows.values())
-    merged: dict[str, Any] = {}
-    for key in counted[0]:
-        values: list[Any] = [row.get(key) for row in counted]
-        if key == "contaminated":
-            values = [row[key] for row in rows.values()]
-        if None in values:
-            merged[key] = None
-        elif key in ("n", "ties", "cut_prompts", "contaminated"):
-            merged[key] = sum(values)
-        elif key == "items_sha256":
-            merged[key] = hashlib.sha256("\n".join(values).encode()).hexdigest()
-        elif key.endswith("_se"):
-            merged[key] = math.hypot(*values) / len(values)
-        else:
-            merged[key] = float(np.mean(values))
-    merged["members"] = {
-        name: {key: row.get(key) for key in ("n", "accuracy", "accuracy_se", "gold_margin")}
-        for name, row in rows.items()
-    }
-    return merged
 
 
 # ------------------------------------------------------------------------------------ command line

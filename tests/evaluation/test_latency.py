@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from src.evaluation import latency as eval_latency
-from src.evaluation.latency import PeakMemory, compare, measure, ratio_interval
+from src.evaluation.latency import compare, measure, ratio_interval
+from src.evaluation.memory import PeakMemory
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
 

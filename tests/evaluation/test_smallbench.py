@@ -19,7 +19,8 @@ from src.data import tasks as smallbench
 from src.data.requests import encode_requests
 from src.data.tasks import TASKS_FILE, Task, load_items, load_tasks, select_rows
 from src.evaluation import smallbench as eval_smallbench
-from src.evaluation.smallbench import credit, evaluate, matthews, random_row
+from src.evaluation.smallbench import evaluate, random_row
+from src.evaluation.task_scores import credit, matthews
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
 

@@ -17,9 +17,9 @@ import numpy as np
 import yaml
 from tokenizers import Tokenizer
 
+from src.data.requests import encode_requests
 from src.data.tasks import Item, Task, load_items
 from src.data.tokenizer import load_tokenizer
-from src.evaluation.smallbench import encode_requests
 
 # Our task -> the harness's own file; BLiMP's paradigms have one each.
 TEMPLATES = {
