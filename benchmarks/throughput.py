@@ -241,7 +241,7 @@ def _configuration(
     write: Callable[[dict[str, Any]], None],
 ) -> None:
     """All peers on one configuration; what is known is written after every turn."""
-    roof = limits(asked.device, work.model, work.seq_len, work.threads)
+    roof: dict[str, Any] = {}
 
     def told(rows: dict[str, dict[str, Any]]) -> None:
         for peer, row in rows.items():
@@ -257,6 +257,8 @@ def _configuration(
             children[peer].pipe.poll(None)  # ready or failed: together they would fight for cores
             took = time.monotonic() - begun
             print(f"  {peer}: started and compiled in {took:.0f} s", flush=True)
+        # While the children wait: beside their compilation the products would seem slower.
+        roof |= limits(asked.device, work.model, work.seq_len, work.threads)
         compare(
             children, turns=asked.turns, steps=asked.steps, seconds=60 * asked.minutes,
             tokens=asked.steps * work.batch_size * work.seq_len, told=told,
