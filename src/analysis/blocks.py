@@ -141,6 +141,11 @@ def order_sentences(runs: pd.DataFrame) -> list[str]:
             for name, ppl in best.items()
         ]
         sentence = f"{block.title}: dev perplexity {' < '.join(named)}"
+        tried = block.runs.groupby("configuration")["learning_rate"].agg(["min", "max", "nunique"])
+        for name, ends in tried[tried["nunique"] > 1].iterrows():
+            if rates[str(name)] in (ends["min"], ends["max"]):
+                end = "lowest" if rates[str(name)] == ends["min"] else "highest"
+                sentence += f"; {name}'s is the {end} rate tried, its best may lie beyond"
         seeds = block.runs.groupby("configuration")["seed"].nunique()
         if seeds.min() == 1:
             sentence += "; one seed of some, so their order is not sure"

@@ -3,8 +3,9 @@
     python -m src.analysis.compare --baseline logs/emb35 logs/emb35-seed1 \
         --ours logs/emb45 logs/emb45-seed1
 
-Runs pair where their seed and everything else that changes bits (`compute_digest`) are equal; runs
-without such a partner are refused, or with --unlike compared as two groups. Prints the difference
+Runs pair where their seed and the program (`program_digest`: code, versions, settings) are equal;
+that a pair was computed on two kinds of processor is said. Runs without such a partner are refused,
+or with --unlike compared as two groups. Prints the difference
 as a percentage with its 95 % interval (documents x seeds), the p value and the equivalence
 statement at +-1 %; one seed gets no verdict. Across tokenizers: --measure bits_per_byte, over the
 documents that all runs scored. Exit codes: 0, 78.
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from src.analysis import intervals, repeats
+from src.analysis.run_table import computed
 from src.evaluation import perplexity
 from src.spec import run_identity
 from src.spec.command_line import OK, Parser, refuse
@@ -36,6 +38,8 @@ class Run:
 
     path: Path
     label: repeats.Label
+    bits: str | None  # compute_digest
+    processors: str
     configuration: str
     perplexity: perplexity.TokenPerplexity
     nats: intervals.Floats
@@ -88,10 +92,11 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
         if found.left_out:
             raise ValueError(
                 f"--ours and --baseline: found runs without a like one ({'; '.join(found.left_out)}"
-                "), expected pairs of equal seed and compute_digest; leave these out, or say "
+                "), expected pairs of equal seed and program_digest; leave these out, or say "
                 "--unlike to compare the two groups without pairs"
             )
         kept = [a for a, _ in found.pairs], [b for _, b in found.pairs]
+        notes += _other_processors(found.pairs)
     interval = intervals.paired_bootstrap(
         np.stack([run.nats for run in kept[0]]),
         np.stack([run.nats for run in kept[1]]),
@@ -170,6 +175,19 @@ def _side(runs: Sequence[Run], notes: list[str]) -> dict[repeats.Label, Run]:
     return found
 
 
+def _other_processors(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
+    """A sentence where the sides of a pair are not equal to the bit: the same program on two kinds
+    of processor rounds otherwise, which acts like another seed on one side."""
+    apart = [(a, b) for a, b in pairs if a.bits != b.bits]
+    if not apart:
+        return []
+    kinds = sorted({run.processors or "not recorded" for pair in apart for run in pair})
+    return [
+        f"{len(apart)} of {len(pairs)} pairs computed on two kinds of processor "
+        f"({' / '.join(kinds)}), whose rounding is part of the difference"
+    ]
+
+
 def _noise(runs: Sequence[Run], measure: str, unlike: bool) -> repeats.Noise | None:
     """The seed noise that all given runs tell together, in the unit of the comparison."""
     losses: dict[str, dict[repeats.Label, float]] = {}
@@ -197,9 +215,12 @@ def read_run(path: Path, split: str) -> Run:
     nats, tokens, size = (
         part.astype(np.float64) for part in (losses.nats, losses.tokens, losses.bytes)
     )
+    metrics = computed(path) | {k: v for k, v in metrics.items() if v is not None}
     return Run(
         path=path,
-        label=(metrics["seed"], metrics.get("compute_digest")),
+        label=(metrics["seed"], run_identity.computed_as(metrics)),
+        bits=metrics.get("compute_digest"),
+        processors=metrics.get("processors", ""),
         configuration=str(run_identity.configuration(metrics)),
         perplexity=perplexity.TokenPerplexity(
             value=perplexity.perplexity(float(nats.sum()), int(tokens.sum())),

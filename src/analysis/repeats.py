@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike
 T = TypeVar("T")
 
 Label = tuple[int, str | None]
-"""(seed, compute digest) of a run. The digest covers everything that changes bits: commit,
-precision, micro-batch, threads, library versions, device. None: unknown, so equal to no other."""
+"""(seed, digest) of a run. The digest covers what changes results besides the configuration: code,
+precision, micro-batch, threads, library versions (`run_identity.computed_as`). None: unknown, so
+equal to no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def paired_noise(losses: Mapping[str, Mapping[Label, float]]) -> Noise | None:
 
 @dataclass(frozen=True, slots=True)
 class Pairs(Generic[T]):
-    """Runs with equal seed and equal compute digest on both sides, and a sentence for each other.
+    """Runs with equal seed and equal digest on both sides, and a sentence for each other.
 
     pairs[i] is (ours, theirs) of labels[i], in order of seeds.
     """

@@ -71,7 +71,7 @@ def _read(log_dir: Path, prefix: str) -> tuple[list[Row], Sweeps, Mapping[str, A
         sweeps.add(config)
         name = path.relative_to(log_dir).as_posix()
         row = _read_run(path, path.name if name == "." else name, config)
-        row |= ratios.get(row["run"], {}) | _computed(path)
+        row = computed(path) | row | ratios.get(row["run"], {})
         row |= {} if problem is None else {"reason": and_also(row, problem)}
         rows.append(row | {"run": f"{prefix}{row['run']}"})
     file = log_dir / "study.json"
@@ -150,21 +150,16 @@ def _last_row(path: Path) -> dict[str, int]:
     return {} if last is None else {"steps": last["step"], "tokens": last["tokens"]}
 
 
-def _computed(path: Path) -> Row:
-    """What environment.json says of the program and the processors that computed a run; nothing
-    for a run that is not finished or of an older build."""
+def computed(path: Path) -> Row:
+    """What environment.json says of the program and the processors that computed a run, for those
+    whose metrics.json is older than these keys; nothing where it does not say."""
     file = path / "environment.json"
     found = (read_json(file) or {}).get("computed") if file.is_file() else None
     if not found or not all(isinstance(one, dict) and one for one in found):
         return {}
-    processors = (
-        " ".join(str(part) for part in (one.get("device_name"), one.get("cpu_capability"),
-                                        *(one.get("amx") or ())) if part)
-        for one in found
-    )  # fmt: skip
     return {
         "program_digest": run_identity.program_digest(found),
-        "processors": "; ".join(dict.fromkeys(processors)),
+        "processors": run_identity.processors(found),
     }
 
 

@@ -220,6 +220,8 @@ def metrics(
             "status": "killed" if outcome.status == "killed" else "finished",
             "reason": outcome.reason,
             "compute_digest": run_identity.compute_digest(outcome.conditions),
+            "program_digest": run_identity.program_digest(outcome.conditions),
+            "processors": run_identity.processors(outcome.conditions),
             "tokens": outcome.step * facts["batch_size"] * facts["seq_len"],
             "steps": outcome.step,
             **outcome.metrics,

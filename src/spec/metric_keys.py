@@ -55,8 +55,8 @@ def _text(name: str, meaning: str, *, summary: bool = False, csv_only: bool = Fa
     return Key(name, "text", "text", meaning, summary, csv_only)
 
 
-def _hash(name: str, meaning: str, *, summary: bool = False, csv_only: bool = False) -> Key:
-    return Key(name, "text", "hex", meaning, summary, csv_only)
+def _hash(name: str, meaning: str, *, summary: bool = False) -> Key:
+    return Key(name, "text", "hex", meaning, summary)
 
 
 def _flag(name: str, meaning: str, *, summary: bool = False) -> Key:
@@ -241,8 +241,8 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         _hash("model_digest", "hash of the model's integers: equal configurations are the same model"),
         _hash("training_digest", "hash of what decides what is learned: the training section without seeds, checks and how it is computed; with `model_digest`, the data and the seeds it says that two runs are one, whatever they are called"),
         _hash("compute_digest", "hash of what changes bits besides the configuration: bytes of the source files that `src.train` imports, torch, numpy, device and instruction set, precision, micro-batch, chunk, compilation, threads, processes (`environment.json` lists them); of a run that was resumed under another, both, joined by `+`", summary=True),
-        _hash("program_digest", "the same without the processor's name and instruction set: runs that share it are compared, and where only `compute_digest` differs, that is said", csv_only=True),
-        _text("processors", "each device name and instruction set that computed the run, joined by `;`", csv_only=True),
+        _hash("program_digest", "the same without the processor's name and instruction set: runs that share it are compared, and where only `compute_digest` differs, that is said"),
+        _text("processors", "each device name and instruction set that computed the run, joined by `;`"),
         _hash("git_sha", "commit of the code"),
         _flag("git_dirty", "the checkout had uncommitted changes"),
         _text("device", "`cuda` or `cpu`"),

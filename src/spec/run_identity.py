@@ -55,6 +55,22 @@ def program_digest(conditions: Iterable[Mapping[str, Any]]) -> str:
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()
 
 
+def processors(conditions: Iterable[Mapping[str, Any]]) -> str:
+    """Each device and instruction set of those conditions once, joined by `; `."""
+    found = (
+        " ".join(map(str, filter(None, (one.get("device_name"), one.get("cpu_capability"),
+                                        *(one.get("amx") or ())))))
+        for one in conditions
+    )  # fmt: skip
+    return "; ".join(dict.fromkeys(found))
+
+
+def computed_as(row: Mapping[str, Any]) -> str | None:
+    """Equal for runs whose comparison is about their configurations: the program, on whichever
+    processor; of an older run its exact conditions, None where it does not say."""
+    return row.get("program_digest") or row.get("compute_digest")
+
+
 def configuration(row: Mapping[str, Any]) -> Identity:
     """Equal for runs that differ by seed alone. `phase` counts: it decides what is measured."""
     trained = row.get("training_digest") or tuple(row.get(key) for key in _TRAINED)

@@ -152,3 +152,25 @@ def test_what_is_no_finished_run_or_scored_other_documents_is_refused(
     (other / "documents_test.npz").write_bytes(whole[: len(whole) // 2])
     damaged = ["--baseline", str(base), "--ours", str(other)]
     assert "documents_test.npz: found a damaged file" in refused(damaged, capsys)
+
+
+def test_the_same_program_on_another_processor_pairs_and_that_is_said(
+    tmp_path: Path, capsys
+) -> None:
+    """A study that moves: one side's second seed was computed with other instructions."""
+    sides_of = sides(tmp_path, 2)
+    conditions = {"source_sha256": "s", "torch": "2.13.0", "device_name": "AMD EPYC"}
+    for run in sides_of[1:3] + sides_of[4:]:
+        there = run.endswith("ours1")
+        one = conditions | {"cpu_capability": "AVX2" if there else "AVX512"}
+        metrics = json.loads((Path(run) / "metrics.json").read_text())
+        metrics["compute_digest"] = "there" if there else "here"
+        (Path(run) / "metrics.json").write_text(json.dumps(metrics))
+        (Path(run) / "environment.json").write_text(json.dumps({"computed": [one]}))
+    says = found(sides_of, capsys)
+    assert says["paired"] and says["seeds"] == 2 and says["verdict"] == "different"
+    assert "1 of 2 pairs computed on two kinds of processor" in says["sentence"]
+    assert "AMD EPYC AVX2 / AMD EPYC AVX512" in says["sentence"]
+    other = {"computed": [conditions | {"torch": "2.12.0", "cpu_capability": "AVX512"}]}
+    (tmp_path / "ours1/environment.json").write_text(json.dumps(other))
+    assert "ours seed 1" in refused(sides_of, capsys)

@@ -114,3 +114,15 @@ def test_two_conditions_are_neither_of_them() -> None:
     both = run_identity.compute_digest([first, second])
     one, two = (run_identity.compute_digest([found]) for found in (first, second))
     assert both == f"{one}+{two}" and one != two
+
+
+def test_a_processor_is_no_other_program() -> None:
+    here = {"torch": "1", "device_name": "a", "cpu_capability": "AVX512", "amx": ["amx_bf16"]}
+    there = {"torch": "1", "device_name": "b", "cpu_capability": "AVX2", "amx": []}
+    newer = here | {"torch": "2"}
+    one, moved, other = (
+        run_identity.program_digest(found) for found in ([here], [here, there], [newer])
+    )
+    assert one == moved != other
+    assert run_identity.compute_digest([here]) != run_identity.compute_digest([there])
+    assert run_identity.processors([here, there]) == "a AVX512 amx_bf16; b AVX2"

@@ -1,0 +1,83 @@
+"""Blocks of several learning rates and directories: what the report of a study needs of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from src.analysis import blocks, report_tables, run_csv, run_table
+from tests.synthetic_runs import SHARE_SWEEP, write_sweep
+
+SHARE = "embed_ratio.yaml"
+RATES = {"2e-3": 2e-3, "4e-3": 4e-3, "8e-3": 8e-3}
+BEST = {"emb35": "4e-3", "emb25": "8e-3", "emb45": "4e-3"}
+HERE = {"program_digest": "p" * 64, "processors": "AMD EPYC AVX512"}
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> list[Path]:
+    """prd/: three shares at one rate and batch; rates/: each at three rates and a smaller batch,
+    three seeds at the best. emb25 leads prd/ and, at its own best rate alone, comes second here."""
+    prd, rates = tmp_path / "prd", tmp_path / "rates"
+    write_sweep(prd, SHARE, SHARE_SWEEP, phase="rank", tokens=5_000_000, **HERE)
+    names = [f"{cell.name}-lr{rate}" for cell in SHARE_SWEEP for rate in RATES]
+    for cell in SHARE_SWEEP:
+        for told, rate in RATES.items():
+            best = BEST[cell.name] == told
+            gain = {"emb35": -0.1, "emb25": -0.05, "emb45": 0.0}[cell.name] + (not best) * 0.2
+            write_sweep(
+                rates, SHARE, [replace(cell, name=f"{cell.name}-lr{told}", gain=gain)],
+                baseline="emb35-lr2e-3", names=names, phase="rank", tokens=5_000_000,
+                seeds=(0, 1, 2) if best else (0,), learning_rate=rate, batch_size=64, steps=611,
+                **(HERE | ({"processors": "AMD EPYC AVX2"} if cell.name == "emb45" else {})),
+            )  # fmt: skip
+    return [prd, rates]
+
+
+def test_directories_are_read_together_and_batches_are_blocks(logs: list[Path]) -> None:
+    rows = run_table.read_rows(*logs)
+    assert {row["run"].partition("/")[0] for row in rows} == {"prd", "rates"}
+    assert {row["status"] for row in rows} == {"finished"}, "no sweep's plan is the other's"
+    first, second = blocks.blocks(run_csv.table(rows))
+    assert (first.many_rates, second.many_rates) == (False, True)
+    assert (len(first.runs), len(second.runs), second.baseline) == (3, 15, "emb35")
+    assert "in 152 steps" in first.title and "in 611 steps" in second.title
+    with pytest.raises(ValueError, match="two directories called prd"):
+        run_table.read_rows(logs[0], logs[0])
+
+
+def test_who_leads_at_its_own_rate_and_whether_blocks_agree(logs: list[Path]) -> None:
+    runs = run_csv.table(run_table.read_rows(*logs))
+    _, second = blocks.blocks(runs)
+    assert blocks.own_rates(second.runs) == {n: RATES[rate] for n, rate in BEST.items()}
+    prd, rates, against = blocks.order_sentences(runs)
+    assert prd.index("emb25") < prd.index("emb35") < prd.index("emb45") and "one seed" in prd
+    assert rates.index("emb35") < rates.index("emb25") < rates.index("emb45")
+    assert "emb25's is the highest rate tried" in rates and "emb35's" not in rates
+    assert "At the shared rate 0.004: another order, emb35 < emb45 < emb25." in rates
+    assert against.endswith("another order.")
+
+
+def test_the_compact_tables(logs: list[Path]) -> None:
+    runs = run_csv.table(run_table.read_rows(*logs))
+    made = report_tables.summary_table(runs)
+    heads = [line for line in made.splitlines() if line.startswith("| configuration")]
+    assert len(heads) == 2 and all(head.count(" | ") == 7 for head in heads)
+    (line,) = [line for line in made.splitlines() if "| 8e-3 | 3 |" in line]
+    assert line.startswith("| emb25 |") and " % (" in line and "no pairs" not in line
+    alone = [line for line in made.splitlines() if "| 4e-3 | 1 |" in line]
+    assert len(alone) == 3 and not any(" to " in line for line in alone), "one seed: no interval"
+    rates = report_tables.rates_table(runs)
+    assert "configuration | 2e-3 | 4e-3 | 8e-3 |" in rates and rates.count("**") == 2 * 4
+
+
+def test_runs_of_two_processors_are_compared_and_that_is_said(logs: list[Path]) -> None:
+    runs = run_csv.table(run_table.read_rows(*logs))
+    (told,) = report_tables.processors_differ(runs)
+    assert "in 611 steps" in told and "2 kinds of processor" in told
+    assert "AMD EPYC AVX2: 5" in told and "compared all the same" in told
+    other = runs["program_digest"].where(runs["experiment"] != "emb25", "q" * 64)
+    (told, _) = report_tables.processors_differ(runs.assign(program_digest=other))
+    assert "computed by 2 programs" in told
