@@ -19,13 +19,14 @@ setup-test: .venv/installed-test
 	$(BIN)/pip install --disable-pip-version-check -q -r requirements-test.txt
 	touch $@
 
-# A generated corpus, both sweeps in miniature on the CPU, a CSV and plots, in $(QUICK)/.
+# A generated corpus, both sweeps in miniature on the CPU, a CSV and plots, in $(QUICK)/. The sweeps
+# run side by side with one thread each: on two cores twice as fast as one after the other.
+QUICK_SWEEP := $(BIN)/python run_experiment.py --exp all --device cpu --log_dir $(QUICK)/logs --config configs/quickstart
 quickstart: setup
 	$(BIN)/python scripts/make_corpus.py --output $(QUICK)/corpus
 	$(BIN)/python scripts/preprocess_lm.py --input $(QUICK)/corpus --vocab_size 512 --output $(QUICK)/tokens
 	$(BIN)/python scripts/check_leakage.py --corpus $(QUICK)/corpus --smallbench $(QUICK)/corpus/smallbench
-	$(BIN)/python run_experiment.py --config configs/quickstart_embed.yaml --exp all --device cpu --log_dir $(QUICK)/logs
-	$(BIN)/python run_experiment.py --config configs/quickstart_glu.yaml --exp all --device cpu --log_dir $(QUICK)/logs
+	$(QUICK_SWEEP)_embed.yaml & embed=$$!; $(QUICK_SWEEP)_glu.yaml & glu=$$!; wait $$embed; code=$$?; wait $$glu && exit $$code
 	$(BIN)/python scripts/aggregate_results.py --log_dir $(QUICK)/logs --output $(QUICK)/results_summary.csv
 	$(BIN)/python -m src.analysis.quickstart $(QUICK)
 
