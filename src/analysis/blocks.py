@@ -118,12 +118,13 @@ def shared_rate(runs: pd.DataFrame) -> float | None:
 
 
 def ranking(runs: pd.DataFrame) -> pd.Series:
-    """Mean dev perplexity by configuration, the best first, over the seeds that all have (all
-    seeds where there is none such)."""
+    """Mean dev perplexity by configuration, or bits per byte where vocabularies differ, the best
+    first, over the seeds that all have (all seeds where there is none such)."""
     counts = runs.groupby("seed")["configuration"].nunique()
     common = counts.index[counts == runs["configuration"].nunique()]
     judged = runs[runs["seed"].isin(common)] if len(common) else runs
-    return judged.groupby("configuration")["dev_perplexity"].mean().dropna().sort_values()
+    measure = "perplexity" if judged["vocab_size"].nunique() < 2 else "bits_per_byte"
+    return judged.groupby("configuration")[f"dev_{measure}"].mean().dropna().sort_values()
 
 
 def order_sentences(runs: pd.DataFrame) -> list[str]:
@@ -136,11 +137,13 @@ def order_sentences(runs: pd.DataFrame) -> list[str]:
         if len(best) < 2:
             continue
         rates = own_rates(block.runs)
+        measure = str(best.name).replace("_", " ")
+        digits = 1 if measure == "dev perplexity" else 3
         named = [
-            f"{name} {ppl:.1f}" + (f" at {rates[name]:g}" if block.many_rates else "")
-            for name, ppl in best.items()
+            f"{name} {value:.{digits}f}" + (f" at {rates[name]:g}" if block.many_rates else "")
+            for name, value in best.items()
         ]
-        sentence = f"{block.title}: dev perplexity {' < '.join(named)}"
+        sentence = f"{block.title}: {measure} {' < '.join(named)}"
         tried = block.runs.groupby("configuration")["learning_rate"].agg(["min", "max", "nunique"])
         for name, ends in tried[tried["nunique"] > 1].iterrows():
             if rates[str(name)] in (ends["min"], ends["max"]):

@@ -338,7 +338,9 @@ def test_a_vocabulary_sweep_beside_the_share_sweep_is_drawn_in_bits_per_byte(
 def test_a_vocabulary_sweep_alone_cannot_be_a_perplexity_figure(tmp_path: Path) -> None:
     cells = [Cell(name=f"v{v}", vocab_size=v) for v in (8_000, 16_000)]
     write_sweep(tmp_path / "logs", "configs/vocab_tying.yaml", cells)
-    assert aggregate(tmp_path).returncode == 78
+    done = aggregate(tmp_path)
+    assert done.returncode == 78
+    assert "dev bits per byte v" in done.stdout and "dev perplexity v" not in done.stdout
 
 
 # --- the report ---------------------------------------------------------------------------------
