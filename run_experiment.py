@@ -102,15 +102,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-    except BrokenPipeError:  # the reader of a dry run has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+    except BrokenPipeError:  # the reader of a dry run has seen enough; a run is not at its end
+        _write_to_nobody()
+        if arguments.dry_run:
+            return OK
+        print("could not write: who read the output has gone; run me again", file=sys.stderr)
+        return IO_FAILED
     except OSError as error:
         print(f"could not read or write: {error}", file=sys.stderr)
         return IO_FAILED
     except Exception:
         traceback.print_exc()
         return OUR_FAULT
+
+
+def _write_to_nobody() -> None:
+    """Whoever read the output has gone; Python would complain once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _study(arguments: argparse.Namespace) -> int:
@@ -223,8 +231,11 @@ if __name__ == "__main__":
         code = TRY_AGAIN
     for number in SIGNALS:  # nothing is left to save: the exit code stands
         signal.signal(number, signal.SIG_IGN)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None: started with it closed
+            stream.flush()
+    except BrokenPipeError:
+        _write_to_nobody()
     if execution.remote_is_stuck():
         os._exit(code)
     sys.exit(code)

@@ -9,7 +9,6 @@ Exit codes as in run_experiment.py. Shapes: B examples, T tokens, N answer token
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import sys
@@ -33,7 +32,7 @@ from src.evaluation.trained_run import TrainedRun, export_again, load_run
 from src.models.export import NotLoadable, export
 from src.models.transformer import Transformer
 from src.spec import config
-from src.spec.command_line import OK, OUR_FAULT, TRY_AGAIN, refuse
+from src.spec.command_line import OK, OUR_FAULT, TRY_AGAIN, Parser, at_least, refuse
 from src.spec.config import TrainingConfig
 from src.spec.metric_keys import REQUESTS, complete
 from src.spec.progress import Progress
@@ -347,20 +346,19 @@ def _tell(found: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Tune a finished run on instructions.")
+    parser = Parser(description="Tune a finished run on instructions.")
     parser.add_argument("--run", type=Path, required=True, help="logs/<run>, finished")
     parser.add_argument("--data", type=Path, required=True, help="of download_instructions.py")
     parser.add_argument("--log_dir", type=Path, help="default: where --run lies")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=16, help="examples")
+    parser.add_argument("--epochs", type=at_least(1), default=3)
+    parser.add_argument("--batch_size", type=at_least(1), default=16, help="examples")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", default="auto")
     found = parser.parse_args(arguments)
     try:
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if not getattr(found, name) > 0:
-                raise ValueError(f"--{name}: found {getattr(found, name)}, expected more than 0")
+        if not 0 < found.learning_rate <= 1:
+            raise ValueError(f"--learning_rate: found {found.learning_rate}, expected 0 to 1")
         asked = Asked(
             epochs=found.epochs, batch_size=found.batch_size, learning_rate=found.learning_rate,
             seed=found.seed,

@@ -51,7 +51,7 @@ def check(
     remote: str | None,
 ) -> RunContext:
     """`run` with its verified tokens; ValueError, one sentence, for whatever would fail later."""
-    _check_machine(run, device, remote)
+    _check_machine(run, log_dir, device, remote)
     run_dir.check_log_dir(log_dir)
     checkpoints = log_dir / run.run_name / "checkpoints"
     parameters = allocations[run.experiment].params.total
@@ -86,9 +86,13 @@ def check(
     )  # fmt: skip
 
 
-def _check_machine(run: RunConfig, device: str, remote: str | None) -> None:
+def _check_machine(run: RunConfig, log_dir: Path, device: str, remote: str | None) -> None:
     if remote is not None:
-        address.check(remote)
+        parts = address.check(remote)
+        if parts.scheme == "file" and Path(parts.path).resolve() == log_dir.resolve():
+            raise ValueError(
+                f"--remote: found the log directory itself ({log_dir}), expected another place"
+            )
     if run.training.compile == "on" and compiler() is None:
         raise ValueError(
             "training.compile: found on, but this machine has no C++ compiler (g++ or clang++); "

@@ -48,6 +48,12 @@ def execute(context: RunContext) -> int:
             _change_evaluation(context, directory, resolved, digest)
             finished = directory.finished()
             if finished is not None:
+                if finished.get("status") not in ("finished", "killed"):
+                    raise ValueError(
+                        f"{directory.path / 'metrics.json'}: found no results of a run, expected "
+                        "its status; delete the file: the run measures again from its last "
+                        "checkpoint"
+                    )
                 lost = finished.get("status") == "finished" and not exported(directory.path)
                 gone = ""
                 if lost and any(directory.checkpoints.glob("*")):

@@ -304,7 +304,12 @@ class Trainer(Stepper):
         if self.run.kill_rule is None or self.run.experiment == self.run.baseline or not self.step:
             return None, ()
         baseline = self.directory.path.parent / self.run.baseline_run_name
-        reference = read_curve(baseline) if _comparable(self.directory.path, baseline) else []
+        try:
+            comparable = _comparable(self.directory.path, baseline)
+            reference = read_curve(baseline) if comparable else []
+        except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            print(f"{self.run.run_name}: no verdict: {baseline} cannot be read ({error!r})")
+            reference = []
         return kill_rule.verdict(self._rule, reference, read_curve(self.directory.path)), reference
 
     # ----------------------------------------------------------------------------------- the log

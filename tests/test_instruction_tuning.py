@@ -204,7 +204,6 @@ def test_what_is_missing_is_said_in_one_sentence(
     assert "download_instructions.py" in capsys.readouterr().err
     assert tune(tmp_path / "norun", data, tmp_path) == 78
     assert "expected the directory of a finished run" in capsys.readouterr().err
-    assert tune(base_path, data, tmp_path, "--epochs", "0") == 78
     bad = tmp_path / "bad"
     shutil.copytree(data, bad)
     (bad / "train.jsonl").write_text('{"text": "no"}\n')
@@ -262,3 +261,29 @@ def test_both_kinds_of_columns_become_prompts_and_answers(tmp_path: Path) -> Non
     told = download("--output", tmp_path / "plain", "--dataset", "acme/alpaca", "--mirror", mirror,
                     code=78)  # fmt: skip
     assert "holds acme/plain" in told
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--seed", "-1"), ("--batch_size", "0.5"), ("--epochs", "0"), ("--nope",)],
+)
+def test_wrong_arguments_exit_as_bad_input(arguments, base_path, data, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        tune(base_path, data, tmp_path, *arguments)
+    assert left.value.code == 78 and "see --help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["inf", "nan", "0", "2"])
+def test_a_rate_that_is_none_is_refused(rate, base_path, data, tmp_path, capsys) -> None:
+    assert tune(base_path, data, tmp_path, "--learning_rate", rate) == 78
+    assert "--learning_rate: found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "row", ['{"prompt": 3, "answer": "x"}', '{"prompt": "a", "answer": null}', "[1]", '{"a": 1}']
+)
+def test_rows_that_are_no_texts_are_refused(row, base_path, tmp_path, capsys) -> None:
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(f"{row}\n" * 8)
+    assert tune(base_path, tmp_path, tmp_path) == 78
+    assert "found no instructions" in capsys.readouterr().err

@@ -666,3 +666,40 @@ def test_a_run_of_an_older_build_keeps_its_one_digest(copied, tiny_sweep, main, 
     assert "evaluation.test: True -> False" in capsys.readouterr().err
     stored["evaluation"]["test"] = False
     assert record.edited(stored)
+
+
+# ----------------------------------------------------------------------------- odd surroundings
+
+
+def test_results_without_a_status_are_not_taken_for_a_finished_run(
+    copied, tiny_sweep, main, capsys
+):
+    (copied / "metrics.json").write_text("{}")
+    command = ("--config", tiny_sweep, "--exp", "base", "--log_dir", copied.parent)
+    assert main(*command) == BAD_INPUT
+    assert "found no results of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streams", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_a_run_needs_no_open_streams(finished, tiny_sweep, streams):
+    command = f"exec {sys.executable} {ROOT / 'run_experiment.py'} --config {tiny_sweep} "
+    command += f"--exp base --device cpu --log_dir {finished} {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == OK and not done.stderr
+
+
+def test_a_run_whose_reader_has_gone_says_that_it_is_not_finished(tiny_sweep, logs):
+    """`run_experiment.py ... | head` ends with 0 for a dry run alone, which has said enough."""
+    command = f"{sys.executable} -u {ROOT / 'run_experiment.py'} --config {tiny_sweep} --exp base "
+    for more, code in ((f"--device cpu --log_dir {logs}", 74), ("--dry_run", OK)):
+        script = f"set -o pipefail; {command} {more} | exec 0<&-"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=300)
+        assert done.returncode == code and ("run me again" in done.stderr) == (code == 74)
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert not (logs / "base" / "metrics.json").exists()
+
+
+def test_a_store_inside_the_log_directory_itself_is_refused(tiny_sweep, logs, main, capsys):
+    command = ("--config", tiny_sweep, "--exp", "base", "--log_dir", logs)
+    assert main(*command, "--remote", f"file://{logs}") == BAD_INPUT
+    assert "the log directory itself" in capsys.readouterr().err and not logs.exists()

@@ -501,3 +501,21 @@ def test_the_source_digest_follows_what_training_imports_and_nothing_else(tmp_pa
     inner.write_text(inner.read_text() + "\n# a comment is bytes too\n")
     found.cache_clear()
     assert found(copy) != first
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.yaml", "a: [\n"),
+        ("config.yaml", "a: 1\n"),
+        ("config.yaml", "- 1\n"),
+        ("metrics.jsonl", '{"kind": "dev", "step": 1}\n'),
+        ("metrics.jsonl", '{"kind": "dev",\n{}\n'),
+    ],
+)
+def test_a_damaged_baseline_gives_no_verdict_and_stops_nobody(lab, capsys, file, content):
+    lab.train("base", *RULE)
+    (lab.path("base") / file).write_text(content)
+    outcome = lab.train("idle", *RULE)
+    assert (outcome.status, outcome.metrics["kill_verdict"]) == ("trained", "none")
+    assert f"idle: no verdict: {lab.path('base')} cannot be read" in capsys.readouterr().out

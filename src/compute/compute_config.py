@@ -89,7 +89,10 @@ def choose(
         }
 
     key = runtime.device_name(device)
-    stored = choices.get(log_dir, key, decide)
+    stored = choices.get(
+        log_dir, key, decide,
+        {"threads": int, "precision": str, "micro_batch_tokens": int, "can_compile": bool},
+    )  # fmt: skip
     threads = runtime.pin_threads(training.threads or int(stored["threads"]))
     precision = str(stored["precision"])
     if training.precision != "auto":
@@ -121,6 +124,7 @@ def choose(
             f"{key}, {precision}, {training.seq_len} tokens a sequence"
             + (", compiled" if compiled else ""),
             measure,
+            {"micro_batch_tokens": int, "loss_chunk": int},
         )
         most_tokens, loss_chunk = int(found["micro_batch_tokens"]), int(found["loss_chunk"])
     most = max(1, most_tokens // training.seq_len)

@@ -290,7 +290,7 @@ def _evaluate_run(asked: argparse.Namespace) -> dict[str, Any]:
     device = runtime.choose_device(asked.device)
     runtime.pin_threads()
     run = load_run(asked.run, device)
-    stated = run.resolved["evaluation"]
+    stated = run.evaluation
     data_dir = asked.smallbench or Path(stated["smallbench_dir"])
     listed = asked.tasks or Path(stated["smallbench_tasks"] or TASKS_FILE)
     limit = asked.limit

@@ -13,12 +13,15 @@ from tokenizers import Tokenizer
 
 from src.data import leakage
 from src.data.tokenizer import load_tokenizer
+from src.evaluation.metrics import edited
 from src.models.export import export
 from src.models.transformer import Transformer
-from src.spec.config import ModelConfig
+from src.spec.config import EvaluationConfig, ModelConfig, to_dict
 from src.storage import checkpoint
 from src.storage.files import read_json, sha256_of
 from src.storage.run_dir import exported
+
+_NEEDED = {"config_digest", "model", "training", "tokenizer_sha256", "data_sha256"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +38,19 @@ class TrainedRun:
         """Tokens the model was trained to read."""
         return int(self.resolved["training"]["seq_len"])
 
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The section as the run was evaluated; of a tuned run, which is not, the defaults."""
+        return self.resolved.get("evaluation") or to_dict(EvaluationConfig())
+
     def contaminated_rows(self, smallbench_dir: Path) -> dict[str, set[int]] | None:
         """Rows that this run's training text contains; None where no report says so."""
+        if "data_dir" not in self.resolved:  # of a tuned run
+            return None
         token_dir = Path(self.resolved["data_dir"]) / f"v{self.model.config.vocab_size}"
         meta = token_dir / "meta.json"
         corpus = json.loads(meta.read_bytes())["corpus"] if meta.is_file() else {}
-        stated = self.resolved["evaluation"].get("leakage")
+        stated = self.evaluation.get("leakage")
         return leakage.contaminated_rows(stated, smallbench_dir, corpus)
 
 
@@ -52,6 +62,13 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
         raise ValueError(
             f"{error.filename}: found no such file, expected the directory of a finished run"
         ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path / 'config.yaml'} cannot be read: {error}") from None
+    if not isinstance(resolved, dict) or not _NEEDED <= resolved.keys() or edited(resolved):
+        raise ValueError(
+            f"{path / 'config.yaml'}: found another content than a run has written, expected that; "
+            "restore it from a copy"
+        )
     done = path / "metrics.json"
     metrics = read_json(done) if done.is_file() else {}
     if metrics.get("status") == "killed":

@@ -25,7 +25,9 @@ LONGEST_SHARE = 0.1  # of the time so far passes between two lines: a long stage
 
 def has_terminal() -> bool:
     """Whether this process alone writes to a terminal."""
-    if not (sys.stderr.isatty() and sys.stdin is not None and sys.stdin.isatty()):
+    if sys.stderr is None or not (
+        sys.stderr.isatty() and sys.stdin is not None and sys.stdin.isatty()
+    ):
         return False
     try:
         return os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp()

@@ -161,7 +161,7 @@ def _coerce(value: Any, kind: str) -> Any:
         return tuple(_coerce(item, "float") for item in value)
     if kind == "bool" and isinstance(value, bool):
         return value
-    if kind == "str" and isinstance(value, str) and value:
+    if kind == "str" and isinstance(value, str) and value and "\0" not in value:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         if kind in ("int", "float") and abs(value) < 2**53:

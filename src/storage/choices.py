@@ -5,18 +5,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from src.storage.files import open_lock_file, write_json
 
 
-def get(log_dir: Path, key: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def get(
+    log_dir: Path,
+    key: str,
+    decide: Callable[[], dict[str, Any]],
+    kinds: Mapping[str, type] = MappingProxyType({}),
+) -> dict[str, Any]:
     """What is stored for `key`, a device say, or `decide()`'s answer, stored for all that follow.
 
     Processes that start together agree: one decides, the others wait for it. The answer must be
-    plain JSON values. Raises ValueError if the stored file is not what was written.
+    plain JSON values. Raises ValueError if the stored file is not what was written, or lacks what
+    `kinds` says of the answer's values.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     guard = open_lock_file(log_dir / ".choices.lock")
@@ -26,6 +33,13 @@ def get(log_dir: Path, key: str, decide: Callable[[], dict[str, Any]]) -> dict[s
         if key not in found:
             found[key] = json.loads(json.dumps(decide(), allow_nan=False))
             write_json(log_dir / "choices.json", found)
+        for name, kind in kinds.items():
+            value = found[key].get(name)
+            if type(value) is not kind or (isinstance(value, int) and kind is int and value < 1):
+                raise ValueError(
+                    f"{log_dir / 'choices.json'}: {key}: {name}: found {value!r}, which this "
+                    "program has not written; delete the file to choose again."
+                )
         return found[key]
     finally:
         os.close(guard)

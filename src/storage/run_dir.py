@@ -6,6 +6,7 @@ Nothing here imports torch: refusing a held or foreign directory must not cost i
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -151,12 +152,20 @@ def _take_lock(path: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise
-    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+    if not _is_open_at(descriptor, path):
         os.close(descriptor)  # its holder refused the run and took the directory away
         raise Held(path.parent, None, None)
     os.ftruncate(descriptor, 0)
     write_all(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
     return descriptor
+
+
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _read_holder(path: Path) -> tuple[int | None, str | None]:
@@ -340,7 +349,14 @@ class RunDir:
         return os.fstat(self._metrics).st_size
 
     def sync(self) -> None:
-        """Make every appended row durable; to be called before a checkpoint stores `offset()`."""
+        """Make every appended row durable; to be called before a checkpoint stores `offset()`.
+
+        Raises OSError where the directory was moved or deleted meanwhile: what is written from then
+        on would begin another one, which has neither this lock nor these rows.
+        """
+        if not _is_open_at(self._lock, self.path / ".lock"):
+            what = "moved or deleted while its run was at work"
+            raise OSError(errno.ENOENT, what, str(self.path))
         os.fsync(self._metrics)
 
     def misfit(self, state: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
@@ -121,3 +122,17 @@ def test_the_probe_draws_nothing_from_the_global_generator() -> None:
     )
     assert torch.equal(torch.rand(3), expected)
     assert machine.probe.micro_batch_candidates(torch.device("cpu"), 100) == [100]
+
+
+@pytest.mark.parametrize(
+    "damage", [{}, {"threads": "two"}, {"threads": 0}, {"can_compile": 1}, {"precision": None}]
+)
+def test_stored_choices_that_are_not_ours_are_refused(
+    quiet: None, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    machine.choose(TrainingConfig(), MODEL, tmp_path, "cpu")
+    path = tmp_path / "choices.json"
+    stored = {k: {**v, **damage} if damage else {} for k, v in json.loads(path.read_text()).items()}
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="choices.json.*delete the file to choose again"):
+        machine.choose(TrainingConfig(), MODEL, tmp_path, "cpu")

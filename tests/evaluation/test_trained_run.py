@@ -175,3 +175,21 @@ def test_latency_command(run: tuple[Path, Transformer], capsys: pytest.CaptureFi
     (other / "metrics.json").write_text('{"precision": "fp32"}')
     assert eval_latency.main(["--compare", str(path), str(other), *options, *threads]) == 78
     assert "state it with --precision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["config_digest: x\n", "- 1\n", "a: [\n", "\0"])
+def test_a_config_that_no_run_wrote_is_refused(run: tuple[Path, Transformer], content: str) -> None:
+    path, _ = run
+    (path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match="config.yaml"):
+        load_run(path)
+
+
+def test_a_tuned_run_is_scored_by_the_default_evaluation(run: tuple[Path, Transformer]) -> None:
+    path, _ = run
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    del config["evaluation"], config["data_dir"]
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    found = load_run(path)
+    assert found.evaluation["smallbench_dir"] == "data/smallbench"
+    assert found.contaminated_rows(path) is None

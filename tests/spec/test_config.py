@@ -317,7 +317,7 @@ BAD_VALUES = {
     "kill_rule.window_tokens": ["0", "1e6"],
     "kill_rule.grace_tokens": ["-1"],
     "kill_rule.action": ["kill", "null"],
-    "data.dir": ["null", "3"],
+    "data.dir": ["null", "3", "''", '"a\\0b"'],
 }
 
 

@@ -399,3 +399,21 @@ def test_interrupt_reaches_a_background_job_of_a_shell(tmp_path):
     os.kill(pid, signal.SIGINT)
     rest, _ = shell.communicate(timeout=20)
     assert rest == "SIGINT\nexit 75\n"
+
+
+@pytest.mark.parametrize("fault", ["moved", "deleted", "another in its place"])
+def test_a_directory_that_is_gone_is_noticed_before_anything_is_saved(tmp_path, fault):
+    """A save would otherwise begin another directory, without this lock and these rows."""
+    with RunDir.open(tmp_path, "r") as run:
+        run.append({"step": 1})
+        run.sync()
+        run.path.rename(tmp_path / "elsewhere")
+        if fault == "deleted":
+            shutil.rmtree(tmp_path / "elsewhere")
+        if fault == "another in its place":
+            RunDir.open(tmp_path, "r").close()
+        before = sorted(tmp_path.rglob("*"))
+        for write in (run.sync, lambda: run.finish({"status": "finished"})):
+            with pytest.raises(OSError, match="moved or deleted while its run was at work"):
+                write()
+        assert sorted(tmp_path.rglob("*")) == before
