@@ -1,31 +1,32 @@
 """The entry point: python run_experiment.py --config configs/embed_ratio.yaml --exp emb35
 
 Parse, load, plan, call. Exit codes: 0 finished (or stopped by the kill rule), 70 our fault,
-74 could not read or write, 75 preempted or held by another process (run me again), 78 bad input.
+74 could not read or write, 75 preempted or locked by another process (run me again), 78 bad input.
 Nothing heavy is imported before the arguments, the configuration and the lock are settled.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from src import preflight
 from src import run as execution
 from src.compute import cores
 from src.compute import process_group as distributed
 from src.run import Preempted
-from src.spec import allocation, allocation_table, config, costs
+from src.spec import allocation, allocation_table, config
 from src.spec.command_line import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Parser
+from src.storage.run_dir import Held
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-NOISE_SEEDS = 5  # ranking runs of the baseline in phase 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,23 +37,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help="experiment file, see configs/")
-    source.add_argument("--study", type=Path, help="study file: phases 0 to 2, plan and budget")
-    parser.add_argument("--exp", nargs="+", default=None, help="experiment names, or all")
+    source.add_argument("--study", type=Path, help="study file: phases or blocks, plan and budget")
+    parser.add_argument("--exp", nargs="+", help="experiment names, or all")
     parser.add_argument("--seed", type=int, nargs="+", help="default: the file's seeds (0)")
-    parser.add_argument(
-        "--phase",
-        choices=(*config.PHASES, "sanity"),
-        help="full (default); rank: training.ranking_tokens; sanity: checks, learning rates, and "
-        "the baseline's seeds 0 to 4 as ranking runs",
-    )
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="section.key=value"
-    )
+    parser.add_argument("--phase", choices=(*config.PHASES, "sanity"), help="full (default); rank: "
+                        "training.ranking_tokens; sanity: checks and a rate ramp")  # fmt: skip
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--log_dir", help="default: logs, or the study file's")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--remote", help="s3://, gs:// or abfs:// prefix for checkpoints")
-    parser.add_argument("--dry_run", action="store_true", help="print the sweep's table and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print the table or plan and stop")
     parser.add_argument("--json", action="store_true", help="with --dry_run: one object a line")
+    parser.add_argument("--published", help="with --study: finished runs of other machines")
+    parser.add_argument("--engine", choices=("local", "slurm", "sky"),
+                        help="with --study: run here, or write files for a scheduler")  # fmt: skip
     arguments = parser.parse_args(argv)
     if arguments.json and not arguments.dry_run:
         parser.error("--json goes with --dry_run")
@@ -60,6 +58,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if arguments.exp or arguments.seed or arguments.phase or arguments.json:
             parser.error("--study: takes no --exp, --seed, --phase or --json; its file says them")
         return arguments
+    if arguments.engine or arguments.published:
+        parser.error("--engine and --published go with --study")
     arguments.phase = arguments.phase or "full"
     arguments.log_dir, arguments.device = arguments.log_dir or "logs", arguments.device or "auto"
     if not arguments.dry_run and not arguments.exp:
@@ -76,28 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _preempt)
     try:
         if arguments.study is not None:
-            distributed.check(None)
-            return _study(arguments)
-        checking = arguments.phase == "sanity"
-        arguments.phase = "rank" if checking else arguments.phase
-        sweep = config.load_sweep(arguments.config, arguments.set, arguments.phase)
-        answers = _allocate(sweep)
-        runs = sweep.chosen(arguments.exp or ["all"], arguments.seed)
-        if arguments.dry_run:
-            _print_plan(sweep, answers, arguments.json)
-            if not arguments.json:
-                _print_floor(answers, runs)
-            return OK
-        distributed.check(None if checking else runs)
-        if checking and (code := _sanity(sweep, answers, arguments)) != OK:
+            code = _study(arguments)
+            if code == TRY_AGAIN:
+                words = ["python", "run_experiment.py", *(sys.argv[1:] if argv is None else argv)]
+                print(f"to go on: {shlex.join(words)}", file=sys.stderr)
             return code
-        if checking:
-            runs = sweep.chosen(arguments.exp, arguments.seed)
-        contexts = _check_inputs(sweep, answers, runs, arguments)
-        codes = [execution.execute_together(context) for context in contexts]
-        return TRY_AGAIN if TRY_AGAIN in codes else max(codes, default=OK)
+        return _sweep(arguments)
     except Preempted as signalled:
         print(f"stopped by {signalled}; run the same command again to go on", file=sys.stderr)
+        return TRY_AGAIN
+    except Held as other:
+        print(other, file=sys.stderr)
         return TRY_AGAIN
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -121,107 +110,44 @@ def _write_to_nobody() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _study(arguments: argparse.Namespace) -> int:
-    from src.storage import run_dir
-    from src.study import runner as study
+def _study(asked: argparse.Namespace) -> int:
+    from src.study import runner
 
-    asked = study.load(arguments.study, arguments.set, arguments.log_dir, arguments.device)
+    distributed.check(None)
+    study = runner.load(asked.study, asked.set, asked.log_dir, asked.device, asked.published)
+    engine = asked.engine or "local"
+    return runner.run(study, remote=asked.remote, dry_run=asked.dry_run, engine=engine)
+
+
+def _sweep(asked: argparse.Namespace) -> int:
+    """The named experiments of a file, one after the other."""
+    checking = asked.phase == "sanity"
+    sweep = config.load_sweep(asked.config, asked.set, "rank" if checking else asked.phase)
+    requests = {run.experiment: run.model for run in sweep.runs}
     try:
-        return study.run(asked, remote=arguments.remote, dry_run=arguments.dry_run)
-    except run_dir.Held as held:
-        print(held, file=sys.stderr)
-        return TRY_AGAIN
+        allocations = allocation.allocate(requests, sweep.baseline)
+    except ValueError as error:
+        raise ValueError(f"{sweep.file}: {error}") from None
+    runs = sweep.chosen(asked.exp or ["all"], [0] if checking else asked.seed)
+    if asked.dry_run:
+        allocation_table.print_sweep(allocations, sweep.baseline, runs, as_json=asked.json)
+        return OK
+    distributed.check(None if checking else runs)
+    log_dir, device, remote = Path(asked.log_dir), asked.device, asked.remote
+    contexts = [  # nothing is written before all of them can work
+        preflight.check(run, sweep, allocations, log_dir=log_dir, device=device, remote=remote)
+        for run in runs
+    ]
+    if checking:
+        from src.study import sanity
 
-
-def _sanity(
-    sweep: config.Sweep, answers: dict[str, allocation.Allocation], arguments: argparse.Namespace
-) -> int:
-    """Phase 0's checks of every named experiment; then `arguments` ask for the noise floor."""
-    chosen = sweep.chosen(arguments.exp, [0])
-    contexts = _check_inputs(sweep, answers, chosen, arguments)
-    from src.storage import run_dir
-    from src.study import sanity
-
-    log_dir, passed = Path(arguments.log_dir), True
-    try:
-        for context in contexts:
-            run, answer, data = context.run, context.allocation, context.data
-            found = sanity.check(run, answer, data, log_dir, arguments.device)
-            if found is None:
-                raise Preempted(f"a signal during the checks of {run.experiment}")
-            print(sanity.report(found), flush=True)
-            passed &= found["passed"]
-    except run_dir.Held as held:
-        print(held, file=sys.stderr)
-        return TRY_AGAIN
-    arguments.exp = [run.experiment for run in chosen if run.experiment == sweep.baseline]
-    arguments.seed = arguments.seed or list(range(NOISE_SEEDS))
-    return OK if passed else OUR_FAULT
+        return sanity.check_all(contexts)
+    codes = [execution.execute_together(context) for context in contexts]
+    return TRY_AGAIN if TRY_AGAIN in codes else max(codes, default=OK)
 
 
 def _preempt(number: int, _frame: object) -> NoReturn:
     raise Preempted(signal.Signals(number).name)
-
-
-def _allocate(sweep: config.Sweep) -> dict[str, allocation.Allocation]:
-    try:
-        return allocation.allocate(
-            {run.experiment: run.model for run in sweep.runs}, sweep.baseline
-        )
-    except ValueError as error:
-        raise ValueError(f"{sweep.file}: {error}") from None
-
-
-def _print_plan(
-    sweep: config.Sweep, answers: dict[str, allocation.Allocation], as_json: bool
-) -> None:
-    if as_json:
-        for name, answer in answers.items():
-            print(json.dumps(allocation_table.as_json(name, answer)))
-        return
-    print(allocation_table.table(answers))
-    for note in allocation_table.notes(answers, sweep.baseline):
-        print(f"note: {note}")
-
-
-def _print_floor(
-    answers: dict[str, allocation.Allocation], runs: Sequence[config.RunConfig]
-) -> None:
-    """What the asked runs cost at least, device by device where that is a dollar anywhere."""
-    tokens = sum(run.training.steps * run.training.step_tokens for run in runs)
-    flops = sum(
-        run.training.steps
-        * run.training.step_tokens
-        * allocation.flops_per_token(answers[run.experiment].model, run.training.seq_len)
-        for run in runs
-    )
-    print(f"\nruns: {len(runs)}, tokens: {tokens:,}, training FLOPs: {flops:.2e}")
-    floors = costs.floors(flops)
-    if max((floor.usd for floor in floors), default=0.0) < 1:
-        print("under 1 USD of training on every device of configs/prices.yaml at half its peak; "
-              "small models reach a few per cent of it")  # fmt: skip
-        return
-    print(f"training alone, at {costs.UTILISATION:.0%} of each device's peak, so at least:")
-    for floor in floors:
-        print(f"  {floor.device:<8} {floor.hours:10.2f} h {floor.usd:10.2f} USD")
-
-
-def _check_inputs(
-    sweep: config.Sweep,
-    answers: dict[str, allocation.Allocation],
-    runs: Sequence[config.RunConfig],
-    arguments: argparse.Namespace,
-) -> list[Any]:
-    """Every run with its verified tokens; nothing is written before all of them can work."""
-    from src import preflight
-
-    return [
-        preflight.check(
-            run, sweep, answers,
-            log_dir=Path(arguments.log_dir), device=arguments.device, remote=arguments.remote,
-        )
-        for run in runs
-    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -58,10 +58,19 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
         {"name": "c", "vocab_size": 312, "tie_embeddings": False},
     ],
 }
-STUDY = {
-    "embedding": "embed.yaml", "glu": "glu.yaml", "vocabulary": "vocab.yaml", "corpus": "corpus",
-    "device": "cpu", "noise_seeds": 2, "final_seeds": 2, "finalists": 1, "full": "all",
-    "tokens_per_s": 10_000,
+STUDY: dict[str, Any] = {
+    "corpus": "corpus", "device": "cpu", "tokens_per_s": 10_000,
+    "blocks": [
+        {"name": "sanity", "config": "embed.yaml", "phase": "sanity", "experiments": ["e15"]},
+        {"name": "noise", "config": "embed.yaml", "phase": "rank", "experiments": ["e15"],
+         "seeds": [0, 1]},
+        {"name": "share", "config": "embed.yaml", "phase": "rank"},
+        {"name": "glu", "config": "glu.yaml", "leader_of": "share", "phase": "rank"},
+        {"name": "vocabulary", "config": "vocab.yaml", "grid_of": "share", "phase": "rank"},
+        {"name": "finals", "finalists_of": ["share", "glu"], "seeds": [0, 1]},
+        {"name": "shares-full", "config": "embed.yaml"},
+        {"name": "glu-full", "config": "glu.yaml", "leader_of": "share"},
+    ],
 }  # fmt: skip
 TABLES = ("metrics", "allocation", "runs", "cost", "environment", "decisions")
 # Columns of the report's tables that hold clocks or money.

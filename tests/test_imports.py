@@ -26,7 +26,7 @@ WITHOUT_TORCH = (
     "spec.command_line",
     "storage.run_dir", "data.tokens", "data.tasks", "data.leakage", "evaluation.metrics",
     "compute.process_group", "preflight", "run", "study.sanity", "study.runner",
-    "study.threads", "compute.cores", "storage.choices", "spec.progress",
+    "study.speed", "compute.cores", "storage.choices", "spec.progress",
 )  # fmt: skip
 
 

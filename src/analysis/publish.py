@@ -28,7 +28,7 @@ from src.storage.run_dir import read_rows
 
 TRAIN_ROWS = 200
 MARK = "results_bundle.json"
-WHOLE = ("study.json", "latency/*.json", "*/sanity.json", "*/learning_rates.*")
+WHOLE = ("study.json", "latency/*.json", "**/sanity.json", "**/learning_rates.*")
 OF_A_RUN = ("metrics.json", "documents_*.npz")
 
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 
-from src.spec.allocation import DEEP_LAYERS, STRICT, Allocation, allocate, groups
-from src.spec.config import ModelConfig, ModelRequest
+from src.spec import costs
+from src.spec.allocation import (
+    DEEP_LAYERS,
+    STRICT,
+    Allocation,
+    allocate,
+    flops_per_token,
+    groups,
+)
+from src.spec.config import ModelConfig, ModelRequest, RunConfig
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS
 
 NOT_ALLOCATED = ("rope_theta", "norm_eps")  # of ModelConfig: the same in every model
 
 
-def as_json(name: str, found: Allocation) -> dict[str, object]:
+def json_of(name: str, found: Allocation) -> dict[str, object]:
     """One machine-readable object an experiment: asked, built, model, parameters by block."""
     request, model, params = found.request, found.model, found.params
     return {
@@ -32,6 +41,37 @@ def as_json(name: str, found: Allocation) -> dict[str, object]:
         "model": {key: v for key, v in asdict(model).items() if key not in NOT_ALLOCATED},
         "params": asdict(params),
     }
+
+
+def print_sweep(
+    allocations: Mapping[str, Allocation],
+    baseline: str,
+    runs: Sequence[RunConfig],
+    as_json: bool = False,
+) -> None:
+    """The table, its notes, and what the asked runs cost at least, device by device where that is
+    a dollar anywhere; or one JSON object an experiment."""
+    if as_json:
+        for name, found in allocations.items():
+            print(json.dumps(json_of(name, found)))
+        return
+    print(table(allocations))
+    for note in notes(allocations, baseline):
+        print(f"note: {note}")
+    tokens = [run.training.steps * run.training.step_tokens for run in runs]
+    flops = sum(
+        count * flops_per_token(allocations[run.experiment].model, run.training.seq_len)
+        for run, count in zip(runs, tokens, strict=True)
+    )
+    print(f"\nruns: {len(runs)}, tokens: {sum(tokens):,}, training FLOPs: {flops:.2e}")
+    least = costs.floors(flops)
+    if max((one.usd for one in least), default=0.0) < 1:
+        print("under 1 USD of training on every device of configs/prices.yaml at half its peak; "
+              "small models reach a few per cent of it")  # fmt: skip
+        return
+    print(f"training alone, at {costs.UTILISATION:.0%} of each device's peak, so at least:")
+    for one in least:
+        print(f"  {one.device:<8} {one.hours:10.2f} h {one.usd:10.2f} USD")
 
 
 def table(allocations: Mapping[str, Allocation]) -> str:

@@ -157,8 +157,8 @@ def _coerce(value: Any, kind: str) -> Any:
         return _coerce(value, "str" if isinstance(value, str) else "int")
     if kind == "tuple[str, ...]" and isinstance(value, list):
         return tuple(_coerce(item, "str") for item in value)
-    if kind == "tuple[float, ...]" and isinstance(value, list):
-        return tuple(_coerce(item, "float") for item in value)
+    if kind in ("tuple[float, ...]", "tuple[int, ...]") and isinstance(value, list):
+        return tuple(_coerce(item, kind[6:].partition(",")[0]) for item in value)
     if kind == "bool" and isinstance(value, bool):
         return value
     if kind == "str" and isinstance(value, str) and value and "\0" not in value:
@@ -179,6 +179,7 @@ _KIND_NAMES = {
     "int | str": "",
     "tuple[str, ...]": "",
     "tuple[float, ...]": "finite numbers: ",
+    "tuple[int, ...]": "whole numbers: ",
 }
 
 

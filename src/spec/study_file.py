@@ -1,42 +1,94 @@
-"""The study file: phases 0 to 2 for one corpus, budget and device. Imports no torch."""
+"""The study file: which runs, block by block, where, how many side by side, and for how much.
+
+Strict YAML as in `src.spec.config`; paths are relative to the working directory. No torch.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from src.spec.config import PHASES
+from src.spec.names import NAME_PATTERN
 from src.spec.strict_yaml import build, key, one_of, read_yaml
+
+SANITY = "sanity"  # phase 0's checks, as a block's phase
+# Keys by which a block builds on earlier ones; the others name an experiment file with `config`.
+_CHOSEN = ("best_of", "leader_of", "grid_of", "finalists_of")
+
+
+def _named(text: str) -> bool:
+    return NAME_PATTERN.fullmatch(text) is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Runs that belong together, and how they follow from the blocks before.
+
+    best_of: the runs of that block, each experiment at its own best rate.
+    leader_of: `config` on the model (width, heads) and rate of that block's leading experiment;
+        with `factorised`, that model with tables of these shares instead.
+    grid_of: the vocabularies and heads of `config` at that block's leading share and its
+        neighbours, on equal training bytes.
+    finalists_of: the baseline and the best `finalists` configurations that these blocks promoted;
+        the first of them ranks the shares.
+    """
+
+    name: str = key("", "letters, digits, '.', '_' or '-'", _named)
+    config: str | None = key(None, "an experiment file, or null")
+    phase: str = one_of("full", *PHASES, SANITY)
+    experiments: tuple[str, ...] = key(("all",), "a list of experiments, or [all]", bool)
+    seeds: tuple[int, ...] = key(
+        (0,), "a list of different seeds from 0 to 2^31",
+        lambda v: v and len(set(v)) == len(v) and all(0 <= seed < 2**31 for seed in v),
+    )  # fmt: skip
+    overrides: tuple[str, ...] = key((), "a list of section.key=value, beside the study's")
+    folder: str = key("", "a folder below log_dir", _named)  # "": log_dir itself
+    best_of: str | None = key(None, "an earlier block, or null")
+    leader_of: str | None = key(None, "an earlier block, or null")
+    factorised: tuple[float, ...] = key(
+        (), "a list of shares between 0 and 1", lambda v: all(0 < share < 1 for share in v)
+    )
+    grid_of: str | None = key(None, "an earlier block, or null")
+    finalists_of: tuple[str, ...] = key((), "a list of earlier blocks")
+    finalists: int = key(1, "a number of configurations of at least 1", lambda v: v >= 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmConfig:
+    """What an array job asks Slurm for."""
+
+    gpu: str = key("1", 'what --gres=gpu: takes, such as 1 or a100:1, or "none"')
+    cpus: int = key(4, "cores a run, above 0", lambda v: v > 0)
+    time: str = key("04:00:00", "a limit D-HH:MM:SS; a longer run is requeued")
+    at_once: int | None = key(None, "runs at a time above 0, or null", lambda v: v > 0)
+    options: tuple[str, ...] = key((), "a list of further #SBATCH options")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SkyConfig:
+    """What a managed job asks SkyPilot for."""
+
+    gpu: str = key("A100:1", 'a GPU and a number, or "none"')
+    spot: bool = key(True, "true or false")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyConfig:
-    """Phases 0 to 2 for one corpus, budget and device; read by `src.study.runner`. Paths are
-    relative to the working directory, as in the sweeps."""
+    """A study on one corpus, budget and device."""
 
-    embedding: str = key("configs/embed_ratio.yaml", "the sweep of embedding shares")
-    glu: str = key("configs/glu_expansion.yaml", "the sweep of GLU expansions")
-    vocabulary: str | None = key(None, "the vocabularies and heads of phase 1b, or null to skip")
     corpus: str | None = key(None, "the corpus that missing tokens are made from, or null")
     log_dir: str = key("logs", "a directory")
+    # Runs that lie here with their small files alone are finished runs on every machine.
+    published: str | None = key(None, "a folder of scripts/publish_results.py, or null")
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     overrides: tuple[str, ...] = key((), "a list of section.key=value, as for --set")
-    noise_seeds: int = key(5, "seeds of at least 2", lambda v: v >= 2)
-    # Every share at each of these on the ranking budget; the sweep's own rate is among them.
-    learning_rates: tuple[float, ...] = key(
-        (), "a list of different rates above 0, at most 1",
-        lambda v: all(0 < rate <= 1 for rate in v) and len(set(v)) == len(v),
-    )  # fmt: skip
-    # own: later stages train each share, and what is made from it, at its own best rate.
-    rate: str = one_of("shared", "shared", "own")
-    final_seeds: int = key(3, "seeds of at least 1", lambda v: v >= 1)
-    finalists: int = key(2, "a number of configurations of at least 1", lambda v: v >= 1)
-    # all: every ranking cell at the full budget too, one seed, for the rank agreement.
-    full: str = one_of("finalists", "finalists", "all")
-    vocabulary_seeds: int = key(1, "seeds of at least 1", lambda v: v >= 1)
-    # auto: one run on all cores against one a core, measured; a run a GPU.
     jobs: int | str = key(
         1,
-        "auto, or runs at a time, from 1 to 64",
+        "auto (a run a GPU, a run a CPU core), or runs at a time, from 1 to 64",
         lambda v: v == "auto" or isinstance(v, int) and 1 <= v <= 64,
     )
     budget_usd: float = key(50.0, "dollars above 0", lambda v: v > 0)
@@ -44,7 +96,50 @@ class StudyConfig:
     # None: from earlier runs of log_dir, else from a short probe on the device.
     tokens_per_s: float | None = key(None, "tokens a second above 0, or null", lambda v: v > 0)
 
+    blocks: tuple[Block, ...] = ()
+    slurm: SlurmConfig = SlurmConfig()
+    sky: SkyConfig = SkyConfig()
+
 
 def load_study(path: Path) -> StudyConfig:
     """Read a study file; raises ValueError (one sentence) for what a user can get wrong."""
-    return build(StudyConfig, f"{path}: ", read_yaml(path, "a study file"))
+    raw, where = read_yaml(path, "a study file"), f"{path}: "
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{where}found {raw!r}, expected a mapping with the key blocks")
+    nested: dict[str, Any] = {"blocks": _blocks(where, raw.get("blocks"))}
+    for name, kind in (("slurm", SlurmConfig), ("sky", SkyConfig)):
+        if name in raw:
+            nested[name] = build(kind, f"{where}{name}.", raw[name])
+    plain = {name: value for name, value in raw.items() if name not in nested}
+    return dataclasses.replace(build(StudyConfig, where, plain), **nested)
+
+
+def _blocks(where: str, found: Any) -> tuple[Block, ...]:
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{where}blocks: found {found!r}, expected a list with a name each")
+    blocks: list[Block] = []
+    for number, entry in enumerate(found):
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        block = build(Block, f"{where}blocks[{number}].", entry)
+        here = f"{where}blocks.{name or number}"
+        known = [earlier.name for earlier in blocks]
+        if not block.name or block.name in known:
+            raise ValueError(f"{here}.name: found {name!r}, expected a name of its own")
+        based_on = [getattr(block, choice) for choice in _CHOSEN if getattr(block, choice)]
+        for other in (
+            o for asked in based_on for o in ([asked] if isinstance(asked, str) else asked)
+        ):
+            if other not in known:
+                raise ValueError(
+                    f"{here}: found {other!r}, expected an earlier block: {', '.join(known) or '-'}"
+                )
+        own_file = not (block.best_of or block.finalists_of or block.factorised)
+        if len(based_on) > 1 or own_file != (block.config is not None):
+            stated = ["config"] * (block.config is not None)
+            stated += [choice for choice in _CHOSEN if getattr(block, choice)]
+            raise ValueError(
+                f"{here}: found {' and '.join(stated) or 'no source of runs'}, expected config, "
+                "best_of, finalists_of, grid_of with config, or leader_of with config or factorised"
+            )
+        blocks.append(block)
+    return tuple(blocks)

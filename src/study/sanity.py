@@ -8,16 +8,33 @@ sanity.json; interrupted anywhere, it goes on. torch is imported once the direct
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from src.data.tokens import TokenData
+from src.preflight import RunContext
+from src.run import Preempted
 from src.spec import config, costs
 from src.spec.allocation import Allocation
+from src.spec.command_line import OK, OUR_FAULT
 from src.spec.config import RunConfig
 from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
 from src.storage.files import read_json
 from src.storage.run_dir import Preemption, locked, write_json
+
+
+def check_all(contexts: Sequence[RunContext]) -> int:
+    """The checks of every experiment, printed; the exit code. Raises as `check` does, and
+    Preempted."""
+    passed = True
+    for one in contexts:
+        found = check(one.run, one.allocation, one.data, one.log_dir, one.device)
+        if found is None:
+            raise Preempted(f"a signal during the checks of {one.run.experiment}")
+        print(report(found), flush=True)
+        passed &= found["passed"]
+    return OK if passed else OUR_FAULT
 
 
 def check(

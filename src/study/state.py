@@ -1,21 +1,31 @@
-"""What a study's log directory holds: results, curves, checks, comparisons, time and money."""
+"""What a study's log directory holds: results, curves, checks, comparisons, time and money.
+
+A run that was published counts wherever its log directory went: `restore` puts its small files
+back, which make a finished run.
+"""
 
 from __future__ import annotations
 
+import csv
+import json
+import math
+import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from src.spec import config, costs
 from src.spec.kill_rule import Curve
 from src.storage import documents
 from src.storage.documents import Documents
-from src.storage.files import read_json
+from src.storage.files import read_json, write_atomic
 from src.storage.run_dir import read_curve, read_failure, read_rows
-from src.study.phases.cells import Job, Plan, Record, Study, baseline_cell
-from src.study.phases.costs import Rate
-from src.study.threads import probe
+from src.study import speed
+from src.study.costs import Rate
+from src.study.plan import Job, Plan, State, Study
 
 
 class Reader:
@@ -24,31 +34,40 @@ class Reader:
     def __init__(self, study: Study, threads: int | None = None) -> None:
         self.study, self.threads = study, threads  # of every run; None: not settled yet
         self.log_dir = Path(study.config.log_dir)
-        sweep = config.sweep_from(
-            study.embedding.raw, study.embedding.path, study.overrides, "rank"
-        )
-        self.baseline = sweep.baseline
-        self.token_dir = Path(sweep.runs[0].data.dir)
+        published = study.config.published
+        self.published = None if published is None else Path(published)
+        self._roots = [root for root in (self.published, self.log_dir) if root is not None]
+        self.baseline = study.baseline()
+        self._folders = sorted({"", *(block.folder for block in study.config.blocks)})
         self._results: dict[str, Mapping[str, Any]] = {}
         self._beside: dict[str, Mapping[str, Any]] = {}  # cost money, and judge nothing
         self._curves: dict[str, Curve] = {}
         self._documents: dict[tuple[str, str], Documents | None] = {}
 
-    def record(self) -> Record:
+    def state(self) -> State:
         """The log directory now."""
         failed = {}
-        for path in sorted(self.log_dir.glob("*/*.json")):
-            name = path.parent.name
-            if path.name == "metrics.json" and name not in self._results:
+        for path in self._files("metrics.json"):
+            name = self._name(path)
+            if name not in self._results:
                 metrics = read_json(path)
                 if metrics.get("phase") not in config.PHASES:  # tuned, or not a run of ours
                     self._beside[name] = metrics
                     continue
                 self._results[name] = metrics
                 self._curves[name] = read_curve(path.parent)
-            elif path.name == "failure.json" and diverged(path.parent):
-                failed[name] = {"status": "failed", "reason": read_json(path).get("message")}
-        return Record(
+        for path in self._files("failure.json"):
+            if diverged(path.parent):
+                message = read_json(path).get("message")
+                failed[self._name(path)] = {"status": "failed", "reason": message}
+        for name in self._published():
+            place = self._at(name)
+            self._results[name] = metrics = read_json(place / "metrics.json")
+            rows = curve_rows(place, metrics)
+            self._curves[name] = [
+                (row["tokens"], row["dev_perplexity"]) for row in rows if row["kind"] == "dev"
+            ]
+        return State(
             results={**failed, **self._results},
             curves=self._curves,
             documents=self.documents,
@@ -58,26 +77,75 @@ class Reader:
             threads=self.threads,
         )
 
-    def sanity(self) -> Mapping[str, Any] | None:
-        """sanity.json of the baseline, None before it is there."""
-        path = self.log_dir / f"{self.baseline}-sanity" / "sanity.json"
-        return read_json(path) if path.is_file() else None
+    def _files(self, name: str) -> Iterable[Path]:
+        for folder in self._folders:
+            yield from sorted((self.log_dir / folder).glob(f"*/{name}"))
+
+    def _name(self, path: Path) -> str:
+        return path.parent.relative_to(self.log_dir).as_posix()
+
+    def _published(self) -> list[str]:
+        """Published runs that this log directory has no result of."""
+        if self.published is None:
+            return []
+        root = self.published / "runs"
+        found = [root.joinpath(folder).glob("*/metrics.json") for folder in self._folders]
+        names = [p.parent.relative_to(root).as_posix() for some in found for p in sorted(some)]
+        return [name for name in names if name not in self._results]
+
+    def _at(self, name: str) -> Path:
+        """Where a run's files lie: the log directory, or the publication."""
+        local = self.log_dir / name
+        if self.published is None or (local / "metrics.json").is_file():
+            return local
+        return self.published / "runs" / name
+
+    def restore(self) -> list[str]:
+        """Put published runs into the log directory where they were not begun; their names."""
+        if self.published is None:
+            return []
+        bundle = self.published / "results_bundle.json"
+        configs = read_json(bundle).get("runs", {}) if bundle.is_file() else {}
+        restored = []
+        for path in sorted((self.published / "runs").rglob("metrics.json")):
+            name = path.parent.relative_to(self.published / "runs").as_posix()
+            place = self.log_dir / name
+            if not ((place / "metrics.json").exists() or (place / "checkpoints").exists()):
+                _restore(path.parent, place, configs.get(name))
+                restored.append(name)
+        for path in sorted(self.published.rglob("sanity.json")):
+            place = self.log_dir / path.parent.relative_to(self.published)
+            if not place.exists():
+                shutil.copytree(path.parent, place)
+        return restored
+
+    def sanity(self) -> dict[str, Mapping[str, Any]]:
+        """sanity.json of every experiment that has been checked."""
+        return {
+            path.parent.relative_to(root).as_posix(): read_json(path)
+            for root in self._roots
+            for folder in self._folders
+            for path in sorted((root / folder).glob("*-sanity/sanity.json"))
+        }
 
     def comparisons(self) -> dict[str, Mapping[str, Any]]:
         """Interleaved latencies by job name, which is their path below the log directory."""
-        found = sorted((self.log_dir / "latency").glob("*.json"))
-        return {path.relative_to(self.log_dir).as_posix(): read_json(path) for path in found}
+        return {
+            path.relative_to(root).as_posix(): read_json(path)
+            for root in self._roots
+            for path in sorted((root / "latency").glob("*.json"))
+        }
 
     def documents(self, name: str, split: str) -> Documents | None:
         """Per-document losses of a finished run; None where it kept none."""
         key = (name, split)
         if key not in self._documents:
-            self._documents[key] = documents.read(self.log_dir / name, split)
+            self._documents[key] = documents.read(self._at(name), split)
         return self._documents[key]
 
     def _train_tokens(self) -> dict[int, int]:
         found = {}
-        for path in sorted(self.token_dir.glob("v*/meta.json")):
+        for path in sorted(Path(self.baseline.run.data.dir).glob("v*/meta.json")):
             meta = read_json(path)
             found[int(meta["vocab_size"])] = int(meta["splits"]["train"]["tokens"])
         return found
@@ -87,36 +155,31 @@ class Reader:
     def rate(self, known: Rate | None = None) -> Rate:
         """From finished runs here, else `known`, else the study file's speed, else a probe."""
         done = [m for m in self._results.values() if m.get("train_seconds") and m.get("tokens")]
-        if done:
-            last = done[-1]
-            return Rate(
-                flops_per_s=sum(m["flops_per_token"] * m["tokens"] for m in done)
-                / sum(m["train_seconds"] for m in done),
-                overhead_s=statistics.fmean(m["wall_seconds"] - m["train_seconds"] for m in done),
-                usd_per_hour=costs.price_per_hour(last["device"], last["device_name"]),
-                source=f"measured on {len(done)} runs of {self.log_dir}",
-            )
-        return known or self._probed()
+        if not done:
+            return known or self._probed()
+        last = done[-1]
+        return Rate(
+            flops_per_s=sum(m["flops_per_token"] * m["tokens"] for m in done)
+            / sum(m["train_seconds"] for m in done),
+            overhead_s=statistics.fmean(m["wall_seconds"] - m["train_seconds"] for m in done),
+            usd_per_hour=costs.price_per_hour(last["device"], last["device_name"]),
+            source=f"measured on {len(done)} runs of {self.log_dir}",
+        )
 
     def _probed(self) -> Rate:
         """The stated speed, or a probe's; a probe also says which device is to be paid for."""
-        cell, stated = baseline_cell(self.study), self.study.config.tokens_per_s
-        if stated is not None and self.study.config.device == "cpu":
-            found: dict[str, Any] = {
-                "tokens_per_s": stated,
-                "device": "cpu",
-                "device_name": "the CPU",
-            }
-        else:
-            found = probe(self.study, self.baseline, self.threads)
-        speed = stated or found["tokens_per_s"]
-        per_token = cell.flops / (cell.run.training.steps * cell.run.training.step_tokens)
+        asked = self.study.config
+        found: dict[str, Any] = {"device": "cpu", "device_name": "the CPU"}
+        if asked.tokens_per_s is None or asked.device != "cpu":
+            found = speed.probe(self.study, self.baseline.run.experiment, self.threads)
+        tokens_per_s = asked.tokens_per_s or found["tokens_per_s"]
         return Rate(
-            flops_per_s=speed * per_token,
+            flops_per_s=tokens_per_s * self.baseline.flops / self.baseline.tokens,
             overhead_s=0.0,
             usd_per_hour=costs.price_per_hour(found["device"], found["device_name"]),
-            source=f"{'probed' if stated is None else 'stated'} {speed:,.0f} tokens/s of "
-            f"{self.baseline} on {found['device_name']}, evaluation not counted",
+            source=f"{'probed' if asked.tokens_per_s is None else 'stated'} {tokens_per_s:,.0f} "
+            f"tokens/s of {self.baseline.run.experiment} on {found['device_name']}, evaluation "
+            "not counted",
         )
 
     def spent(self, found: Plan, rate: Rate) -> dict[str, float]:
@@ -128,26 +191,57 @@ class Reader:
         return totals
 
     def _cost(self, job: Job, rate: Rate) -> float:
+        hourly = rate.usd_per_hour or 0.0
         if job.kind == "sanity":
-            checks = self.sanity()
-            return float((checks or {}).get("cost_usd") or 0.0)
+            return float(self.sanity().get(job.name, {}).get("cost_usd") or 0.0)
         if job.kind == "latency":
-            seconds = self.comparisons().get(job.name, {}).get("wall_seconds", 0.0)
-            return float(seconds) / 3600 * (rate.usd_per_hour or 0.0)
+            return (
+                float(self.comparisons().get(job.name, {}).get("wall_seconds", 0)) / 3600 * hourly
+            )
         result = self._results.get(job.name)
         if result is not None:
             return float(result.get("cost_usd") or 0.0)
         rows = read_rows(self.log_dir / job.name / "metrics.jsonl")
-        elapsed = max((row.get("elapsed_s", 0.0) for row in rows), default=0.0)
-        return elapsed / 3600 * (rate.usd_per_hour or 0.0)
+        return max((row.get("elapsed_s", 0.0) for row in rows), default=0.0) / 3600 * hourly
 
     def runbook_spent(self) -> float:
         """Dollars of everything in the log directory, tuning and runs by hand included."""
-        checks = [read_json(path) for path in sorted(self.log_dir.glob("*-sanity/sanity.json"))]
-        every = (*self._results.values(), *self._beside.values(), *checks)
+        every = (*self._results.values(), *self._beside.values(), *self.sanity().values())
         return sum(float(m.get("cost_usd") or 0.0) for m in every)
 
 
 def diverged(path: Path) -> bool:
     """Whether the run's failure.json says that it met a NaN: a result, unlike other failures."""
     return (read_failure(path) or {}).get("kind") == "NonFinite"
+
+
+def curve_rows(place: Path, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A published run's curve.csv as rows of metrics.jsonl: tokens, step, and one loss each."""
+    path = place / "curve.csv"
+    if not path.is_file():
+        return []
+    step_tokens = metrics["batch_size"] * metrics["seq_len"]
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for point in csv.DictReader(file):
+            tokens = int(point["tokens"])
+            for kind in ("train", "dev"):
+                if point[f"{kind}_loss"]:
+                    loss = float(point[f"{kind}_loss"])
+                    row = {"kind": kind, "step": tokens // step_tokens, "tokens": tokens}
+                    row |= {f"{kind}_loss": loss, f"{kind}_perplexity": math.exp(loss)}
+                    rows.append(row)
+    return rows
+
+
+def _restore(published: Path, place: Path, resolved: Mapping[str, Any] | None) -> None:
+    """A run directory from a publication, metrics.json last: finished, without checkpoints."""
+    place.mkdir(parents=True, exist_ok=True)
+    metrics = read_json(published / "metrics.json")
+    lines = [json.dumps(row) + "\n" for row in curve_rows(published, metrics)]
+    write_atomic(place / "metrics.jsonl", "".join(lines).encode())
+    if resolved is not None and "config_digest" in resolved:
+        write_atomic(place / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
+    for path in sorted(published.glob("documents_*.npz")):
+        shutil.copyfile(path, place / path.name)
+    write_atomic(place / "metrics.json", (published / "metrics.json").read_bytes())

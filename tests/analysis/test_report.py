@@ -24,7 +24,7 @@ from src.analysis import compare, decisions, intervals, kill_table, repeats
 from src.analysis.run_csv import Row, read_csv
 from src.analysis.run_table import read_curve
 from src.spec import config
-from src.study.phases.cells import allocate
+from src.study.plan import allocate
 from tests import ROOT
 
 RESULTS = ROOT / "results"

@@ -3,8 +3,8 @@
     apt-get install slurm-wlm        # as root, once; Debian 12 has 22.05
     python -m tests.slurm --results results/slurm
 
-Three arrays of four tiny runs are submitted by `python -m src.study.engines --engine slurm
---submit`. In each, at a random step, something happens to the last task and to one in the middle:
+Three arrays of four tiny runs are written by `run_experiment.py --study FILE --engine slurm` and
+submitted. In each, at a random step, something happens to the last task and to one in the middle:
 
 - preempted: `scontrol requeue`, what a preempting partition does. It comes back, once.
 - cancelled: `scancel`. It saves, stays cancelled, and the same run started again goes on.
@@ -34,6 +34,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import yaml
 
 from tests.faults.bench import EXPERIMENT, ROOT, Bench, clean_environment, differences, say
 from tests.slurm.cluster import Cluster, cluster, missing
@@ -108,7 +110,9 @@ def trial(work: Path, seed: int) -> tuple[list[Task], str, str]:
     bench = Bench(work, seed, quick=True)
     bench.build()
     say("the uninterrupted runs")
-    command(bench, "run_experiment.py", work / "references", (UNTOUCHED, *INTERRUPTED))
+    words = ["--config", str(bench.config), "--exp", EXPERIMENT, "--device", "cpu"]
+    words += ["--log_dir", str(work / "references"), "--set", *SETTINGS]
+    experiment([*words, "--seed", *map(str, (UNTOUCHED, *INTERRUPTED))], ROOT)
     draw = random.Random(seed)
     arrays: dict[str, list[Task]] = {}
     with cluster() as slurm:
@@ -118,11 +122,8 @@ def trial(work: Path, seed: int) -> tuple[list[Task], str, str]:
             bad = logs / name(BAD_INPUT)  # begun with another config
             bad.mkdir(parents=True)
             (bad / "config.yaml").write_text("config_digest: of another config\n")
-            options = ("--engine", "slurm", "--submit", "--gpu", "none", "--cpus", "1")
-            options += ("--output", str(logs / "launch"))
-            answer = command(
-                bench, "src.study.engines", logs, range(SEEDS), options, slurm.environment
-            )
+            written = launch(bench, logs)
+            answer = slurm.command("sbatch", str(written))
             say(f"{way}: {answer.strip()}")
             arrays[answer.split()[-1]] = [
                 Task(
@@ -147,26 +148,26 @@ def name(seed: int) -> str:
     return EXPERIMENT + (f"-seed{seed}" if seed else "")
 
 
-def command(
-    bench: Bench,
-    entry: str,
-    logs: Path,
-    seeds: Sequence[int],
-    options: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-) -> str:
-    """Standard output of run_experiment.py or `python -m src.study.engines` for the given seeds."""
-    program = [str(ROOT / entry)] if entry.endswith(".py") else ["-m", entry]
-    words = [sys.executable, *program, "--config", str(bench.config), "--exp", EXPERIMENT]
-    words += ["--log_dir", str(logs), "--device", "cpu", "--seed", *map(str, seeds), *options]
-    words += [word for setting in SETTINGS for word in ("--set", setting)]
+def launch(bench: Bench, logs: Path) -> Path:
+    """The batch script of an array over the seeds, beside its logs."""
+    block = {"name": "array", "config": str(bench.config), "experiments": [EXPERIMENT],
+             "seeds": list(range(SEEDS))}  # fmt: skip
+    study = {"device": "cpu", "log_dir": str(logs), "overrides": list(SETTINGS),
+             "slurm": {"gpu": "none", "cpus": 1}, "blocks": [block]}  # fmt: skip
+    file = logs / "array.yaml"
+    file.write_text(yaml.safe_dump(study))
+    experiment(["--study", str(file), "--engine", "slurm"], logs)
+    return logs / "launch" / "array.sbatch"
+
+
+def experiment(arguments: Sequence[str], folder: Path) -> None:
+    """run_experiment.py, started in `folder`."""
     done = subprocess.run(
-        words, cwd=ROOT, env=clean_environment() | dict(environment or {}), capture_output=True,
-        text=True, timeout=HUNG_S,
+        [sys.executable, str(ROOT / "run_experiment.py"), *arguments], cwd=folder,
+        env=clean_environment(), capture_output=True, text=True, timeout=HUNG_S,
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"{entry} exited {done.returncode}: {done.stderr[-2000:]}")
-    return done.stdout
+        raise RuntimeError(f"run_experiment.py exited {done.returncode}: {done.stderr[-2000:]}")
 
 
 def watch(
@@ -262,7 +263,9 @@ def judge(task: Task, job: Mapping[str, str], bench: Bench) -> None:
         saved = max((logs / task.run / "checkpoints").glob("step-*.json"), default=None)
         if saved is None or int(saved.stem[5:]) < (task.interrupted_at_step or 0):
             task.problems.append(f"it did not save when it was cancelled: newest is {saved}")
-        command(bench, "run_experiment.py", logs, (task.number,))
+        words = ["--config", str(bench.config), "--exp", EXPERIMENT, "--device", "cpu"]
+        words += ["--log_dir", str(logs), "--seed", str(task.number), "--set", *SETTINGS]
+        experiment(words, ROOT)
     task.problems += differences(logs / task.run, bench.work / "references" / task.run)
 
 

@@ -9,7 +9,6 @@ import pytest
 from run_experiment import main
 from src.spec.config import Sweep, load_sweep
 from src.spec.rates import spelled
-from tests import ROOT
 
 SWEEP = """\
 model: {total_params: 2_621_440, vocab_size: 8_192}
@@ -127,15 +126,3 @@ def test_exp_names_an_experiment_or_one_of_its_runs(tmp_path, capsys):
     assert main(["--config", str(path), "--exp", "c", "--dry_run"]) == 78
     assert "no experiment named 'c'" in capsys.readouterr().err
     assert main(["--config", str(path), "--exp", "b", "--dry_run"]) == 0
-
-
-def test_a_study_refuses_a_list(tmp_path):
-    from src.study import runner as study
-
-    text = (ROOT / "configs" / "study.yaml").read_text(encoding="utf-8")
-    for key in ("embed_ratio", "glu_expansion", "vocab_tying"):
-        text = text.replace(f"configs/{key}.yaml", str(ROOT / "configs" / f"{key}.yaml"))
-    path = tmp_path / "study.yaml"
-    path.write_text(text + "overrides: ['training.learning_rate=[1e-3, 2e-3]']\n")
-    with pytest.raises(ValueError, match="embed_ratio.yaml: training.learning_rate: found a list"):
-        study.load(path)

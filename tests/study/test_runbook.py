@@ -20,7 +20,7 @@ from tests import ROOT
 from tests.tiny_mirror import build_tiny_mirror, write_tiny_tasks
 
 RUNBOOK = ROOT / "docs" / "RUNBOOK.md"
-BLOCK = re.compile(r"(?P<mark><!-- not rehearsed: .+ -->\n)?```bash\n(?P<text>.*?)```", re.S)
+BLOCK = re.compile(r"(?P<mark><!-- not rehearsed: [^\n]+ -->\n)?```bash\n(?P<text>.*?)```", re.S)
 REPLACED = re.compile(r"^\| `(?P<here>[^`]+)` \| `(?P<there>[^`]+)` \|", re.M)
 
 TINY: dict[str, Any] = {
@@ -51,8 +51,19 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
         {"name": "v8k-tied-emb25", "embedding_ratio": 0.098, "vocab_size": 320},
     ],
 }
-STUDY = {"noise_seeds": 2, "final_seeds": 1, "finalists": 1, "jobs": 2,
-         "corpus": "data/wikitext-2"}  # fmt: skip
+STUDY = {
+    "jobs": 2, "corpus": "data/wikitext-2",
+    "blocks": [
+        {"name": "sanity", "config": "configs/embed_ratio.yaml", "phase": "sanity",
+         "experiments": ["emb35"]},
+        {"name": "noise", "config": "configs/embed_ratio.yaml", "phase": "rank",
+         "experiments": ["emb35"], "seeds": [0, 1]},
+        {"name": "share", "config": "configs/embed_ratio.yaml", "phase": "rank"},
+        {"name": "glu", "config": "configs/glu_expansion.yaml", "leader_of": "share",
+         "phase": "rank"},
+        {"name": "finals", "finalists_of": ["share", "glu"]},
+    ],
+}  # fmt: skip
 REPORT = "# Report\n\n<!-- table:decisions --><!-- /table:decisions -->\n"
 
 

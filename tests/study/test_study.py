@@ -1,4 +1,4 @@
-"""The study: its plan on hand-made numbers at the PRD's scale, and a whole tiny one for real."""
+"""A whole study in miniature: through, cut, killed, without money, and from its publication."""
 
 from __future__ import annotations
 
@@ -12,643 +12,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 import run_experiment
 from src.evaluation import latency as eval_latency
-from src.spec import config
-from src.spec.study_file import load_study
-from src.storage.documents import Documents
-from src.storage.run_dir import read_rows
-from src.study import jobs as study_jobs
-from src.study import plan as study_plan
+from src.run import Preempted
+from src.storage.run_dir import read_curve, read_rows
 from src.study import runner as study
 from src.study import sanity_training
-from src.study.phases import cells, costs
-from src.study.phases.cells import STAGES, Job, Plan, Record, Study
-from src.study.phases.costs import Rate
+from src.study.processes import Start
+from src.study.state import Reader
 from tests import ROOT
-
-RATE = Rate(flops_per_s=1e12, overhead_s=10.0, usd_per_hour=3.6, source="the test")
-Losses = Callable[[Job], float]
-
-
-@pytest.fixture
-def prd(monkeypatch: pytest.MonkeyPatch) -> Study:
-    """The shipped study at 10M parameters."""
-    monkeypatch.chdir(ROOT)
-    return study.load(Path("configs/study.yaml"))
-
-
-def measured(job: Job, loss: float, **extra: Any) -> dict[str, Any]:
-    """metrics.json of a finished run, as far as the plan reads it."""
-    return {
-        "status": "finished", "dev_loss": loss, "dev_bits_per_byte": loss / 3, "test_loss": loss,
-        "compute_digest": "alike",
-        "latency_ms_p50_l128": 4.0, "latency_ms_p50_l512": 9.0, "peak_memory_mib": 50.0, **extra,
-    }  # fmt: skip
-
-
-def comparison(ratio: float) -> dict[str, Any]:
-    """What eval_latency --compare leaves, as far as the plan reads it."""
-    row = {"ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
-    return {"comparison": {"l128": row, "l512": row}}
-
-
-def finalists(asked: Study, count: int) -> Study:
-    return replace(asked, config=replace(asked.config, finalists=count))
-
-
-SANE = {
-    "passed": True, "checks": {"overfits": True}, "initial_loss": 9.68, "ln_vocab": 9.68,
-    "overfit_loss": 0.09, "overfit_steps": 80, "overfit_tokens": 1024, "reason": "limits",
-    "suggested_learning_rate": 3e-3, "learning_rate": 4e-3, "learning_rate_rule": "steepest",
-}  # fmt: skip
-
-
-def simulate(
-    asked: Study,
-    loss: Losses,
-    *,
-    extra: Callable[[Job], dict[str, Any]] = lambda job: {},
-    documents: Callable[[str, str], Documents | None] = lambda run, split: None,
-    curve: Callable[[Job], Any] = lambda job: (),
-    until: Callable[[Plan], bool] = lambda plan: False,
-    speed: float = 1.0,
-) -> tuple[Plan, list[str]]:
-    """Follow the plan with invented results; returns the last plan and the jobs in order."""
-    results: dict[str, Any] = {}
-    curves: dict[str, Any] = {}
-    tokens: dict[int, int] = {}
-    compared: dict[str, Any] = {}
-    checks = None
-    order: list[str] = []
-    while True:
-        record = Record(results=results, curves=curves, documents=documents, train_tokens=tokens,
-                        sanity=checks, latency=compared)  # fmt: skip
-        plan = study_plan.plan(asked, record)
-        ready = plan.ready()
-        if not ready or until(plan):
-            return plan, order
-        job = ready[0]
-        order.append(job.name)
-        if job.kind == "tokens":
-            tokens[job.vocab_size] = {16_000: 2_500_000, 8_000: 2_750_000}[job.vocab_size]
-        elif job.kind == "sanity":
-            checks = SANE
-        elif job.kind == "latency":
-            compared[job.name] = comparison(speed)
-        else:
-            results[job.name] = measured(job, loss(job), **extra(job))
-            curves[job.name] = curve(job)
-
-
-def by_share(job: Job) -> float:
-    """25 % leads clearly, then 2x, with a little seed noise; longer runs end lower."""
-    value = 5.0 - 0.2 * ("emb25" in job.experiment) - 0.1 * ("glu2x" in job.experiment)
-    return value - 1.0 * (job.phase == "full") + 0.001 * job.seed
-
-
-def rows(plan: Plan, rule: str) -> list[dict[str, str]]:
-    return [row for row in plan.decisions if rule in row["rule"]]
-
-
-def row(plan: Plan, rule: str) -> dict[str, str]:
-    (found,) = rows(plan, rule)
-    return found
-
-
-def readings(strict: str, margin: str | None = None) -> str:
-    """The winner under both readings; the same one where `margin` is left out."""
-    return f"strict: {strict}; with the 3 % margin: {margin or strict}"
-
-
-# --- the plan -------------------------------------------------------------------------------
-
-
-def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: Study) -> None:
-    plan = study_plan.plan(prd, Record())
-    (first,) = plan.ready()
-    assert (first.kind, first.vocab_size) == ("tokens", 16_000)
-    assert not plan.complete and plan.decisions == ()
-    assert plan.assumptions and "emb35" in plan.assumptions[0]
-    trained = [job for job in plan.jobs if job.kind == "train"]
-    by_stage = {s: [j for j in trained if j.stage == s] for s in STAGES}
-    assert [len(by_stage[s]) for s in STAGES[:4]] == [5, 2, 0, 4]  # emb35 is among the 5
-    full = by_stage["2 finals"]
-    assert len(full) == 3 * 3 and all(50_000_000 <= job.tokens < 50_040_000 for job in full)
-    assert all(job.assumed for job in by_stage["1 glu"] + full)
-    after = study_plan.plan(prd, Record(train_tokens={16_000: 2_500_000}))
-    assert [job.kind for job in after.ready()] == ["sanity"]
-
-
-def test_the_kill_rules_baseline_runs_before_the_cells_that_it_judges(prd: Study) -> None:
-    _, order = simulate(prd, by_share)
-    assert order.index("emb35-rank") < order.index("emb25-rank")
-    assert order.index("glu4x-emb25-rank") < order.index("glu2x-emb25-rank")
-
-
-def test_the_glu_sweep_is_made_at_the_share_that_leads(prd: Study) -> None:
-    plan, order = simulate(prd, by_share)
-    assert row(plan, "embedding share")["verdict"] == "emb25"
-    made = plan.sweeps[Path("logs/configs/glu-emb25.yaml")]
-    sweep = config.sweep_from(made, Path("made.yaml"), (), "rank")
-    assert sweep.baseline == "glu4x-emb25" and len(sweep.names) == 4
-    assert {run.model.embedding_ratio for run in sweep.runs} == {0.25}
-    assert sorted({run.model.glu_expansion for run in sweep.runs}) == [2.0, 2.66, 3.0, 4.0]
-    assert row(plan, "GLU expansion")["verdict"] == "glu2x-emb25"
-    assert plan.complete and {"glu2x-emb25", "glu2x-emb25-seed1", "glu2x-emb25-seed2"} <= set(order)
-
-
-def test_identical_cells_are_trained_once_but_never_a_sweeps_baseline(prd: Study) -> None:
-    def loss(job: Job) -> float:
-        return 5.0 - 0.2 * (job.experiment == "emb35") + 0.001 * job.seed
-
-    plan, order = simulate(prd, loss)
-    assert plan.aliases["glu266x-rank"] == "emb35-rank"  # the same integers at 35 %
-    assert "glu266x-rank" not in order and "glu4x-rank" in order
-    assert "glu-emb35.yaml" not in str(plan.sweeps)  # the PRD's own file serves
-    assert plan.aliases["emb35-v16k-tied-rank"] == "emb35-rank"
-    assert "glu266x 4.8000" in row(plan, "GLU expansion")["numbers"]
-
-
-def test_the_baseline_is_no_candidate_even_under_another_name(prd: Study) -> None:
-    def loss(job: Job) -> float:  # emb35 leads, and so does glu266x, which is emb35
-        return 5.0 - 0.2 * (job.experiment == "emb35") + 0.001 * job.seed
-
-    plan, order = simulate(prd, loss)
-    full = [
-        name for name in order if "-rank" not in name and "/" not in name and "sanity" not in name
-    ]
-    assert {name.split("-")[0] for name in full} == {"emb35", "glu4x"}  # the next best goes on
-    assert row(plan, "winner")["verdict"] == readings("no winner")
-
-
-def test_a_killed_run_lends_its_result_to_nobody(prd: Study) -> None:
-    def extra(job: Job) -> dict[str, Any]:
-        return {"status": "killed"} if job.name == "emb25-rank" else {}
-
-    def loss(job: Job) -> float:
-        return 5.0 - 0.3 * (job.experiment == "emb45") + 0.001 * job.seed - 0.6 * ("25" in job.name)
-
-    plan, order = simulate(prd, loss, extra=extra)
-    share = row(plan, "embedding share")
-    assert share["verdict"] == "emb45" and "emb25 stopped" in share["numbers"]
-    assert plan.aliases["emb45-v16k-tied-rank"] == "emb45-rank"
-    prd_wide = replace(prd, config=replace(prd.config, noise_seeds=2))
-    plan, order = simulate(
-        prd_wide, lambda job: 5.0 + 0.001 * job.seed - 0.2 * ("35" in job.name),
-        extra=lambda job: {"status": "killed"} if job.name == "emb45-rank" else {},
-    )  # fmt: skip
-    assert "emb45-v16k-tied-rank" in order and "emb45-v16k-tied-rank" not in plan.aliases
-
-
-def test_a_thin_margin_sends_the_runner_up_share_to_the_finals(prd: Study) -> None:
-    def loss(job: Job) -> float:
-        best = {"emb25": 4.80, "emb45": 4.801, "emb35": 5.0}
-        return best.get(job.experiment, 4.9 - 0.2 * ("glu2x" in job.experiment)) + 0.01 * job.seed
-
-    plan, order = simulate(prd, loss)
-    assert row(plan, "embedding share")["verdict"] == "emb25, emb45"
-    assert {"emb25", "glu2x-emb25"} <= set(order) and "emb45" not in order  # two, the lowest
-    _, order = simulate(finalists(prd, 3), loss)
-    assert {"emb25", "emb45", "glu2x-emb25"} <= set(order)
-    _, order = simulate(finalists(prd, 1), loss)
-    assert not {"emb25", "emb45"} & set(order) and "glu2x-emb25" in order
-
-
-def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
-    checks = range(250_000, 5_250_000, 250_000)
-
-    def curve(job: Job) -> Any:  # emb45 is bad for the first 1.25M tokens, inside the grace
-        bad = [2.0 if job.experiment == "emb45" and t <= 1_250_000 else 0.0 for t in checks]
-        return [(t, 100.0 + b) for t, b in zip(checks, bad, strict=True)]
-
-    plan, _ = simulate(prd, by_share, curve=curve)
-    (found,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
-    assert found["verdict"] == "keep; to the PRD's letter kill"
-    assert "1,250,000" in found["reason"]
-    replayed = row(plan, "kill rule replayed, embed_ratio.yaml")["numbers"]
-    assert replayed.startswith("letter: 1 kills, 1 false, 3,750,000 of 10,000,000 tokens saved")
-    assert "grace: 0 kills, 0 false" in replayed
-
-
-def test_a_live_verdict_without_the_baselines_curve_is_named(prd: Study) -> None:
-    def extra(job: Job) -> dict[str, Any]:
-        return {"kill_verdict": "none"} if job.name == "emb45-rank" else {}
-
-    curve = [(tokens, 100.0) for tokens in range(250_000, 5_250_000, 250_000)]
-    plan, _ = simulate(prd, by_share, extra=extra, curve=lambda job: curve)
-    (told,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
-    assert told["verdict"] == "keep; to the PRD's letter keep; while it trained none"
-
-
-def test_runs_under_a_rule_that_only_records_wait_for_no_baseline(prd: Study) -> None:
-    known = {"train_tokens": {16_000: 1, 8_000: 1}, "sanity": SANE}
-    waiting = study_plan.plan(prd, Record(**known)).ready()
-    recorded = replace(prd, overrides=("kill_rule.action=record",))
-    free = study_plan.plan(recorded, Record(**known)).ready()
-    assert {job.experiment for job in waiting} == {"emb35"}
-    assert {job.experiment for job in free} == {"emb35", "emb25", "emb45"}
-
-
-def test_phase_1b_trains_on_equal_bytes_and_compares_equal_documents(prd: Study) -> None:
-    rng = np.random.default_rng(0)
-    size = rng.integers(80, 120, 40)
-
-    def documents(run: str, split: str) -> Documents:
-        bits = 1.5 if "v8k" in run else 1.6
-        count = 30 if "v8k" in run else 40  # the first documents with so many tokens
-        nats = bits * np.log(2) * size
-        nats[30:] *= 9  # what only one side scored must not count
-        return Documents(nats=nats[:count], tokens=size[:count] // 4, bytes=size[:count])
-
-    plan, order = simulate(prd, by_share, documents=documents)
-    made = plan.sweeps[Path("logs/configs/vocab_tying.yaml")]
-    budgets = {e["vocab_size"]: e.get("training") for e in made["experiments"]}
-    assert budgets[16_000] is None  # the sweep's own budget
-    assert budgets[8_000] == {"tokens": 5_500_000, "ranking_tokens": 5_500_000}
-    names = {entry["name"] for entry in made["experiments"]}
-    assert "emb25-v8k-untied" in names and "emb35-v16k-untied" in names
-    assert "emb25-v16k-untied" not in names  # the allocator has no such shape
-    assert "emb25-v16k-untied" in row(plan, "allocation")["numbers"]
-    assert not any("emb45" in name for name in names)  # no neighbour of 25 %
-    best = row(plan, "best share, 8000 untied")
-    assert "1.5000 bits/byte at" in best["numbers"] and "layers" in best["numbers"]
-    assert "1.6000" in row(plan, "best share, 16000 tied")["numbers"]
-    built = [name for name in order if name.endswith("v8000")]
-    assert built and order.index(built[0]) < order.index("emb25-v8k-tied-rank")
-
-
-BITS_8K = 0.2  # a smaller vocabulary's own level: only orders within a variant may count
-
-
-def planted_bits(gain: Callable[[Job], float]) -> Callable[[Job], dict[str, Any]]:
-    """Dev bits per byte of every run, `gain` below its variant's level; a little seed noise."""
-
-    def extra(job: Job) -> dict[str, Any]:
-        level = 2.0 + BITS_8K * ("v8k" in job.name) + 0.002 * job.seed
-        return {"dev_bits_per_byte": level - gain(job)}
-
-    return extra
-
-
-def lead_of_45(job: Job) -> float:
-    return 5.0 - 0.2 * ("emb45" in job.experiment) + 0.001 * job.seed
-
-
-def test_no_shift_is_claimed_from_a_variant_with_one_share(prd: Study) -> None:
-    """45 % is 0.05 bits/byte better wherever both exist; 8k tied has a result at 35 % alone."""
-
-    def extra(job: Job) -> dict[str, Any]:
-        alone = {"status": "failed"} if job.name == "emb45-v8k-tied-rank" else {}
-        return planted_bits(lambda j: 0.05 * ("emb45" in j.name))(job) | alone
-
-    plan, _ = simulate(prd, lead_of_45, extra=extra)
-    told = row(plan, "shift of the best share")
-    assert told["verdict"] == "no shift; not decided for 8000 tied"
-    assert (
-        "8000 tied against 16000 tied: not decided, one share, emb35, is in common"
-        in (told["numbers"])
-    )
-    assert row(plan, "best share, 8000 tied")["verdict"].startswith("not decided")
-    assert row(plan, "best share, 8000 untied")["verdict"] == "emb45-v8k-untied"
-
-
-def test_a_shift_needs_two_leaders_beyond_the_noise(prd: Study) -> None:
-    def verdict(gain_of_35: float) -> dict[str, str]:
-        def gain(job: Job) -> float:
-            at_8k = gain_of_35 * ("emb35" in job.name and "v8k-untied" in job.name)
-            return max(at_8k, 0.05 * ("emb45" in job.name))
-
-        plan, _ = simulate(prd, lead_of_45, extra=planted_bits(gain))
-        return row(plan, "shift of the best share")
-
-    assert verdict(0.10)["verdict"].startswith("shift at 8000 untied")
-    assert "emb35 leads instead of emb45" in verdict(0.10)["numbers"]
-    close = verdict(0.051)  # ahead by less than seeds differ
-    assert "8000 untied" in close["verdict"].partition("not decided for ")[2]
-    assert "emb35 and emb45 are not separable" in close["numbers"]
-
-
-def test_the_glu_sweep_keeps_the_leaders_width_and_heads(prd: Study) -> None:
-    plan, order = simulate(prd, by_share)
-    (made,) = (source for path, source in plan.sweeps.items() if path.name == "glu-emb25.yaml")
-    leader = cells.allocate(config.load_sweep(prd.embedding.path))["emb25"].model
-    models = [a.model for a in cells.allocate(config.sweep_from(made, Path("made.yaml"))).values()]
-    assert len(models) == 4
-    for key in ("d_model", "n_heads", "head_dim"):
-        assert {getattr(model, key) for model in models} == {getattr(leader, key)}
-    assert len({model.n_layers for model in models}) > 1  # depth is what pays for the expansion
-    assert plan.aliases["glu266x-emb25-rank"] == "emb25-rank"  # the leader is one of the sweep
-
-
-def test_the_leading_share_itself_is_among_the_finalists(prd: Study) -> None:
-    _, order = simulate(prd, by_share)
-    assert {f"emb25{seed}" for seed in ("", "-seed1", "-seed2")} <= set(order)
-    _, alone = simulate(finalists(prd, 1), by_share)  # the GLU sweep has a better one
-    assert "emb25" not in alone and "glu2x-emb25" in alone
-
-
-RATES = (2e-3, 4e-3, 8e-3)
-
-
-def with_rates(asked: Study, rate: str = "shared") -> Study:
-    return replace(asked, config=replace(asked.config, learning_rates=RATES, rate=rate))
-
-
-def by_rate(job: Job) -> float:
-    """At 4e-3 45 % leads; at each one's own best 25 % does, whose best is the lowest rate."""
-    at_rate = {
-        "emb25": {"2e-3": 4.5, "4e-3": 5.1, "8e-3": 5.6},
-        "emb35": {"2e-3": 5.1, "4e-3": 5.0, "8e-3": 5.2},
-        "emb45": {"2e-3": 5.2, "4e-3": 4.9, "8e-3": 4.8},
-    }
-    share = next(name for name in at_rate if name in job.experiment)
-    rate = next((r for r in at_rate[share] if f"lr{r}" in job.experiment), "4e-3")
-    return at_rate[share][rate] + 0.001 * job.seed - (job.phase == "full")
-
-
-def test_shares_are_ranked_at_their_own_best_rate_and_at_the_shared_one(prd: Study) -> None:
-    plan, order = simulate(with_rates(prd), by_rate)
-    assert plan.aliases["emb35-lr4e-3-rank"] == "emb35-rank"  # trained once
-    assert {"emb25-lr2e-3-rank", "emb45-lr8e-3-rank"} <= set(order)
-    told = row(plan, "at each one's own best rate")
-    assert told["verdict"] == "own best: emb25; shared: emb45"
-    assert (
-        "emb25: 4.5000 at its best, 2e-3, the lowest tried: its best may lie below; 5.1000"
-        in (told["numbers"])
-    )
-    assert "emb45: 4.8000 at its best, 8e-3, the highest tried" in told["numbers"]
-    assert "emb35: 5.0000 at its best, 4e-3; 5.0000 at the shared 4e-3" in told["numbers"]
-    assert "another order" in told["reason"]
-    assert "glu4x-emb45-rank" in order and not any("glu4x-emb25" in name for name in order)
-    assert plan.complete and "emb45" in order
-
-
-def test_later_stages_train_at_each_ones_own_best_rate_where_the_study_says_so(prd: Study) -> None:
-    plan, order = simulate(with_rates(prd, "own"), by_rate)
-    made = plan.sweeps[Path("logs/configs/glu-emb25-lr2e-3.yaml")]
-    assert {r.training.learning_rate for r in config.sweep_from(made, Path("made.yaml")).runs} == {
-        2e-3
-    }
-    assert {"emb35-lr4e-3", "emb25-lr2e-3"} <= set(order)  # baseline and leader at full budget
-    assert not {"emb35", "emb25", "emb45"} & set(order)
-    grid = plan.sweeps[Path("logs/configs/vocab_tying.yaml")]["experiments"]
-    rates = {e["name"].partition("-v")[0]: e["training"]["learning_rate"] for e in grid}
-    assert rates == {"emb25-lr2e-3": 2e-3, "emb35-lr4e-3": 4e-3}
-    assert plan.complete and row(plan, "winner")
-
-
-def test_a_rate_that_diverges_is_no_best_rate(prd: Study) -> None:
-    failed = {"emb45-lr8e-3-rank", "emb25-lr2e-3-rank"}
-    plan, _ = simulate(
-        with_rates(prd), by_rate,
-        extra=lambda job: {"status": "failed"} if job.name in failed else {},
-    )  # fmt: skip
-    told = row(plan, "at each one's own best rate")
-    assert "emb45: 4.9000 at its best, 4e-3; 4.9000" in told["numbers"]
-
-
-def test_lists_of_rates_that_cannot_be_read_side_by_side_are_refused(prd: Study) -> None:
-    def asked(**keys: Any) -> Study:
-        return replace(prd, config=replace(prd.config, **keys))
-
-    with pytest.raises(ValueError, match="expected the rate 4e-3 of emb35 in .* among them"):
-        study_plan.plan(asked(learning_rates=(2e-3, 8e-3)), Record())
-    with pytest.raises(ValueError, match="rate: found own, expected learning_rates beside it"):
-        study_plan.plan(asked(rate="own"), Record())
-    over = replace(with_rates(prd), overrides=("training.learning_rate=4e-3",))
-    with pytest.raises(ValueError, match="found an override of training.learning_rate"):
-        study_plan.plan(over, Record())
-
-
-def losses_with(gain: float) -> Losses:
-    return lambda job: by_share(job) - gain * (job.phase == "full" and "glu" in job.experiment)
-
-
-def paper_documents(gain: float) -> Callable[[str, str], Documents]:
-    tokens = np.full(200, 50)
-
-    def documents(run: str, split: str) -> Documents:
-        rng = np.random.default_rng(7)  # the same documents for everyone
-        nats = tokens * (4.0 + 0.2 * rng.standard_normal(200) - gain * run.startswith("glu"))
-        seed = int(run.rpartition("-seed")[2]) if "-seed" in run else 0
-        return Documents(nats=nats + 0.01 * seed, tokens=tokens, bytes=tokens * 4)
-
-    return documents
-
-
-def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
-    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), documents=paper_documents(0.1))
-    assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
-    says = row(plan, "equivalence")
-    assert says["verdict"] == "different" and "after Holm" in says["reason"]
-    assert "3 seeds, 200 documents" in says["reason"]
-    assert row(plan, "short against full")["verdict"] == "same leader"
-    assert plan.winner is not None and plan.winner["strict"] == plan.winner["margin"]
-    (judged,) = plan.winner["candidates"]
-    assert judged["name"] == "glu2x-emb25" and judged["strict"] and judged["margin"]
-
-
-def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
-    """Two of the baseline's seeds come from another machine: one pair, so no verdict."""
-
-    def extra(job: Job) -> dict[str, Any]:
-        return {"compute_digest": "elsewhere"} if job.name in ("emb35-seed1", "emb35-seed2") else {}
-
-    plan, _ = simulate(
-        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
-    )
-    says = row(plan, "equivalence")
-    assert says["verdict"] == "no verdict" and "document noise only" in says["numbers"]
-    assert (
-        "seed 1 (compute alike): the other side's run of this seed was computed" in says["reason"]
-    )
-
-
-def test_no_winner_is_a_result(prd: Study) -> None:
-    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), speed=1.11)
-    assert row(plan, "winner")["verdict"] == readings("no winner")
-    assert "latency at L=512 +11.00%" in row(plan, "5 % lower PPL")["reason"]
-    within, _ = simulate(finalists(prd, 1), losses_with(0.1), speed=1.02)
-    assert row(within, "winner")["verdict"] == readings("no winner", "glu2x-emb25")
-
-
-def test_speed_is_compared_in_one_process_and_decides_instead_of_the_runs_own(prd: Study) -> None:
-    def slow_hour(job: Job) -> dict[str, Any]:  # every finalist's own medians are 30 % up
-        return (
-            {"latency_ms_p50_l128": 5.2, "latency_ms_p50_l512": 11.7} if "glu" in job.name else {}
-        )
-
-    plan, order = simulate(finalists(prd, 1), losses_with(0.1), extra=slow_hour, speed=0.9)
-    assert order[-1] == "latency/glu2x-emb25-against-emb35.json"
-    assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
-    says = row(plan, "interleaved")
-    assert says["verdict"] == "faster"
-    assert "l128 -10.00 % (-11.00 % to -9.00 %)" in says["numbers"]
-    (job,) = (job for job in plan.jobs if job.kind == "latency")
-    line = study.command(prd, job)
-    assert line[line.index("--compare") + 1 :][:2] == ["logs/emb35", "logs/glu2x-emb25"]
-    assert line[line.index("--repeats") + 1] == "200"
-
-
-def test_a_comparison_takes_the_first_seed_that_finished(prd: Study) -> None:
-    def extra(job: Job) -> dict[str, Any]:
-        return {"status": "killed"} if job.name == "glu2x-emb25" else {}
-
-    _, order = simulate(finalists(prd, 1), losses_with(0.1), extra=extra)
-    assert order[-1] == "latency/glu2x-emb25-seed1-against-emb35.json"
-
-
-def test_a_finalist_with_a_stopped_seed_is_not_judged_on_the_others(prd: Study) -> None:
-    """The rule stops bad seeds: what is left of a finalist would be its good ones."""
-
-    def extra(job: Job) -> dict[str, Any]:
-        return {"status": "killed"} if job.name == "glu2x-emb25-seed1" else {}
-
-    plan, _ = simulate(
-        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
-    )
-    out = row(plan, "every seed finished")
-    assert out["verdict"] == "out" and "2 of 3 seeds finished" in out["reason"]
-    assert row(plan, "winner")["verdict"] == "no winner"
-
-
-def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
-    plan, order = simulate(prd, by_share)
-    assert "emb45" not in order and "over 3 cells" in row(plan, "short against full")["reason"]
-    whole = replace(prd, config=replace(prd.config, full="all"))
-    plan, order = simulate(whole, by_share)
-    full = {"emb25", "emb35", "emb45", *(f"glu{f}-emb25" for f in ("2x", "266x", "3x", "4x"))}
-    assert full <= set(order) | set(plan.aliases)
-    agreement = row(plan, "short against full")
-    assert "over 6 cells" in agreement["reason"] and "by chance" in agreement["reason"]
-    assert order[-1].startswith("latency/")
-    seeds = [job for job in plan.jobs if job.stage == "2 all cells"]
-    assert {job.seed for job in seeds} == {0}
-
-
-def test_more_seeds_a_vocabulary_cell_pool_and_reuse_the_noise_floor(prd: Study) -> None:
-    asked = replace(prd, config=replace(prd.config, vocabulary_seeds=2))
-
-    def loss(job: Job) -> float:
-        return 5.0 - 0.2 * ("emb35" in job.experiment) + 0.001 * job.seed
-
-    plan, order = simulate(asked, loss)
-    assert plan.aliases["emb35-v16k-tied-rank-seed1"] == "emb35-rank-seed1"
-    assert "emb35-v8k-tied-rank-seed1" in order
-    assert "2 seeds a configuration" in row(plan, "shift of the best share")["reason"]
-    best = row(plan, "best share, 8000 tied")
-    assert "sqrt(1/2 + 1/2)" in best["reason"]
-
-
-# --- several at a time ----------------------------------------------------------------------
-
-
-def test_what_may_run_at_the_same_time(prd: Study) -> None:
-    def names(plan: Plan, *running: str) -> list[str]:
-        return [job.name for job in plan.ready(running)]
-
-    def asked(**known: Any) -> Plan:
-        return study_plan.plan(prd, Record(**known))
-
-    tokens = {16_000: 2_500_000, 8_000: 2_750_000}
-    assert [j.kind for j in asked().ready()] == ["tokens"]
-    (checks,) = asked(train_tokens=tokens).ready()
-    assert checks.kind == "sanity"
-    begun = asked(train_tokens=tokens, sanity=SANE)
-    seeds = ["emb35-rank", *(f"emb35-rank-seed{k}" for k in range(1, 5))]
-    assert names(begun) == seeds  # the shares wait for their baseline's curve
-    assert names(begun, "emb35-rank") == seeds[1:]
-    there = {"emb35-rank": {"status": "finished", "dev_loss": 5.0}}
-    shares = asked(train_tokens=tokens, sanity=SANE, results=there)
-    assert names(shares) == [*seeds[1:], "emb25-rank", "emb45-rank"]
-    # All shares are there, the noise floor is not: nobody knows yet whether a margin is thin.
-    there |= {f"emb{share}-rank": {"status": "finished", "dev_loss": 4.9} for share in (25, 45)}
-    waiting = asked(train_tokens=tokens, sanity=SANE, results=there)
-    assert names(waiting) == seeds[1:] and not rows(waiting, "embedding share")
-
-
-def test_a_comparison_of_speed_runs_alone_and_last(prd: Study) -> None:
-    plans: list[Plan] = []
-
-    def watch(plan: Plan) -> bool:
-        plans.append(plan)
-        return False
-
-    simulate(prd, by_share, until=watch)
-    for plan in plans:
-        ready = [job.kind for job in plan.ready()]
-        assert ready == ["latency"] or "latency" not in ready
-    assert not plans[-1].ready({"emb35"})  # something runs
-
-
-def test_a_diverged_cell_is_a_result_and_a_diverged_baseline_an_end(prd: Study) -> None:
-    def extra(name: str) -> Callable[[Job], dict[str, Any]]:
-        return lambda job: {"status": "failed", "reason": "NaN"} if job.name == name else {}
-
-    plan, _ = simulate(prd, by_share, extra=extra("emb45-rank"))
-    assert plan.complete and row(plan, "diverged")["verdict"] == "out"
-    assert "emb45 stopped" in row(plan, "embedding share")["numbers"]
-    with pytest.raises(ValueError, match="emb35-rank: the baseline diverged"):
-        simulate(prd, by_share, extra=extra("emb35-rank"))
-
-
-def test_a_run_made_with_another_config_is_refused(prd: Study) -> None:
-    foreign = {"status": "finished", "n_layers": 99, "dev_loss": 1.0}
-    with pytest.raises(ValueError, match=r"emb35-rank: found a run with n_layers 99, expected 11"):
-        study_plan.plan(prd, Record(results={"emb35-rank": foreign}))
-
-
-def test_sweeps_of_two_budgets_are_refused(prd: Study) -> None:
-    raw = {**prd.glu.raw, "model": {"total_params": 5_000_000, "vocab_size": 16_000}}
-    wrong = replace(prd, glu=cells.Source(prd.glu.path, raw))
-    with pytest.raises(ValueError, match="found model.total_params 5,000,000"):
-        study_plan.plan(wrong, Record())
-
-
-def test_estimates_count_only_what_is_left(prd: Study) -> None:
-    plan = study_plan.plan(prd, Record())
-    job = next(job for job in plan.jobs if job.name == "emb25-rank")
-    assert costs.seconds(job, RATE) == pytest.approx(job.flops / 1e12 + 10)
-    assert costs.dollars(job, RATE) == pytest.approx(costs.seconds(job, RATE) / 1000)
-    assert costs.seconds(replace(job, done=True), RATE) == 0
-    assert costs.seconds(replace(job, alias_of="emb35-rank"), RATE) == 0
-    told = costs.table(plan, RATE, {"0 sanity": 1.25}, 50.0)
-    assert "budget_usd 50.00" in told and "spent 1.25 USD" in told and "assumed" in told
-    asked_for = set(STAGES) - {"1 rates", "2 all cells"}
-    assert all(stage in told for stage in asked_for) and "1 rates" not in told
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("budget: 50", "unknown key.*did you mean 'budget_usd'"),
-        ("noise_seeds: 1", "noise_seeds: found 1, expected .*at least 2"),
-        ("jobs: 0", "jobs: found 0, expected auto, or runs at a time, from 1"),
-        ("full: some", "full: found 'some', expected"),
-        ("rate: best", "rate: found 'best', expected text: one of shared, own"),
-        ("learning_rates: [2e-3, 2e-3]", "learning_rates: .*a list of different rates"),
-        ("learning_rates: [fast]", "learning_rates: found .*a list of different rates"),
-        ("embedding: nowhere.yaml", "nowhere.yaml: found no such file"),
-    ],
-)
-def test_a_wrong_study_file_is_refused_in_one_sentence(
-    tmp_path: Path, text: str, says: str
-) -> None:
-    (tmp_path / "study.yaml").write_text(text)
-    with pytest.raises(ValueError, match=says):
-        study.load(tmp_path / "study.yaml")
-
-
-# --- a tiny study for real ------------------------------------------------------------------
+from tests.study.test_plan import SANE
 
 BASE: dict[str, Any] = {
     "model": {"total_params": 98_192, "vocab_size": 304},
@@ -659,20 +38,29 @@ BASE: dict[str, Any] = {
     "data": {"dir": "tokens"},
     "evaluation": {"metrics": ["perplexity"], "latency": False, "perplexity_tokens": 400},
 }  # fmt: skip
+BLOCKS: list[dict[str, Any]] = [
+    {"name": "sanity", "config": "embed.yaml", "phase": "sanity", "experiments": ["e10"]},
+    {"name": "noise", "config": "embed.yaml", "phase": "rank", "experiments": ["e10"],
+     "seeds": [0, 1]},
+    {"name": "share", "config": "embed.yaml", "phase": "rank"},
+    {"name": "glu", "config": "glu.yaml", "leader_of": "share", "phase": "rank"},
+    {"name": "vocabulary", "config": "vocab.yaml", "grid_of": "share", "phase": "rank"},
+    {"name": "finals", "finalists_of": ["share", "glu"], "seeds": [0, 1]},
+]  # fmt: skip
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, token_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory of a whole study in miniature; signal handlers are put back.
 
-    test_sanity.py has the checks at their real length; a run's collection of garbage walks
-    all that the test process has imported, which takes longer than the run.
+    tests/study/test_sanity.py has the checks at their real length; a run's collection of garbage
+    walks all that the test process has imported, which takes longer than the run.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sanity_training, "OVERFIT_LOSS", 5.0)
     monkeypatch.setattr(sanity_training, "RANGE_STEPS", 20)
     monkeypatch.setattr(gc, "collect", lambda *generation: 0)
-    sweeps: dict[str, Sequence[dict[str, Any]]] = {
+    sweeps: dict[str, list[dict[str, Any]]] = {
         "embed": [{"name": "e10", "embedding_ratio": 0.098},
                   {"name": "e15", "embedding_ratio": 0.147}],
         "glu": [{"name": "g27", "glu_expansion": 2.66}, {"name": "g15", "glu_expansion": 1.5}],
@@ -680,25 +68,23 @@ def tiny(tmp_path: Path, token_root: Path, monkeypatch: pytest.MonkeyPatch) -> I
                   {"name": "c", "vocab_size": 312, "tie_embeddings": False}],
     }  # fmt: skip
     for name, experiments in sweeps.items():
-        content = {**BASE, "experiments": list(experiments)}
+        content = {**BASE, "experiments": experiments}
         if name != "embed":
             content["model"] = {**BASE["model"], "embedding_ratio": 0.098}
-            content["experiments"] = list(experiments)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    (tmp_path / "study.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "embedding": "embed.yaml", "glu": "glu.yaml", "vocabulary": "vocab.yaml",
-                "corpus": str(token_root.parent / "corpus"), "device": "cpu", "noise_seeds": 2,
-                "final_seeds": 2, "finalists": 1, "tokens_per_s": 10_000,
-            }
-        )
-    )  # fmt: skip
+    write_study(tmp_path / "study.yaml", corpus=str(token_root.parent / "corpus"))
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
     yield tmp_path
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+def write_study(path: Path, **keys: Any) -> None:
+    """The study file with further keys, those that it has included."""
+    known = yaml.safe_load(path.read_text()) if path.exists() else {"blocks": BLOCKS}
+    known |= {"device": "cpu", "tokens_per_s": 10_000, **keys}
+    path.write_text(yaml.safe_dump(known))
 
 
 def in_process(line: Sequence[str]) -> int:
@@ -719,14 +105,11 @@ class Ended:
     def poll(self) -> int:
         return self.code
 
-    def terminate(self) -> None:
+    def send_signal(self, sig: int) -> None:
         pass
 
-    def wait(self) -> int:
-        return self.code
 
-
-def here(execute: Callable[[Sequence[str]], int] = in_process) -> study_jobs.Start:
+def here(execute: Callable[[Sequence[str]], int] = in_process) -> Start:
     return lambda line: Ended(execute(line))
 
 
@@ -750,18 +133,18 @@ def check_the_csv(tiny: Path) -> None:
                 found.setdefault(row["run"], {}).update(row)
     alias, original = found["e10-v304-tied-rank"], found["e10-rank"]
     assert alias["dev_loss"] == original["dev_loss"] and alias["status"] == "finished"
-    assert (alias["cost_usd"], alias["sweep"]) == ("", "vocab_tying.yaml")
+    assert (alias["cost_usd"], alias["sweep"]) == ("", "vocabulary.yaml")
     assert original["cost_usd"] and "e10-rank" in alias["reason"]
 
 
 def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) -> None:
-    asked = study.load(Path("study.yaml"), log_dir="whole")
-    assert study.run(asked, start=here()) == 0
+    """Cut by a stop of the study between two jobs, and by jobs that are preempted."""
+    assert study.run(study.load(Path("study.yaml"), log_dir="whole"), start=here()) == 0
     whole = timeless(tiny / "whole" / "study.json")
     assert whole["complete"] is True
     assert [d for d in whole["decisions"] if d["rule"] == "winner"]
-    assert {"1b", "2"} <= {d["phase"] for d in whole["decisions"]}
-    assert (tiny / "whole" / "configs" / "vocab_tying.yaml").is_file()
+    assert {"0", "1", "1b", "2"} <= {d["phase"] for d in whole["decisions"]}
+    assert (tiny / "whole" / "configs" / "vocabulary.yaml").is_file()
     assert (tiny / "whole" / "e10-sanity" / "learning_rates.png").is_file()
 
     check_the_csv(tiny)
@@ -772,19 +155,76 @@ def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) 
         shutil.copytree(tiny / "whole" / name, tiny / "cut" / name)
 
     def cut(line: Sequence[str]) -> int:
-        """Every third job is preempted before it begins."""
+        """Every third job is preempted before it begins, every fourth stops the study."""
         done.append(" ".join(line))
+        if len(done) % 4 == 0:
+            raise Preempted("SIGTERM")
         return 75 if len(done) % 3 == 0 else in_process(line)
 
     codes: list[int] = []
     while not codes or codes[-1] == 75:
         assert len(codes) < 20
-        codes.append(study.run(study.load(Path("study.yaml"), log_dir="cut"), start=here(cut)))
-    assert codes[-1] == 0 and len(codes) > 3
+        asked = study.load(Path("study.yaml"), log_dir="cut")
+        try:
+            codes.append(study.run(asked, start=here(cut), pause_s=0.0))
+        except Preempted:
+            codes.append(75)
+    assert codes[-1] == 0 and len(codes) > 2
     assert timeless(tiny / "cut" / "study.json") == whole
     before = len(done)
     assert study.run(study.load(Path("study.yaml"), log_dir="cut"), start=here(cut)) == 0
     assert len(done) == before  # nothing left to do
+
+
+def test_a_publication_is_enough_to_go_on_elsewhere(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The machine is lost with all logs; what was published counts as finished: by the plan, by a
+    run of the same name, and by the next publication."""
+    folder = [{**BLOCKS[0], "folder": "a"}, {**BLOCKS[1], "folder": "a"}]
+    later = {**BLOCKS[2], "folder": "b"}
+    write_study(tiny / "study.yaml", blocks=folder, published="published")
+    first = study.load(Path("study.yaml"), log_dir="lost")
+    assert study.run(first, start=here()) == 0
+    publish = [sys.executable, str(ROOT / "scripts" / "publish_results.py"), "--output",
+               "published", "--log_dir"]  # fmt: skip
+    subprocess.run([*publish, "lost"], check=True, cwd=tiny, capture_output=True)
+    run = Path("a", "e10-rank")
+    small = sorted(path.name for path in (tiny / "published" / "runs" / run).iterdir())
+    assert small == ["curve.csv", "documents_validation.npz", "metrics.json"]
+    old = tiny / "lost" / run
+    losses, curve = Reader(first).documents(str(run), "validation"), read_curve(old)
+    old_result = (old / "metrics.json").read_bytes()
+    shutil.rmtree(tiny / "lost")
+
+    write_study(tiny / "study.yaml", blocks=[*folder, later])
+    begun: list[str] = []
+
+    def execute(line: Sequence[str]) -> int:
+        begun.append(" ".join(line))
+        return in_process(line)
+
+    capsys.readouterr()
+    second = study.load(Path("study.yaml"), log_dir="new")
+    assert study.run(second, dry_run=True) == 0
+    assert "next: b/e10-rank (share)" in capsys.readouterr().out and not (tiny / "new").exists()
+    assert study.run(second, start=here(execute)) == 0
+    assert len(begun) == 2 and all("--log_dir new/b" in line for line in begun)
+    assert (tiny / "new" / run / "metrics.json").read_bytes() == old_result
+    found = Reader(second).documents(str(run), "validation")
+    assert losses is not None and found is not None and (found.nats == losses.nats).all()
+    restored = read_curve(tiny / "new" / run)
+    assert [t for t, _ in restored] == [t for t, _ in curve]
+    assert [p for _, p in restored] == pytest.approx([p for _, p in curve])
+    line = ["--config", "embed.yaml", "--exp", "e10", "--phase", "rank", "--log_dir", "new/a"]
+    assert run_experiment.main([*line, "--device", "cpu"]) == 0
+    assert "finished before, nothing to do" in capsys.readouterr().out
+    subprocess.run([*publish, "new"], check=True, cwd=tiny, capture_output=True)
+    with (tiny / "published" / "results_summary.csv").open(newline="") as file:
+        rows = {row["run"]: row["status"] for row in csv.DictReader(file)}
+    assert rows["a/e10-rank"] == rows["a/e10-rank-seed1"] == rows["b/e15-rank"] == "finished"
+    again = (tiny / "published" / "runs" / run / "curve.csv").read_text().splitlines()
+    assert len(again) > 2
 
 
 def until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -800,9 +240,8 @@ def test_a_killed_study_can_be_started_again_at_once(tiny: Path) -> None:
     `python -m tests.study_kills`."""
     (tiny / "logs" / "e10-sanity").mkdir(parents=True)
     (tiny / "logs" / "e10-sanity" / "sanity.json").write_text(json.dumps(SANE))
-    raw = yaml.safe_load(Path("study.yaml").read_text())
     longer = ["training.ranking_tokens=40000", "training.checkpoint_every_steps=2"]
-    Path("study.yaml").write_text(yaml.safe_dump({**raw, "overrides": longer}))
+    write_study(tiny / "study.yaml", overrides=longer)
     line = [sys.executable, "-W", "error", str(ROOT / "run_experiment.py"), "--study", "study.yaml"]
     run = tiny / "logs" / "e10-rank"
 
@@ -823,7 +262,7 @@ def test_a_killed_study_can_be_started_again_at_once(tiny: Path) -> None:
     finally:
         second.terminate()
         told, _ = second.communicate(timeout=120)
-    assert second.returncode == 75, told
+    assert second.returncode == 75 and "to go on: python run_experiment.py --study" in told, told
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl", "train")]
     assert steps == sorted(set(steps))
 
@@ -831,8 +270,7 @@ def test_a_killed_study_can_be_started_again_at_once(tiny: Path) -> None:
 def test_the_study_stops_before_the_money_is_spent(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw = yaml.safe_load(Path("study.yaml").read_text())
-    Path("study.yaml").write_text(yaml.safe_dump({**raw, "budget_usd": 1e-9}))
+    write_study(tiny / "study.yaml", budget_usd=1e-9)
     begun: list[str] = []
 
     def execute(line: Sequence[str]) -> int:
@@ -848,23 +286,33 @@ def test_an_error_of_a_job_is_the_studys(tiny: Path) -> None:
     assert study.run(study.load(Path("study.yaml")), start=here(lambda line: 74)) == 74
 
 
+def test_failed_checks_end_the_study(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny / "logs" / "e10-sanity").mkdir(parents=True)
+    failed = {**SANE, "passed": False, "reason": "it does not overfit"}
+    (tiny / "logs" / "e10-sanity" / "sanity.json").write_text(json.dumps(failed))
+    assert study.run(study.load(Path("study.yaml")), start=here()) == 70
+    assert "it does not overfit" in capsys.readouterr().err
+
+
 def test_the_command_line_prints_the_plan_and_touches_nothing(
     tiny: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     done = run_cli("--study", "study.yaml", "--dry_run", cwd=tiny)
-    assert "2 finals" in done.stdout and "stated 10,000 tokens/s" in done.stdout
+    assert "finals" in done.stdout and "stated 10,000 tokens/s" in done.stdout
+    assert "next: tokens/v304 (sanity)" in done.stdout
     assert not list((tiny / "logs").glob("*/metrics.json"))
     refused = run_cli("--study", "study.yaml", "--exp", "e10", code=78, cwd=tiny)
     assert "--study: takes no --exp" in refused.stderr
 
 
-def test_the_configs_that_ship_are_whole() -> None:
-    shipped = load_study(ROOT / "configs" / "study.yaml")
-    assert (shipped.noise_seeds, shipped.final_seeds) == (5, 3)
-    assert (shipped.budget_usd, shipped.runbook_budget_usd) == (50, 150)
-    sweep = config.load_sweep(ROOT / "configs" / "vocab_tying.yaml", phase="rank")
-    variants = {(run.model.vocab_size, run.model.tie_embeddings) for run in sweep.runs}
-    assert variants == {(v, tied) for v in (8_000, 16_000) for tied in (True, False)}
-    for variant in variants:  # one share cannot show a shift
-        alike = [r for r in sweep.runs if (r.model.vocab_size, r.model.tie_embeddings) == variant]
-        assert len({run.model.embedding_ratio for run in alike}) >= 2
+def test_damaged_losses_of_documents_and_failures_are_named(tiny: Path) -> None:
+    run = tiny / "logs" / "e10"
+    run.mkdir(parents=True)
+    reader = Reader(study.load(Path("study.yaml")))
+    assert reader.documents("e10", "validation") is None
+    (run / "documents_test.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match="documents_test.npz: found a damaged file.*metrics.json"):
+        reader.documents("e10", "test")
+    (run / "failure.json").write_text("{")
+    with pytest.raises(ValueError, match="failure.json: found no JSON"):
+        reader.state()

@@ -1,4 +1,4 @@
-"""Engines: what a local loop, a Slurm array and SkyPilot's jobs do with a run's exit codes."""
+"""A study through a local loop, a Slurm array and SkyPilot's jobs: what becomes of exit codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,15 @@ import yaml
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from src.compute import cores
+import run_experiment
 from src.storage.run_dir import RunDir
-from src.study.engines import __main__ as launcher
-from src.study.engines import local, runs, sky, slurm
+from src.study import sky, slurm
 from tests.conftest import ROOT, SWEEP
 from tests.faults.bench import differences
 
 SECRET = "s3://key:SECRET@bucket/prefix"
 # Long enough to be interrupted: 320 steps, about two seconds.
-LONGER = ("--set", "training.tokens=81920", "--set", "training.checkpoint_every_steps=40")
+LONGER = ("training.tokens=81920", "training.checkpoint_every_steps=40")
 
 
 def until(ready: Callable[[], object], seconds: float = 60) -> None:
@@ -44,86 +43,21 @@ def rows(run: Path) -> int:
     return record.read_bytes().count(b"\n") if record.exists() else 0
 
 
-# ------------------------------------------------------------------------------ the local engine
+STUDY = "device: cpu\nblocks: [{{name: a, config: {sweep}, experiments: [{names}]}}]\n{more}\n"
 
 
-def job(name: str, script: str, progress: Callable[[], object] = time.monotonic) -> local.Job:
-    return local.Job(name=name, command=("bash", "-c", script), progress=progress)
+def written(
+    folder: Path, sweep: Path | str, names: str = "base", more: str = "", name: str = "tiny"
+) -> Path:
+    """A study file of one block."""
+    path = folder / f"{name}.yaml"
+    path.write_text(STUDY.format(sweep=sweep, names=names, more=f"tokens_per_s: 9\n{more}"))
+    return path
 
 
-def engine(*jobs: local.Job, at_once: int = 2) -> local.Engine:
-    return local.Engine(jobs, at_once, pause_s=0.0)
-
-
-def test_75_is_run_again_until_it_finishes(tmp_path):
-    script = f"echo >> {tmp_path}/tries; [ $(wc -l < {tmp_path}/tries) -ge 4 ] || exit 75"
-    assert engine(job("a", script), job("b", "exit 0")).run() == 0
-    assert (tmp_path / "tries").read_text() == "\n" * 4
-
-
-@pytest.mark.parametrize(
-    ("script", "code"), [("exit 78", 78), ("exit 70", 70), ("exit 74", 74), ("kill -9 $$", 137)]
-)
-def test_any_other_failure_is_final_and_the_others_go_on(tmp_path, capsys, script, code):
-    bad = job("bad", f"echo >> {tmp_path}/tries; {script}")
-    good = job("good", f"sleep 0.3; touch {tmp_path}/done")
-    assert engine(bad, good, at_once=1).run() == code
-    assert (tmp_path / "tries").read_text() == "\n" and (tmp_path / "done").exists()
-    assert f"bad failed: exit code {code}" in capsys.readouterr().err
-
-
-def test_75_without_progress_is_given_up(tmp_path, capsys):
-    stuck = job("stuck", f"echo >> {tmp_path}/tries; exit 75", progress=lambda: 1)
-    assert engine(stuck, job("bad", "exit 78")).run() == 75
-    tries = len((tmp_path / "tries").read_text())
-    assert tries == 1 + local.MOST_IDLE_RERUNS and "given up" in capsys.readouterr().err
-
-
-def test_pauses_grow_while_nothing_moves_and_start_over_when_something_does():
-    waits = []
-    stuck = job("a", "", progress=lambda: 1)
-    stuck.seen = 1
-    for _ in range(8):
-        local.Engine([stuck], 1)._again(stuck)
-        waits.append(round(stuck.not_before - time.monotonic()))
-    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
-    stuck.seen = 0
-    local.Engine([stuck], 1)._again(stuck)
-    assert stuck.idle == 0 and stuck.code is None
-
-
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_no_more_than_the_asked_runs_go_at_once_and_in_order(tmp_path, at_once):
-    log = tmp_path / "log"
-    script = f"echo + >> {log}; sleep 0.4; echo - >> {log}"
-    assert engine(*(job(str(n), script) for n in range(4)), at_once=at_once).run() == 0
-    heights = [0]
-    for mark in log.read_text().split():
-        heights.append(heights[-1] + (1 if mark == "+" else -1))
-    assert max(heights) == at_once
-
-
-def test_a_signal_ends_all_begins_nothing_and_asks_to_be_run_again(tmp_path):
-    got = "trap 'echo $name >> {0}/got; exit 75' TERM; touch {0}/$name; sleep 30 & wait"
-    jobs = [job(name, f"name={name}; {got.format(tmp_path)}") for name in "abc"]
-    code = f"""
-import sys
-from src.study.engines.local import Engine, Job
-jobs = [Job(name=str(i), command=["bash", "-c", s], progress=int) for i, s in
-        enumerate({[list(j.command)[-1] for j in jobs]!r})]
-sys.exit(Engine(jobs, 2).run())
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    until(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 75
-    assert sorted((tmp_path / "got").read_text().split()) == ["a", "b"]
-    assert not (tmp_path / "c").exists()
-
-
-def launch(*arguments: Any, cwd: Path = ROOT) -> subprocess.Popen[str]:
+def launch(*arguments: Any, cwd: Path = ROOT, code: Path = ROOT) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "src.study.engines", *map(str, arguments)],
+        [sys.executable, str(code / "run_experiment.py"), "--study", *map(str, arguments)],
         cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -133,26 +67,20 @@ def launch(*arguments: Any, cwd: Path = ROOT) -> subprocess.Popen[str]:
 def reference(tiny_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run of `base`, run as a task of a Slurm array runs it."""
     here = tmp_path_factory.mktemp("with a blank")
-    plan = runs.plan(
-        str(tiny_sweep), ["deep", "base"], device="cpu", overrides=LONGER[1::2], log_dir=str(here)
-    )
-    text = slurm.script(
-        plan, gpu="none", cpus=1, time_limit="30", at_once=None, directory=here / "jobs"
-    )
-    done = as_slurm_task(slurm.write(plan, text, here / "jobs"), 0)
+    file = written(here, tiny_sweep, "deep, base", f"overrides: {list(LONGER)}")
+    done = as_slurm_task(slurm_script(file, here), 0)
     assert done.returncode == 0 and "base: exit code 0" in done.stdout, done.stdout + done.stderr
-    return here / "base"
+    return here / "logs" / "base"
 
 
 def test_an_interrupted_run_ends_bitwise_as_an_uninterrupted_one(tiny_sweep, tmp_path, reference):
-    """The run gets TERM alone: the engine runs it again. The engine gets TERM: the run saves, and
-    the same command goes on. A run begun with another config is refused beside it."""
+    """The run gets TERM alone: it is run again. The study gets TERM: the run saves, and the same
+    command goes on. A run begun with another config is refused beside it."""
     logs = tmp_path / "logs"
-    arguments = ("--config", tiny_sweep, "--device", "cpu", *LONGER)
     (logs / "idle").mkdir(parents=True)
     (logs / "idle" / "config.yaml").write_text("config_digest: of another config\n")
-    command = ("--engine", "local", "--exp", "base", "idle", "--jobs", 2, "--log_dir", logs)
-    first = launch(*command, *arguments)
+    file = written(tmp_path, tiny_sweep, "base, idle", f"jobs: 2\noverrides: {list(LONGER)}")
+    first = launch(file, "--log_dir", logs)
     until(lambda: rows(logs / "base") > 60)
     os.kill(json.loads((logs / "base" / ".lock").read_text())["pid"], signal.SIGTERM)
     stopped = json.loads((logs / "base" / ".lock").read_text())
@@ -161,70 +89,44 @@ def test_an_interrupted_run_ends_bitwise_as_an_uninterrupted_one(tiny_sweep, tmp
     )
     until(lambda: rows(logs / "base") > 150)
     first.send_signal(signal.SIGTERM)
-    said, _ = first.communicate(timeout=60)
+    said, _ = first.communicate(timeout=120)
     assert first.returncode == 75, said
-    assert "base exited 75: again in 1 s" in said and "idle failed: exit code 78" in said
-    second = launch(*command, *arguments)
-    said, _ = second.communicate(timeout=90)
+    assert "base: exited 75: again in 1 s" in said and "idle: failed: exit code 78" in said
+    second = launch(file, "--log_dir", logs)
+    said, _ = second.communicate(timeout=180)
     assert second.returncode == 78 and said.count("begun with another config") == 1, said
     assert differences(logs / "base", reference) == []
 
 
-def test_progress_is_a_checkpoint_or_a_row(tmp_path):
-    assert local.progress_of(tmp_path / "none") == (-1, 0)
-    with RunDir.open(tmp_path, "r") as directory:
-        directory.append({"step": 1})
-        (directory.checkpoints / "step-00000040.json").touch()
-        (directory.checkpoints / "step-00000120.json").touch()
-        assert local.progress_of(directory.path) == (120, directory.offset())
-
-
-def test_a_place_for_each_visible_gpu(monkeypatch):
-    for listed, places in (("", 0), ("-1", 0), ("0", 1), ("2,3, 5", 3)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-        assert cores.visible_gpus() == places
-
-
-# ----------------------------------------------------------------------------- what is launched
+# ------------------------------------------------------------------------------- what is written
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("more", "arguments", "says"),
     [
-        (("--exp", "nobody"), "no experiment named 'nobody'"),
-        (("--exp", "base", "--set", "training.tokens=1"), "training.tokens"),
-        (("--exp", "base", "--jobs", "0"), "at least 1"),
-        (("--exp", "base", "--engine", "cloud"), "invalid choice: 'cloud'"),
-        (("--exp", "base", "--engine", "slurm", "--time", "2"), "expected at least 10 minutes"),
-        (("--exp", "base", "--engine", "slurm", "--time", "soon"), "--time: found 'soon'"),
-        (("--exp", "base", "--engine", "slurm", "--remote", SECRET), "holds credentials"),
-        (("--exp", "base", "--engine", "sky", "--remote", SECRET), "holds credentials"),
-        (("--exp", "base", "--log_dir", "/dev/null/logs"), "/dev/null is no directory"),
-        (("--exp", "base", "--engine", "slurm", "--output", "/dev/null"), "expected a directory"),
-        (("--exp", "base", "--engine", "sky"), "--remote: found nothing, expected a bucket"),
-        (("--exp", "base", "--engine", "sky", "--remote", "file:///x"), "expected a bucket"),
+        ("overrides: [training.tokens=1]", (), "training.tokens"),
+        ("", ("--engine", "cloud"), "invalid choice: 'cloud'"),
+        ('slurm: {time: "2"}', ("--engine", "slurm"), "expected at least 10 minutes"),
+        ("slurm: {time: soon}", ("--engine", "slurm"), "slurm.time: found 'soon'"),
+        ("", ("--engine", "slurm", "--remote", SECRET), "holds credentials"),
+        ("", ("--log_dir", "/dev/null/logs"), "/dev/null is no directory"),
+        ("", ("--engine", "sky"), "--remote: found nothing, expected a bucket"),
+        ("", ("--engine", "sky", "--remote", "file:///x"), "expected a bucket"),
     ],
 )
 def test_wrong_requests_are_refused_and_nothing_is_written(
-    tiny_sweep, tmp_path, monkeypatch, capsys, arguments, says
+    tiny_sweep, tmp_path, monkeypatch, capsys, more, arguments, says
 ):
-    monkeypatch.chdir(tmp_path)
-    command = ["--engine", "local", "--config", str(tiny_sweep), *arguments]
+    file = written(tmp_path, tiny_sweep, more=more)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     try:
-        code = launcher.main(command)
+        code = run_experiment.main(["--study", str(file), *arguments])
     except SystemExit as ended:
         code = ended.code
     error = capsys.readouterr().err
     assert code == 78 and says in error and "SECRET" not in error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_command_a_run_with_the_baseline_first(tiny_sweep):
-    plan = runs.plan(str(tiny_sweep), ["deep", "base"], seeds=[0, 3], overrides=["a.b=c d"][:0])
-    assert [run.name for run in plan.runs] == ["base", "base-seed3", "deep", "deep-seed3"]
-    assert plan.runs[1].arguments == (
-        "--config", str(tiny_sweep), "--log_dir", "logs", "--exp", "base", "--seed", "3",
-    )  # fmt: skip
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------- Slurm
@@ -239,15 +141,20 @@ def test_time_limits_as_sbatch_reads_them(limit, seconds):
     assert slurm.seconds(limit) == seconds
 
 
+def slurm_script(file: Path, here: Path) -> Path:
+    """What --engine slurm writes, with logs and files below `here`."""
+    process = launch(file, "--engine", "slurm", "--log_dir", here / "logs", cwd=here)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "submit it with: sbatch" in said, said
+    return here / "launch" / "tiny.sbatch"
+
+
 @pytest.fixture
 def script(tiny_sweep: Path, tmp_path: Path) -> Path:
     """The batch script of all three tiny runs, in directories with a blank in their names."""
-    plan = runs.plan(str(tiny_sweep), ["all"], device="cpu", log_dir=str(tmp_path / "my logs"))
-    text = slurm.script(
-        plan, gpu="a100:1", cpus=2, time_limit="30", at_once=2, directory=tmp_path / "my jobs",
-        options=("--partition=spot",),
-    )  # fmt: skip
-    return slurm.write(plan, text, tmp_path / "my jobs")
+    asked = "slurm: {gpu: a100:1, cpus: 2, time: '30', at_once: 2, options: [--partition=spot]}"
+    (tmp_path / "my jobs").mkdir()
+    return slurm_script(written(tmp_path, tiny_sweep, "all", asked), tmp_path / "my jobs")
 
 
 def test_the_batch_script_asks_slurm_for_what_a_run_needs(script):
@@ -276,7 +183,7 @@ def as_slurm_task(script: Path, number: int) -> subprocess.CompletedProcess[str]
 
 
 def test_a_task_that_cannot_run_ends_with_its_code_and_75_alone_asks_slurm(script, tmp_path):
-    logs, asked = tmp_path / "my logs", script.parent / "asked"
+    logs, asked = script.parents[1] / "logs", script.parent / "asked"
     with RunDir.open(logs, "deep"):
         held = as_slurm_task(script, 1)
     assert held.returncode == 75 and "is held by" in held.stderr
@@ -326,20 +233,26 @@ def checkout(token_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return here
 
 
-def sky_files(
-    checkout: Path, remote: str, *more: Any, exp: Sequence[str] = ("base",)
-) -> list[Path]:
+def sky_files(checkout: Path, remote: str, names: str = "base", more: str = "") -> list[Path]:
+    file = written(checkout, "configs/tiny.yaml", names, more)
     process = launch(
-        "--engine", "sky", "--config", "configs/tiny.yaml", "--remote", remote, "--exp", *exp,
-        "--output", "launch", *more, cwd=checkout,
-    )  # fmt: skip
-    said, _ = process.communicate(timeout=60)
+        file,
+        "--engine",
+        "sky",
+        "--remote",
+        remote,
+        "--log_dir",
+        "logs",
+        cwd=checkout,
+        code=checkout,
+    )
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    return [checkout / "launch" / f"tiny-{name}.yaml" for name in exp]
+    return [checkout / "launch" / f"tiny-{name}.yaml" for name in names.split(", ")]
 
 
 def test_a_spot_job_a_run_that_recovers_on_75_alone(checkout):
-    files = sky_files(checkout, "s3://bucket/prefix", exp=("base", "deep"))
+    files = sky_files(checkout, "s3://bucket/prefix", "base, deep")
     task = yaml.safe_load(files[1].read_text())
     assert task["resources"] == {
         "accelerators": "A100:1",
@@ -349,20 +262,20 @@ def test_a_spot_job_a_run_that_recovers_on_75_alone(checkout):
     }
     assert task["file_mounts"] == {"~/sky_workdir/data/tokens/v300": "data/tokens/v300"}
     assert "--exp deep" in task["run"] and "--remote s3://bucket/prefix" in task["run"]
-    plain = sky_files(checkout, "s3://bucket/prefix", "--on_demand", "--gpu", "none")
+    plain = sky_files(checkout, "s3://bucket/prefix", more="sky: {spot: false, gpu: none}")
     resources = yaml.safe_load(plain[0].read_text())["resources"]
     assert resources["use_spot"] is False and "accelerators" not in resources
 
 
 def test_only_where_the_tokens_are_and_the_code_is(checkout, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    (tmp_path / "tiny.yaml").write_text(SWEEP.format(tokens=tmp_path / "nowhere"))
-    plan = runs.plan(str(tmp_path / "tiny.yaml"), ["base"])
-    with pytest.raises(ValueError, match="found no tokens of vocab_size 300"):
-        sky.task(plan, plan.runs[0], gpu="none", spot=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="SkyPilot copies the directory that it is started in"):
-        sky.check(plan, "s3://bucket/prefix")
+        sky.check("s3://bucket/prefix")
+    (checkout / "configs" / "bare.yaml").write_text(SWEEP.format(tokens=tmp_path / "nowhere"))
+    file = written(checkout, "configs/bare.yaml", name="bare")
+    process = launch(file, "--engine", "sky", "--remote", "s3://b/p", cwd=checkout, code=checkout)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 78 and "start this command once without --engine" in said
 
 
 class Machine:
@@ -398,8 +311,7 @@ class Machine:
 def test_the_run_section_goes_on_from_the_bucket_on_a_machine_with_an_empty_disk(
     checkout, bucket, tmp_path, reference
 ):
-    more = ("--device", "cpu", *LONGER)
-    (file,) = sky_files(checkout, bucket, *more)
+    (file,) = sky_files(checkout, bucket, more=f"overrides: {list(LONGER)}")
     first = Machine(tmp_path / "first", checkout, file)
     process = first.start()
     until(lambda: rows(first.workdir / "logs" / "base") > 100)
@@ -439,7 +351,7 @@ def test_setup_is_a_shell_script_and_finds_a_python_that_is_new_enough(checkout,
     reason="SKYPILOT_PYTHON names a python with SkyPilot, see docs/ENGINES.md",
 )
 def test_skypilots_own_parser_reads_every_file(checkout, tmp_path):
-    files = sky_files(checkout, "s3://bucket/prefix", exp=("base", "deep", "idle"))
+    files = sky_files(checkout, "s3://bucket/prefix", "base, deep, idle")
     code = """
 import json, sys, sky
 from sky.utils import schemas

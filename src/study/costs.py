@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from src.study.phases.cells import STAGES, Job, Plan
+from src.study.plan import Job, Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class Rate:
 
 def seconds(job: Job, rate: Rate) -> float:
     """Estimated wall seconds of a job that is not done; 0 for what is done or an alias."""
-    if job.done or job.alias_of or job.kind == "tokens":
+    if not job.open or job.kind == "tokens":
         return 0.0
     return job.flops / rate.flops_per_s + rate.overhead_s
 
@@ -32,27 +32,26 @@ def dollars(job: Job, rate: Rate) -> float:
 
 def table(found: Plan, rate: Rate, spent: Mapping[str, float], budget: float) -> str:
     """The plan for people: a line a stage with runs, tokens, hours and dollars."""
-    lines = [f"{'stage':<15} {'runs':>5} {'done':>5} {'alias':>5} {'tokens to go':>14} "
+    wide = max(15, *map(len, found.stages))
+    lines = [f"{'stage':<{wide}} {'runs':>5} {'done':>5} {'alias':>5} {'tokens to go':>14} "
              f"{'hours':>8} {'USD':>8} {'spent':>8}"]  # fmt: skip
-    total_h = total_usd = 0.0
-    for stage in STAGES:
-        jobs = [job for job in found.jobs if job.stage == stage and job.kind != "tokens"]
+    counted = [job for job in found.jobs if job.kind != "tokens"]
+    for stage in found.stages:
+        jobs = [job for job in counted if job.stage == stage]
         if not jobs:
             continue
-        open_jobs = [job for job in jobs if not (job.done or job.alias_of)]
-        hours = sum(seconds(job, rate) for job in jobs) / 3600
-        usd = sum(dollars(job, rate) for job in jobs)
-        total_h, total_usd = total_h + hours, total_usd + usd
         lines.append(
-            f"{stage:<15} {len(jobs):>5} {sum(job.done for job in jobs):>5} "
+            f"{stage:<{wide}} {len(jobs):>5} {sum(job.done for job in jobs):>5} "
             f"{sum(job.alias_of is not None for job in jobs):>5} "
-            f"{sum(job.tokens for job in open_jobs):>14,} {hours:>8.2f} {usd:>8.2f} "
-            f"{spent.get(stage, 0.0):>8.2f}"
+            f"{sum(job.tokens for job in jobs if job.open):>14,} "
+            f"{sum(seconds(job, rate) for job in jobs) / 3600:>8.2f} "
+            f"{sum(dollars(job, rate) for job in jobs):>8.2f} {spent.get(stage, 0.0):>8.2f}"
         )
-    all_spent = sum(spent.values())
+    hours = sum(seconds(job, rate) for job in counted) / 3600
+    usd, all_spent = sum(dollars(job, rate) for job in counted), sum(spent.values())
     lines.append(
-        f"to go: {total_h:.2f} hours, {total_usd:.2f} USD; spent {all_spent:.2f} USD; together "
-        f"{all_spent + total_usd:.2f} of budget_usd {budget:.2f} ({rate.source})"
+        f"to go: {hours:.2f} hours, {usd:.2f} USD; spent {all_spent:.2f} USD; together "
+        f"{all_spent + usd:.2f} of budget_usd {budget:.2f} ({rate.source})"
     )
     lines += [f"assumed until it is decided: {what}" for what in found.assumptions]
     return "\n".join(lines)

@@ -7,16 +7,16 @@ an empty disk: `--remote` is where it goes on from. Its finished files end up th
 from __future__ import annotations
 
 import json
-import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from src.data import leakage
 from src.data import tokens as data
-from src.storage.files import make_directory
-from src.storage.run_dir import write_atomic
-from src.study.engines.runs import ENTRY, Launch, Run
+from src.spec.study_file import SkyConfig
+from src.storage.files import make_directory, write_atomic
+from src.study.plan import Configuration, Job
+from src.study.processes import REPOSITORY
 
 WORKDIR = "~/sky_workdir"  # where SkyPilot puts `workdir` and begins `setup` and `run`
 
@@ -49,33 +49,42 @@ fi
 """
 
 
-def check(launch: Launch, remote: str | None) -> None:
+def check(remote: str | None) -> None:
     """Raises ValueError for what could not work on another machine."""
     if remote is None or remote.startswith("file:"):
         raise ValueError(
             f"--remote: found {remote or 'nothing'}, expected a bucket (s3://, gs:// or abfs://): "
             "a machine that is taken away takes its disk with it"
         )
-    if Path.cwd() != ENTRY.parent:
+    if Path.cwd() != REPOSITORY:
         raise ValueError(
-            f"found the working directory {Path.cwd()}, expected {ENTRY.parent}: SkyPilot copies "
+            f"found the working directory {Path.cwd()}, expected {REPOSITORY}: SkyPilot copies "
             "the directory that it is started in, so start there"
         )
 
 
-def task(launch: Launch, run: Run, *, gpu: str, spot: bool) -> str:
-    """SkyPilot's YAML for one run. gpu: "A100:1", or "none". Raises ValueError: missing tokens.
+def task(
+    asked: SkyConfig,
+    job: Job,
+    arguments: Sequence[str],
+    study: str,
+    generated: Collection[Path] = (),
+) -> str:
+    """SkyPilot's YAML for one run. Raises ValueError for missing tokens.
 
-    The tokens travel with the job, so that every machine trains on the same bytes; the code does as
-    SkyPilot's `workdir`, less what .gitignore names.
+    The tokens travel with the job, so that every machine trains on the same bytes, and so do sweep
+    files that the study has generated; the code does as SkyPilot's `workdir`, less what .gitignore
+    names.
     """
-    command = shlex.join([ENTRY.name, *run.arguments])
+    command = shlex.join(["run_experiment.py", *arguments])
+    mounts = _mounts(job.configuration, generated)
     lines = [
-        "# Written by python -m src.study.engines --engine sky; start it with sky jobs launch.",
-        f"name: {_quoted(_name(launch, run))}",
+        "# Written by run_experiment.py --engine sky; start it with sky jobs launch.",
+        # a letter first, then letters, digits, `-`, `_` and `.`: what SkyPilot takes
+        f"name: {_quoted(f'run-{study}-{_flat(job)}')}",
         "resources:",
-        *([f"  accelerators: {_quoted(gpu)}"] if gpu != "none" else []),
-        f"  use_spot: {json.dumps(spot)}",
+        *([f"  accelerators: {_quoted(asked.gpu)}"] if asked.gpu != "none" else []),
+        f"  use_spot: {json.dumps(asked.spot)}",
         "  disk_size: 100",
         "  job_recovery:",
         "    max_restarts_on_errors: 0",
@@ -84,7 +93,7 @@ def task(launch: Launch, run: Run, *, gpu: str, spot: bool) -> str:
         "envs:",
         '  TORCH_INDEX: ""  # a PyTorch wheel index, where pip\'s torch is too new for the driver',
         "file_mounts:",
-        *(f"  {_quoted(place)}: {_quoted(source)}" for place, source in _mounts(launch, run)),
+        *(f"  {_quoted(place)}: {_quoted(source)}" for place, source in mounts),
         "setup: |",
         *_indented(_SETUP),
         "run: |",
@@ -93,43 +102,45 @@ def task(launch: Launch, run: Run, *, gpu: str, spot: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(launch: Launch, directory: Path, *, gpu: str, spot: bool) -> list[Path]:
-    """`<directory>/<sweep>-<run>.yaml` of every run."""
-    texts = {run.name: task(launch, run, gpu=gpu, spot=spot) for run in launch.runs}
+def write(
+    asked: SkyConfig,
+    runs: Sequence[tuple[Job, Sequence[str]]],
+    study: str,
+    directory: Path,
+    generated: Collection[Path],
+) -> list[Path]:
+    """`<directory>/<study>-<run>.yaml` of every run."""
+    texts = {_flat(job): task(asked, job, words, study, generated) for job, words in runs}
     make_directory(directory)
     paths = []
     for name, text in texts.items():
-        paths.append(directory / f"{launch.sweep}-{name}.yaml")
+        paths.append(directory / f"{study}-{name}.yaml")
         write_atomic(paths[-1], text.encode())
     return paths
 
 
-def _name(launch: Launch, run: Run) -> str:
-    """A letter first, then letters, digits, `-`, `_` and `.`: what SkyPilot takes."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", f"run-{launch.sweep}-{run.name}")
+def _flat(job: Job) -> str:
+    return job.name.replace("/", "-")
 
 
-def _mounts(launch: Launch, run: Run) -> Iterator[tuple[str, str]]:
+def _mounts(one: Configuration, generated: Collection[Path]) -> Iterator[tuple[str, str]]:
     """(place on the machine, path here) of what the code's directory does not bring along."""
-    tokens = run.config.token_dir
-    corpus = data.load(tokens, run.config.model.vocab_size).corpus
+    tokens, evaluation = one.run.token_dir, one.run.evaluation
+    corpus = data.load(tokens, one.run.model.vocab_size).corpus
     needed = [tokens]
-    if "smallbench_accuracy" in run.config.evaluation.metrics:
-        needed.append(Path(run.config.evaluation.smallbench_dir))
-        report = leakage.report_path(run.config.evaluation.leakage, needed[-1], corpus)
+    if "smallbench_accuracy" in evaluation.metrics:
+        needed.append(Path(evaluation.smallbench_dir))
+        report = leakage.report_path(evaluation.leakage, needed[-1], corpus)
         if report is not None and needed[-1] not in report.parents:
             needed.append(report)
-    if _outside(launch.config_file):
-        needed.append(launch.config_file)
+    if evaluation.outside_dir is not None:
+        needed.append(Path(evaluation.outside_dir))
+    if one.path in generated or Path.cwd() not in one.path.resolve().parents:
+        needed.append(one.path)
     for path in needed:
         if not path.exists():
-            raise ValueError(f"{launch.config_file}: {path} does not exist, expected it here")
+            raise ValueError(f"{one.path}: {path} does not exist, expected it here")
         yield (str(path) if path.is_absolute() else f"{WORKDIR}/{path}"), str(path)
-
-
-def _outside(path: Path) -> bool:
-    """Whether `workdir` does not hold the path (its ignored files apart)."""
-    return Path.cwd() not in path.resolve().parents
 
 
 def _quoted(text: str) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.storage.files import make_directory
-from src.storage.run_dir import write_atomic
-from src.study.engines.runs import ENTRY, Launch
+from src.spec.study_file import SlurmConfig
+from src.storage.files import make_directory, write_atomic
+from src.study.plan import Job
+from src.study.processes import REPOSITORY
+
+ENTRY = REPOSITORY / "run_experiment.py"
 
 # Slurm's clock is coarse: the signal may come up to a minute earlier. A save takes seconds.
 WARNING_S = 120
@@ -52,59 +54,50 @@ exit "$code"
 """
 
 
+def check(asked: SlurmConfig) -> None:
+    """Raises ValueError for a time limit that is not one, or too short."""
+    if seconds(asked.time) < SHORTEST_S:
+        raise ValueError(
+            f"slurm.time: found {asked.time}, expected at least {SHORTEST_S // 60} minutes: a job "
+            f"is told to save and requeue itself {WARNING_S} s before its end"
+        )
+
+
 def script(
-    launch: Launch,
-    *,
-    gpu: str,
-    cpus: int,
-    time_limit: str,
-    at_once: int | None,
+    asked: SlurmConfig,
+    runs: Sequence[tuple[Job, Sequence[str]]],
+    name: str,
     directory: Path,
-    options: Sequence[str] = (),
     python: str = sys.executable,
 ) -> str:
-    """The batch script. Every path in it is absolute or relative to this working directory.
-
-    gpu: what `--gres=gpu:` takes, "1" or "a100:1", or "none"; time_limit: Slurm's D-HH:MM:SS, a
-    run that needs longer requeues itself; options: further lines of `#SBATCH`. Raises ValueError
-    for a time limit that is not one, or too short.
-    """
-    if seconds(time_limit) < SHORTEST_S:
-        raise ValueError(
-            f"--time: found {time_limit}, expected at least {SHORTEST_S // 60} minutes: a job is "
-            f"told to save and requeue itself {WARNING_S} s before its end"
-        )
-    throttle = f"%{at_once}" if at_once else ""
-    lines = [
-        f"--job-name={launch.sweep}",
-        f"--array=0-{len(launch.runs) - 1}{throttle}",
-        f"--time={time_limit}",
+    """The batch script for runs with their arguments of run_experiment.py. Every path in it is
+    absolute or relative to this working directory."""
+    options = [
+        f"--job-name={name}",
+        f"--array=0-{len(runs) - 1}" + (f"%{asked.at_once}" if asked.at_once else ""),
+        f"--time={asked.time}",
         f"--signal=B:TERM@{WARNING_S}",
         "--requeue",
         "--open-mode=append",
         f'--output="{directory.resolve()}/%x-%A_%a.out"',
         "--ntasks=1",
-        f"--cpus-per-task={cpus}",
-        *([f"--gres=gpu:{gpu}"] if gpu != "none" else []),
-        *options,
+        f"--cpus-per-task={asked.cpus}",
+        *([f"--gres=gpu:{asked.gpu}"] if asked.gpu != "none" else []),
+        *asked.options,
     ]
-    head = ["#!/bin/bash", *(f"#SBATCH {line}" for line in lines)]
-    head += [
-        "# Written by python -m src.study.engines --engine slurm; exit 75 alone is queued again."
-    ]
+    head = ["#!/bin/bash", *(f"#SBATCH {line}" for line in options)]
+    head += ["# Written by run_experiment.py --engine slurm; exit 75 alone is queued again."]
     cases = [
-        f"  {index}) name={shlex.quote(run.name)} "
-        f"run=({shlex.join(run.arguments[len(launch.shared) :])}) ;;"
-        for index, run in enumerate(launch.runs)
+        f"  {index}) name={shlex.quote(job.name)} run=({shlex.join(arguments)}) ;;"
+        for index, (job, arguments) in enumerate(runs)
     ]
-    command = shlex.join([python, str(ENTRY), *launch.shared])
     body = [
         f"cd {shlex.quote(str(Path.cwd()))} || exit 74",
         'case "$SLURM_ARRAY_TASK_ID" in',
         *cases,
         '  *) echo "no run $SLURM_ARRAY_TASK_ID"; exit 78 ;;',
         "esac",
-        f'command=({command} "${{run[@]}}")',
+        f'command=({shlex.join([python, str(ENTRY)])} "${{run[@]}}")',
     ]
     return "\n".join([*head, *body]) + _BODY
 
@@ -113,7 +106,9 @@ def seconds(time_limit: str) -> int:
     """Seconds of a time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
     if found is None:
-        raise ValueError(f"--time: found {time_limit!r}, expected D-HH:MM:SS, HH:MM:SS or minutes")
+        raise ValueError(
+            f"slurm.time: found {time_limit!r}, expected D-HH:MM:SS, HH:MM:SS or minutes"
+        )
     days, *parts = found.groups()
     numbers = [int(part) for part in parts if part is not None]
     if days is None and len(numbers) < 3:  # without days, one or two numbers begin at minutes
@@ -122,23 +117,12 @@ def seconds(time_limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def write(launch: Launch, text: str, directory: Path) -> Path:
-    """`<directory>/<sweep>.sbatch`."""
+def write(
+    asked: SlurmConfig, runs: Sequence[tuple[Job, Sequence[str]]], name: str, directory: Path
+) -> Path:
+    """`<directory>/<name>.sbatch`."""
+    text = script(asked, runs, name, directory)
     make_directory(directory)
-    path = directory / f"{launch.sweep}.sbatch"
+    path = directory / f"{name}.sbatch"
     write_atomic(path, text.encode())
     return path
-
-
-def submit(path: Path) -> None:
-    """Hand the script to sbatch. Raises ValueError where there is none or it refuses."""
-    try:
-        done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
-    except FileNotFoundError:
-        raise ValueError(
-            f"--submit: found no sbatch on this machine, expected Slurm's; {path} is written, "
-            "submit it where Slurm is"
-        ) from None
-    if done.returncode:
-        raise ValueError(f"--submit: sbatch refused {path}: {done.stderr.strip()}")
-    print(done.stdout.strip())

@@ -1,0 +1,354 @@
+"""The plan of a study: block by block, which runs come next and what the finished ones decide.
+
+Which share leads, at which rate, and who is a finalist follows from finished runs. Until they are
+there the plan assumes the baseline, so that the whole study can be counted in advance; what rests
+on an assumption is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from src.analysis import decisions, repeats
+from src.spec.config import Sweep
+from src.spec.study_file import SANITY, Block
+from src.study import generated, ranking, vocabulary
+from src.study.builder import PlanBuilder
+from src.study.finals import Judge, rank_agreement
+from src.study.plan import Configuration, Plan, Source, State, Study, allocate, feasible
+
+LATENCY = "latency"  # the stage after all blocks: comparisons of speed, the machine to themselves
+# Optimizer steps that the sanity checks cost at most, for the estimate alone.
+SANITY_STEPS = 160
+
+
+@dataclass(slots=True)
+class _Planned:
+    """A block with its runs, and what later blocks ask of it."""
+
+    block: Block
+    source: Source
+    sweep: Sweep
+    runs: list[Configuration]
+    complete: bool  # and decided
+    promotion: decisions.Promotion | None = None  # of the names in `best`
+    best: dict[str, str] = field(default_factory=dict)  # experiment -> its run that counts
+
+    @property
+    def baseline(self) -> str:
+        """The experiment that is the baseline, whatever rate its runs have."""
+        named = (n for n, runs in self.sweep.rates.items() if self.sweep.baseline in runs)
+        return next(named, self.sweep.baseline)
+
+    def first_rates(self) -> dict[str, str]:
+        """Each experiment's first run, the baseline's before all."""
+        named = self.sweep.rates or {name: (name,) for name in self.sweep.names}
+        first = sorted(named, key=lambda name: name != self.baseline)
+        return {name: named[name][0] for name in first}
+
+    def run(self, name: str, seed: int = 0) -> Configuration:
+        """One of the block's sweep as the block would run it."""
+        return replace(
+            next(one for one in self.runs if one.run.experiment == name),
+            run=self.sweep.run(name, seed),
+        )
+
+
+def plan(study: Study, state: State) -> Plan:
+    """Raises ValueError for a block that does not fit, and for runs that were made otherwise."""
+    return _Blocks(study, state).plan()
+
+
+class _Blocks:
+    def __init__(self, study: Study, state: State) -> None:
+        self.study, self.builder = study, PlanBuilder(study, state)
+        self.planned: dict[str, _Planned] = {}
+
+    def plan(self) -> Plan:
+        builder, blocks = self.builder, self.study.config.blocks
+        for block in blocks:
+            self._plan_block(block)
+        full = [found for found in self.planned.values() if found.block.phase == "full"]
+        for found in full:
+            judge = self._judge(found)
+            if judge and judge.compare_speeds(LATENCY, found.complete) and found.complete:
+                judge.decide()
+        ranked = [one for p in self.planned.values() if p.block.phase == "rank" for one in p.runs]
+        for folder in dict.fromkeys(found.block.folder for found in full):
+            some = [found for found in full if found.block.folder == folder]
+            if all(found.complete for found in some):
+                rank_agreement(builder, [one for found in some for one in found.runs], ranked)
+        return builder.plan([*(block.name for block in blocks), LATENCY])
+
+    def _plan_block(self, block: Block) -> None:
+        builder = self.builder
+        if block.best_of is not None:
+            parent = self.planned[block.best_of]
+            block = replace(
+                block, folder=parent.block.folder, phase=parent.block.phase,
+                overrides=(*parent.block.overrides, *block.overrides),
+                experiments=tuple(self._best(parent).values()),
+            )  # fmt: skip
+            source = parent.source
+        elif block.finalists_of:
+            source = self._finalists(block)
+        elif block.grid_of is not None:
+            source = self._grid(block, self.planned[block.grid_of])
+        elif block.leader_of is not None:
+            source = self._at_leader(block, self.planned[block.leader_of])
+        else:
+            source = self.study.sources[block.name]
+        phase = "rank" if block.phase == SANITY else block.phase
+        sweep = builder.sweep(source, phase, block.overrides)
+        runs = [
+            Configuration(sweep.file, run, found, block.folder, block.overrides)
+            for seed in block.seeds  # the first seed of all comes first
+            for run in sweep.chosen(block.experiments, [seed])
+            for found in [allocate(sweep)[run.experiment]]
+        ]
+        for one in runs:
+            builder.need_tokens(block.name, one)
+        if block.phase == SANITY:
+            self._check(block, runs[0])
+            return
+        # Its own run for a baseline that a kill rule looks for by its name; none across
+        # vocabularies, whose token perplexities do not compare.
+        rule = runs[0].run.kill_rule
+        judged = rule is not None and rule.action == "stop" and block.grid_of is None
+        complete = builder.schedule(block.name, runs, own_baseline=judged)
+        # Until it is known how much seeds differ, nobody knows whether a margin is thin.
+        complete &= all(p.complete for p in self.planned.values() if len(p.block.seeds) > 1)
+        found = _Planned(block, source, sweep, runs, complete)
+        self.planned[block.name] = found
+        if complete and phase == "rank":
+            self._rank(found)
+
+    def _check(self, block: Block, one: Configuration) -> None:
+        """Phase 0's checks of one experiment: the job, and what they found."""
+        name, training = one.place(f"{one.run.experiment}-sanity"), one.run.training
+        found = self.builder.state.sanity.get(name)
+        tokens = min(SANITY_STEPS, training.steps) * training.step_tokens
+        self.builder.task(
+            block.name, "sanity", one, name=name, done=found is not None, tokens=tokens, alone=False
+        )
+        if found is not None:
+            ranking.sanity_decisions(self.builder, found)
+
+    # ------------------------------------------------------------------------- choices
+
+    def _best(self, parent: _Planned) -> dict[str, str]:
+        """The run of each experiment that counts, the leader first; assumed while one is missing:
+        the baseline, each experiment at its first rate."""
+        if parent.promotion is None:
+            self.builder.assume(f"{parent.baseline} leads block {parent.block.name}")
+            return parent.first_rates()
+        ranked = [name for name, _ in parent.promotion.ranking]
+        return {name: parent.best[name] for name in ranked}
+
+    def _at_leader(self, block: Block, parent: _Planned) -> Source:
+        """A GLU sweep, or factorised tables, on the model and rate of the leading experiment."""
+        name = next(iter(self._best(parent).values()))
+        leader, entry = parent.run(name), generated.experiment(parent.source.raw, name)
+        if block.factorised:
+            tables = [generated.factorised(entry, leader, share) for share in block.factorised]
+            raw = generated.of_entries(parent.source.raw, name, [entry, *tables])
+            return self.builder.generate(f"{block.name}.yaml", raw)
+        glu = self.study.sources[block.name]
+        if self._stands_on(block, glu, leader):
+            return glu
+        raw = generated.on_model_of(glu.raw, entry, leader)
+        whole = self.builder.sweep(Source(glu.path, raw), "rank", block.overrides)
+        unfit = [r.experiment for r in whole.runs if not feasible(r.model)]
+        unfit = [name for name in unfit if name != whole.baseline]
+        raw["experiments"] = [e for e in raw["experiments"] if e["name"] not in unfit]
+        if unfit and self.builder.decided:
+            self.builder.decide(
+                "1", "allocation", unfit, "left out",
+                f"no depth and d_ff are within the allocator's bounds on the model of {name}.",
+            )  # fmt: skip
+        return self.builder.generate(f"{block.name}-{name}.yaml", raw)
+
+    def _stands_on(self, block: Block, glu: Source, leader: Configuration) -> bool:
+        """Whether a GLU sweep stands on the leader's model and rate as its file says."""
+        sweep = self.builder.sweep(glu, leader.run.phase, block.overrides)
+        ours, theirs = sweep.runs[0], leader.run
+        found = [one.model for one in allocate(sweep).values()]
+        wanted = generated.width_and_heads(leader.allocation.model)
+        return (
+            replace(theirs.model, glu_expansion=ours.model.glu_expansion) == ours.model
+            and ours.training.learning_rate == theirs.training.learning_rate
+            and all(generated.width_and_heads(model) == wanted for model in found)
+        )
+
+    def _grid(self, block: Block, parent: _Planned) -> Source:
+        """Vocabularies and heads at the leading share and its neighbours, on equal bytes."""
+        template, best = self.study.sources[block.name], self._best(parent)
+        leader = parent.run(next(iter(best.values())))
+        every = {**parent.first_rates(), **best}  # a stopped share has its place, too
+        some = [parent.run(name) for name in every.values()]
+        ordered = sorted(some, key=lambda one: one.allocation.params.share)
+        place = [one.run.experiment for one in ordered].index(leader.run.experiment)
+        shares = []
+        for one in ordered[max(0, place - 1) : place + 2]:
+            entry = generated.experiment(parent.source.raw, one.run.experiment)
+            if one.run.model.embedding_ratio is not None:
+                entry.setdefault("embedding_ratio", one.run.model.embedding_ratio)
+            shares.append(entry)
+        runs = self.builder.sweep(template, "rank", block.overrides).runs
+        variants = list(dict.fromkeys((r.model.vocab_size, r.model.tie_embeddings) for r in runs))
+        budgets = vocabulary.byte_budgets(self.builder.state, leader, variants)
+        raw = generated.vocabulary_grid(template.raw, shares, variants, budgets)
+        whole = self.builder.sweep(Source(template.path, raw), "rank", block.overrides)
+        fits = [run.experiment for run in whole.runs if feasible(run.model)]
+        if not fits:
+            raise ValueError(
+                f"{template.path}: found no vocabulary that the allocator can serve at these "
+                f"shares, expected one at least; leave block {block.name} out"
+            )
+        raw["experiments"] = [entry for entry in raw["experiments"] if entry["name"] in fits]
+        dropped = [name for name in whole.names if name not in fits]
+        if dropped and self.builder.decided:
+            self.builder.decide(
+                "1b", "allocation", dropped, "left out",
+                "no shape is within the allocator's bounds at this share.",
+            )  # fmt: skip
+        return self.builder.generate(f"{block.name}.yaml", raw)
+
+    def _finalists(self, block: Block) -> Source:
+        """The baseline and the best configurations that were promoted, each as it was ranked.
+
+        Shares are compared over all of their seeds. A configuration of one seed counts with the
+        leading share's mean and its difference from the leader's run of that seed. The baseline
+        itself is no candidate, whatever it is called; where nothing else was promoted the best
+        of the rest goes on.
+        """
+        first, *others = (self.planned[name] for name in block.finalists_of)
+        best = self._best(first)
+        base = first.run(best.get(first.baseline, first.sweep.baseline))
+        seeds = [p for p in self.planned.values() if p.block.best_of == first.block.name]
+        unknown = [p for p in (*others, *seeds) if p.promotion is None]
+        if unknown:
+            self.builder.assume(f"{block.finalists} of block {unknown[-1].block.name} go on")
+        leader = first.run(next(iter(best.values())))
+        scores: dict[str, float] = {}
+        promoted: list[str] = []
+        ranked: dict[str, Configuration] = {}
+        for part in (first, *others):
+            counted = best if part is first else self._best(part)
+            names = counted if part.promotion is None else part.promotion.promoted
+            promoted += [counted[name] for name in names if name in counted]
+            for run in counted.values():
+                one = part.run(run)
+                if one.identity in {base.identity, *(other.identity for other in ranked.values())}:
+                    continue
+                ranked[run] = one
+                scores[run] = self._score(leader, one, shares=part is first)
+        order = sorted(scores, key=lambda run: scores[run])
+        pool = [run for run in order if run in promoted] or order[:1]
+        entries, chosen = {}, pool[: block.finalists]
+        for run in chosen:
+            raw = next(p.source.raw for p in (first, *others) if run in p.sweep.names)
+            own = {} if run in first.sweep.names else generated.width_and_heads(
+                ranked[run].allocation.model
+            )  # fmt: skip
+            entries[run] = generated.experiment(raw, run) | own
+        if self.builder.decided:
+            self.builder.decide(
+                "2", f"finalists, block {block.name}", [f"{r} {scores[r]:.4f}" for r in order],
+                ", ".join(chosen),
+                "lowest mean dev loss of the shares' seeds among what was promoted; a "
+                "configuration of one seed counts with its difference from the leading share's "
+                "run of that seed.",
+            )  # fmt: skip
+        baseline = generated.experiment(first.source.raw, base.run.experiment)
+        raw = generated.of_entries(
+            first.source.raw, base.run.experiment, [baseline, *entries.values()]
+        )
+        made = self.builder.generate(f"{block.name}.yaml", raw)
+        built = allocate(self.builder.sweep(made, "full", block.overrides))
+        for run in chosen if self.builder.decided else ():
+            assert built[run].model == ranked[run].allocation.model, f"{run} has another shape"
+        return made
+
+    def _score(self, leader: Configuration, one: Configuration, *, shares: bool) -> float:
+        if not self.builder.decided:
+            return 0.0
+        if shares:
+            return repeats.mean_sd(self.builder.losses(self._seeds(one))).mean
+        mine, theirs = self.builder.losses([one]), self.builder.losses([leader])
+        mean = repeats.mean_sd(self.builder.losses(self._seeds(leader))).mean
+        return mean + mine[0] - theirs[0] if mine else float("inf")
+
+    def _seeds(self, one: Configuration) -> list[Configuration]:
+        """The runs of its experiment at every seed that blocks so far gave it."""
+        found = {
+            other.name: other
+            for planned in self.planned.values()
+            for other in planned.runs
+            if (other.folder, other.run.experiment, other.run.phase)
+            == (one.folder, one.run.experiment, one.run.phase)
+        }
+        return sorted(found.values(), key=lambda other: other.run.seed)
+
+    # ----------------------------------------------------------------------- decisions
+
+    def _rank(self, found: _Planned) -> None:
+        """What a finished block of ranking runs says."""
+        builder, block = self.builder, found.block
+        if block.grid_of is not None:
+            parent = self.planned[block.grid_of]
+            base = self._seeds(parent.run(parent.sweep.baseline))
+            vocabulary.shift_decisions(builder, found.runs, base, len(block.seeds))
+            return
+        if found.sweep.rates and block.best_of is None:
+            stated = found.source.sweep(self.study.overrides, "rank")
+            rates = {run.experiment: run.training.learning_rate for run in stated.runs}
+            tried = ranking.tried_rates(builder, found.sweep, found.runs, rates)
+            found.promotion = ranking.rate_decision(builder, self._noise(), tried)
+            found.best = {
+                name: generated.at_rate(name, one.best)
+                for name, one in tried.items()
+                if one.best is not None
+            }
+            return
+        first = builder.different([one for one in found.runs if one.run.seed == block.seeds[0]])
+        losses: dict[str, Sequence[float]] = {}
+        for one in first:
+            group = self._seeds(one)
+            losses[one.run.experiment] = builder.losses(group) if builder.finished([one]) else []
+        noise = self._noise()
+        if len(losses) == 1 and len(block.seeds) > 1:
+            ranking.noise_decision(builder, losses, noise)
+        elif any(one.is_baseline for one in first):
+            ranking.kill_decisions(builder, "1", first)
+        found.promotion = ranking.promoted(builder, noise, block.name, first, losses)
+        found.best = {name: name for name in losses}
+        if block.best_of is not None:
+            parent = self.planned[block.best_of]
+            groups = {one.run.experiment: self._seeds(one) for one in first}
+            baseline = groups.pop(parent.best.get(parent.baseline, ""), None)
+            if baseline is not None and groups:
+                Judge(builder, "1", baseline, groups).interval_decisions(groups)
+
+    def _noise(self) -> repeats.Noise | None:
+        """Seed noise of a ranking run, of all configurations so far that have several seeds."""
+        groups: dict[str, dict[str, float]] = {}
+        for planned in self.planned.values():
+            if planned.complete and planned.block.phase == "rank":
+                for one in planned.runs:
+                    place = one.place(one.run.experiment)
+                    groups.setdefault(place, {})
+                    if losses := self.builder.losses([one]):
+                        groups[place] |= {one.name: losses[0]}
+        return repeats.pooled_noise({name: list(g.values()) for name, g in groups.items() if g})
+
+    def _judge(self, found: _Planned) -> Judge | None:
+        """Who is compared in a block of finalists."""
+        groups: dict[str, list[Configuration]] = {}
+        for one in found.runs:
+            groups.setdefault(one.run.experiment, []).append(one)
+        baseline = groups.pop(found.sweep.baseline, None)
+        if not found.block.finalists_of or not baseline or not groups:
+            return None
+        return Judge(self.builder, "2", baseline, groups)

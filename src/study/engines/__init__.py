@@ -1,1 +1,0 @@
-"""The same runs through local processes, Slurm or SkyPilot."""

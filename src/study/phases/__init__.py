@@ -1,1 +1,0 @@
-"""What runs next and what is decided, phase by phase; no file, clock or GPU."""

@@ -1,0 +1,640 @@
+"""The plan of a study, on invented results at the PRD's scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from src.spec import config
+from src.storage.documents import Documents
+from src.study import blocks, costs
+from src.study import runner as study
+from src.study.costs import Rate
+from src.study.plan import Job, Plan, State, Study, allocate
+from tests import ROOT
+
+RATE = Rate(flops_per_s=1e12, overhead_s=10.0, usd_per_hour=3.6, source="the test")
+Losses = Callable[[Job], float]
+
+
+@pytest.fixture
+def prd(monkeypatch: pytest.MonkeyPatch) -> Study:
+    """The shipped study at 10M parameters."""
+    monkeypatch.chdir(ROOT)
+    return study.load(Path("configs/study.yaml"))
+
+
+def measured(job: Job, loss: float, **extra: Any) -> dict[str, Any]:
+    """metrics.json of a finished run, as far as the plan reads it."""
+    return {
+        "status": "finished", "dev_loss": loss, "dev_bits_per_byte": loss / 3, "test_loss": loss,
+        "compute_digest": "alike",
+        "latency_ms_p50_l128": 4.0, "latency_ms_p50_l512": 9.0, "peak_memory_mib": 50.0, **extra,
+    }  # fmt: skip
+
+
+def comparison(ratio: float) -> dict[str, Any]:
+    """What eval_latency --compare leaves, as far as the plan reads it."""
+    row = {"ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
+    return {"comparison": {"l128": row, "l512": row}}
+
+
+def changed(asked: Study, block: str, **keys: Any) -> Study:
+    """The study with a block changed."""
+    assert any(one.name == block for one in asked.config.blocks)
+    blocks = [replace(one, **keys) if one.name == block else one for one in asked.config.blocks]
+    return replace(asked, config=replace(asked.config, blocks=tuple(blocks)))
+
+
+def finalists(asked: Study, count: int) -> Study:
+    return changed(asked, "finals", finalists=count)
+
+
+SANE = {
+    "passed": True, "checks": {"overfits": True}, "initial_loss": 9.68, "ln_vocab": 9.68,
+    "overfit_loss": 0.09, "overfit_steps": 80, "overfit_tokens": 1024, "reason": "limits",
+    "suggested_learning_rate": 3e-3, "learning_rate": 4e-3, "learning_rate_rule": "steepest",
+}  # fmt: skip
+
+
+def simulate(
+    asked: Study,
+    loss: Losses,
+    *,
+    extra: Callable[[Job], dict[str, Any]] = lambda job: {},
+    documents: Callable[[str, str], Documents | None] = lambda run, split: None,
+    curve: Callable[[Job], Any] = lambda job: (),
+    until: Callable[[Plan], bool] = lambda plan: False,
+    speed: float = 1.0,
+) -> tuple[Plan, list[str]]:
+    """Follow the plan with invented results; returns the last plan and the jobs in order."""
+    results: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
+    tokens: dict[int, int] = {}
+    compared: dict[str, Any] = {}
+    checks: dict[str, Any] = {}
+    order: list[str] = []
+    while True:
+        state = State(results=results, curves=curves, documents=documents, train_tokens=tokens,
+                        sanity=checks, latency=compared)  # fmt: skip
+        plan = blocks.plan(asked, state)
+        ready = plan.ready()
+        if not ready or until(plan):
+            return plan, order
+        job = ready[0]
+        order.append(job.name)
+        if job.kind == "tokens":
+            vocab = job.configuration.run.model.vocab_size
+            tokens[vocab] = {16_000: 2_500_000, 8_000: 2_750_000}[vocab]
+        elif job.kind == "sanity":
+            checks[job.name] = SANE
+        elif job.kind == "latency":
+            compared[job.name] = comparison(speed)
+        else:
+            results[job.name] = measured(job, loss(job), **extra(job))
+            curves[job.name] = curve(job)
+
+
+def by_share(job: Job) -> float:
+    """25 % leads clearly, then 2x, with a little seed noise; longer runs end lower."""
+    value = 5.0 - 0.2 * ("emb25" in job.experiment) - 0.1 * ("glu2x" in job.experiment)
+    return value - 1.0 * (job.phase == "full") + 0.001 * job.seed
+
+
+def rows(plan: Plan, rule: str) -> list[dict[str, str]]:
+    return [row for row in plan.decisions if rule in row["rule"]]
+
+
+def row(plan: Plan, rule: str) -> dict[str, str]:
+    (found,) = rows(plan, rule)
+    return found
+
+
+def readings(strict: str, margin: str | None = None) -> str:
+    """The winner under both readings; the same one where `margin` is left out."""
+    return f"strict: {strict}; with the 3 % margin: {margin or strict}"
+
+
+# --- the plan -------------------------------------------------------------------------------
+
+
+def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: Study) -> None:
+    plan = blocks.plan(prd, State())
+    (first,) = plan.ready()
+    assert (first.kind, first.name) == ("tokens", "data/lm_tokenized/v16000")
+    assert not plan.complete and plan.decisions == ()
+    assert plan.assumptions == ("emb35 leads block share",)
+    trained = [job for job in plan.jobs if job.kind == "train"]
+    counts = {stage: [j for j in trained if j.stage == stage] for stage in plan.stages}
+    assert [len(counts[s]) for s in ("noise", "share", "glu")] == [5, 2, 4]  # emb35 is among the 5
+    full = counts["finals"]
+    assert len(full) == 3 * 3 and all(50_000_000 <= job.tokens < 50_040_000 for job in full)
+    assert all(job.assumed for job in counts["glu"] + full)
+    after = blocks.plan(prd, State(train_tokens={16_000: 2_500_000}))
+    assert [job.kind for job in after.ready()][:2] == ["sanity", "train"]
+
+
+def test_the_kill_rules_baseline_runs_before_the_cells_that_it_judges(prd: Study) -> None:
+    _, order = simulate(prd, by_share)
+    assert order.index("emb35-rank") < order.index("emb25-rank")
+    assert order.index("glu4x-emb25-rank") < order.index("glu2x-emb25-rank")
+
+
+def test_the_glu_sweep_is_made_at_the_share_that_leads(prd: Study) -> None:
+    plan, order = simulate(prd, by_share)
+    assert row(plan, "loss, block share")["verdict"] == "emb25"
+    made = plan.sweeps[Path("logs/configs/glu-emb25.yaml")]
+    sweep = config.sweep_from(made, Path("made.yaml"), (), "rank")
+    assert sweep.baseline == "glu4x-emb25" and len(sweep.names) == 4
+    assert {run.model.embedding_ratio for run in sweep.runs} == {0.25}
+    assert sorted({run.model.glu_expansion for run in sweep.runs}) == [2.0, 2.66, 3.0, 4.0]
+    assert row(plan, "loss, block glu")["verdict"] == "glu2x-emb25"
+    assert plan.complete and {"glu2x-emb25", "glu2x-emb25-seed1", "glu2x-emb25-seed2"} <= set(order)
+
+
+def test_identical_cells_are_trained_once_but_never_a_sweeps_baseline(prd: Study) -> None:
+    def loss(job: Job) -> float:
+        return 5.0 - 0.2 * (job.experiment == "emb35") + 0.001 * job.seed
+
+    plan, order = simulate(prd, loss)
+    assert plan.aliases["glu266x-rank"] == "emb35-rank"  # the same integers at 35 %
+    assert "glu266x-rank" not in order and "glu4x-rank" in order
+    assert "glu-emb35.yaml" not in str(plan.sweeps)  # the PRD's own file serves
+    assert plan.aliases["emb35-v16k-tied-rank"] == "emb35-rank"
+    assert "glu266x 4.8000" in row(plan, "loss, block glu")["numbers"]
+
+
+def test_the_baseline_is_no_candidate_even_under_another_name(prd: Study) -> None:
+    def loss(job: Job) -> float:  # emb35 leads, and so does glu266x, which is emb35
+        best, next_best = job.experiment == "emb35", job.experiment == "glu4x"
+        return 5.0 - 0.2 * best - 0.1 * next_best + 0.001 * job.seed
+
+    plan, order = simulate(prd, loss)
+    full = [
+        name for name in order if "-rank" not in name and "/" not in name and "sanity" not in name
+    ]
+    assert {name.split("-")[0] for name in full} == {"emb35", "glu4x"}  # the next best goes on
+    assert row(plan, "winner")["verdict"] == readings("no winner")
+
+
+def test_a_killed_run_lends_its_result_to_nobody(prd: Study) -> None:
+    def extra(job: Job) -> dict[str, Any]:
+        return {"status": "killed"} if job.name == "emb25-rank" else {}
+
+    def loss(job: Job) -> float:
+        return 5.0 - 0.3 * (job.experiment == "emb45") + 0.001 * job.seed - 0.6 * ("25" in job.name)
+
+    plan, order = simulate(prd, loss, extra=extra)
+    share = row(plan, "loss, block share")
+    assert share["verdict"] == "emb45" and "emb25 stopped" in share["numbers"]
+    assert plan.aliases["emb45-v16k-tied-rank"] == "emb45-rank"
+    plan, order = simulate(
+        changed(prd, "noise", seeds=(0, 1)),
+        lambda job: 5.0 + 0.001 * job.seed - 0.2 * ("35" in job.name),
+        extra=lambda job: {"status": "killed"} if job.name == "emb45-rank" else {},
+    )  # fmt: skip
+    assert "emb45-v16k-tied-rank" in order and "emb45-v16k-tied-rank" not in plan.aliases
+
+
+def test_a_thin_margin_sends_the_runner_up_share_to_the_finals(prd: Study) -> None:
+    def loss(job: Job) -> float:
+        best = {"emb25": 4.80, "emb45": 4.801, "emb35": 5.0}
+        return best.get(job.experiment, 4.9 - 0.2 * ("glu2x" in job.experiment)) + 0.01 * job.seed
+
+    plan, order = simulate(prd, loss)
+    assert row(plan, "loss, block share")["verdict"] == "emb25, emb45"
+    assert {"emb25", "glu2x-emb25"} <= set(order) and "emb45" not in order  # two, the lowest
+    _, order = simulate(finalists(prd, 3), loss)
+    assert {"emb25", "emb45", "glu2x-emb25"} <= set(order)
+    _, order = simulate(finalists(prd, 1), loss)
+    assert not {"emb25", "emb45"} & set(order) and "glu2x-emb25" in order
+
+
+def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
+    checks = range(250_000, 5_250_000, 250_000)
+
+    def curve(job: Job) -> Any:  # emb45 is bad for the first 1.25M tokens, inside the grace
+        bad = [2.0 if job.experiment == "emb45" and t <= 1_250_000 else 0.0 for t in checks]
+        return [(t, 100.0 + b) for t, b in zip(checks, bad, strict=True)]
+
+    plan, _ = simulate(prd, by_share, curve=curve)
+    (found,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
+    assert found["verdict"] == "keep; to the PRD's letter kill"
+    assert "1,250,000" in found["reason"]
+    replayed = row(plan, "kill rule replayed, embed_ratio.yaml")["numbers"]
+    assert replayed.startswith("letter: 1 kills, 1 false, 3,750,000 of 10,000,000 tokens saved")
+    assert "grace: 0 kills, 0 false" in replayed
+
+
+def test_a_live_verdict_without_the_baselines_curve_is_named(prd: Study) -> None:
+    def extra(job: Job) -> dict[str, Any]:
+        return {"kill_verdict": "none"} if job.name == "emb45-rank" else {}
+
+    curve = [(tokens, 100.0) for tokens in range(250_000, 5_250_000, 250_000)]
+    plan, _ = simulate(prd, by_share, extra=extra, curve=lambda job: curve)
+    (told,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
+    assert told["verdict"] == "keep; to the PRD's letter keep; while it trained none"
+
+
+def test_runs_under_a_rule_that_only_records_wait_for_no_baseline(prd: Study) -> None:
+    known = {"train_tokens": {16_000: 1, 8_000: 1}, "sanity": {"emb35-sanity": SANE}}
+    waiting = blocks.plan(prd, State(**known)).ready()
+    recorded = replace(prd, overrides=("kill_rule.action=record",))
+    free = blocks.plan(recorded, State(**known)).ready()
+    assert {job.experiment for job in waiting} == {"emb35"}
+    assert {job.experiment for job in free} == {"emb35", "emb25", "emb45"}
+
+
+def test_phase_1b_trains_on_equal_bytes_and_compares_equal_documents(prd: Study) -> None:
+    rng = np.random.default_rng(0)
+    size = rng.integers(80, 120, 40)
+
+    def documents(run: str, split: str) -> Documents:
+        bits = 1.5 if "v8k" in run else 1.6
+        count = 30 if "v8k" in run else 40  # the first documents with so many tokens
+        nats = bits * np.log(2) * size
+        nats[30:] *= 9  # what only one side scored must not count
+        return Documents(nats=nats[:count], tokens=size[:count] // 4, bytes=size[:count])
+
+    plan, order = simulate(prd, by_share, documents=documents)
+    made = plan.sweeps[Path("logs/configs/vocabulary.yaml")]
+    budgets = {e["vocab_size"]: e.get("training") for e in made["experiments"]}
+    assert budgets[16_000] is None  # the sweep's own budget
+    assert budgets[8_000] == {"tokens": 5_500_000, "ranking_tokens": 5_500_000}
+    names = {entry["name"] for entry in made["experiments"]}
+    assert "emb25-v8k-untied" in names and "emb35-v16k-untied" in names
+    assert "emb25-v16k-untied" not in names  # the allocator has no such shape
+    assert "emb25-v16k-untied" in row(plan, "allocation")["numbers"]
+    assert not any("emb45" in name for name in names)  # no neighbour of 25 %
+    best = row(plan, "best share, 8000 untied")
+    assert "1.5000 bits/byte at" in best["numbers"] and "layers" in best["numbers"]
+    assert "1.6000" in row(plan, "best share, 16000 tied")["numbers"]
+    built = [name for name in order if name.endswith("v8000")]
+    assert built and order.index(built[0]) < order.index("emb25-v8k-tied-rank")
+
+
+BITS_8K = 0.2  # a smaller vocabulary's own level: only orders within a variant may count
+
+
+def planted_bits(gain: Callable[[Job], float]) -> Callable[[Job], dict[str, Any]]:
+    """Dev bits per byte of every run, `gain` below its variant's level; a little seed noise."""
+
+    def extra(job: Job) -> dict[str, Any]:
+        level = 2.0 + BITS_8K * ("v8k" in job.name) + 0.002 * job.seed
+        return {"dev_bits_per_byte": level - gain(job)}
+
+    return extra
+
+
+def lead_of_45(job: Job) -> float:
+    return 5.0 - 0.2 * ("emb45" in job.experiment) + 0.001 * job.seed
+
+
+def test_no_shift_is_claimed_from_a_variant_with_one_share(prd: Study) -> None:
+    """45 % is 0.05 bits/byte better wherever both exist; 8k tied has a result at 35 % alone."""
+
+    def extra(job: Job) -> dict[str, Any]:
+        alone = {"status": "failed"} if job.name == "emb45-v8k-tied-rank" else {}
+        return planted_bits(lambda j: 0.05 * ("emb45" in j.name))(job) | alone
+
+    plan, _ = simulate(prd, lead_of_45, extra=extra)
+    told = row(plan, "shift of the best share")
+    assert told["verdict"] == "no shift; not decided for 8000 tied"
+    assert (
+        "8000 tied against 16000 tied: not decided, one share, emb35, is in common"
+        in (told["numbers"])
+    )
+    assert row(plan, "best share, 8000 tied")["verdict"].startswith("not decided")
+    assert row(plan, "best share, 8000 untied")["verdict"] == "emb45-v8k-untied"
+
+
+def test_a_shift_needs_two_leaders_beyond_the_noise(prd: Study) -> None:
+    def verdict(gain_of_35: float) -> dict[str, str]:
+        def gain(job: Job) -> float:
+            at_8k = gain_of_35 * ("emb35" in job.name and "v8k-untied" in job.name)
+            return max(at_8k, 0.05 * ("emb45" in job.name))
+
+        plan, _ = simulate(prd, lead_of_45, extra=planted_bits(gain))
+        return row(plan, "shift of the best share")
+
+    assert verdict(0.10)["verdict"].startswith("shift at 8000 untied")
+    assert "emb35 leads instead of emb45" in verdict(0.10)["numbers"]
+    close = verdict(0.051)  # ahead by less than seeds differ
+    assert "8000 untied" in close["verdict"].partition("not decided for ")[2]
+    assert "emb35 and emb45 are not separable" in close["numbers"]
+
+
+def test_the_glu_sweep_keeps_the_leaders_width_and_heads(prd: Study) -> None:
+    plan, order = simulate(prd, by_share)
+    (made,) = (source for path, source in plan.sweeps.items() if path.name == "glu-emb25.yaml")
+    leader = allocate(config.load_sweep(prd.sources["share"].path))["emb25"].model
+    models = [a.model for a in allocate(config.sweep_from(made, Path("made.yaml"))).values()]
+    assert len(models) == 4
+    for key in ("d_model", "n_heads", "head_dim"):
+        assert {getattr(model, key) for model in models} == {getattr(leader, key)}
+    assert len({model.n_layers for model in models}) > 1  # depth is what pays for the expansion
+    assert plan.aliases["glu266x-emb25-rank"] == "emb25-rank"  # the leader is one of the sweep
+
+
+def test_the_leading_share_itself_is_among_the_finalists(prd: Study) -> None:
+    _, order = simulate(prd, by_share)
+    assert {f"emb25{seed}" for seed in ("", "-seed1", "-seed2")} <= set(order)
+    _, alone = simulate(finalists(prd, 1), by_share)  # the GLU sweep has a better one
+    assert "emb25" not in alone and "glu2x-emb25" in alone
+
+
+def with_rates(asked: Study, follows: str = "share") -> Study:
+    """The shares at three rates each; later blocks follow the block `follows`."""
+    for name, key in (("glu", "leader_of"), ("vocabulary", "grid_of")):
+        asked = changed(asked, name, **{key: follows})
+    asked = changed(asked, "finals", finalists_of=(follows, "glu"))
+    (share,) = (one for one in asked.config.blocks if one.name == "share")
+    rates = replace(share, name="rates", overrides=("training.learning_rate=[2e-3, 4e-3, 8e-3]",))
+    found: list[Any] = []
+    for one in asked.config.blocks:
+        found += [one, rates] if one is share else [one]
+    return replace(
+        asked,
+        config=replace(asked.config, blocks=tuple(found)),
+        sources={**asked.sources, "rates": asked.sources["share"]},
+    )
+
+
+def by_rate(job: Job) -> float:
+    """At 4e-3 45 % leads; at each one's own best 25 % does, whose best is the lowest rate."""
+    at_rate = {
+        "emb25": {"2e-3": 4.5, "4e-3": 5.1, "8e-3": 5.6},
+        "emb35": {"2e-3": 5.1, "4e-3": 5.0, "8e-3": 5.2},
+        "emb45": {"2e-3": 5.2, "4e-3": 4.9, "8e-3": 4.8},
+    }
+    share = next(name for name in at_rate if name in job.experiment)
+    rate = next((r for r in at_rate[share] if f"lr{r}" in job.experiment), "4e-3")
+    return at_rate[share][rate] + 0.001 * job.seed - (job.phase == "full")
+
+
+def test_shares_are_ranked_at_their_own_best_rate_and_at_the_shared_one(prd: Study) -> None:
+    plan, order = simulate(with_rates(prd), by_rate)
+    assert plan.aliases["emb35-lr4e-3-rank"] == "emb35-rank"  # trained once
+    assert {"emb25-lr2e-3-rank", "emb45-lr8e-3-rank"} <= set(order)
+    told = row(plan, "at each one's own best rate")
+    assert told["verdict"] == "own best: emb25; shared: emb45"
+    assert (
+        "emb25: 4.5000 at its best, 2e-3, the lowest tried: its best may lie below; 5.1000"
+        in (told["numbers"])
+    )
+    assert "emb45: 4.8000 at its best, 8e-3, the highest tried" in told["numbers"]
+    assert "emb35: 5.0000 at its best, 4e-3; 5.0000 at the shared 4e-3" in told["numbers"]
+    assert "another order" in told["reason"]
+    assert "glu4x-emb45-rank" in order and not any("glu4x-emb25" in name for name in order)
+    assert plan.complete and "emb45" in order
+
+
+def test_later_stages_train_at_each_ones_own_best_rate_where_the_study_says_so(prd: Study) -> None:
+    plan, order = simulate(with_rates(prd, "rates"), by_rate)
+    made = plan.sweeps[Path("logs/configs/glu-emb25-lr2e-3.yaml")]
+    assert {r.training.learning_rate for r in config.sweep_from(made, Path("made.yaml")).runs} == {
+        2e-3
+    }
+    assert {"emb35-lr4e-3", "emb25-lr2e-3"} <= set(order)  # baseline and leader at full budget
+    assert not {"emb35", "emb25", "emb45"} & set(order)
+    grid = plan.sweeps[Path("logs/configs/vocabulary.yaml")]["experiments"]
+    rates = {e["name"].partition("-v")[0]: e["training"]["learning_rate"] for e in grid}
+    assert rates == {"emb25-lr2e-3": 2e-3, "emb35-lr4e-3": 4e-3}
+    assert plan.complete and row(plan, "winner")
+
+
+def test_a_rate_that_diverges_is_no_best_rate(prd: Study) -> None:
+    failed = {"emb45-lr8e-3-rank", "emb25-lr2e-3-rank"}
+    plan, _ = simulate(
+        with_rates(prd), by_rate,
+        extra=lambda job: {"status": "failed"} if job.name in failed else {},
+    )  # fmt: skip
+    told = row(plan, "at each one's own best rate")
+    assert "emb45: 4.9000 at its best, 4e-3; 4.9000" in told["numbers"]
+
+
+def losses_with(gain: float) -> Losses:
+    return lambda job: by_share(job) - gain * (job.phase == "full" and "glu" in job.experiment)
+
+
+def paper_documents(gain: float) -> Callable[[str, str], Documents]:
+    tokens = np.full(200, 50)
+
+    def documents(run: str, split: str) -> Documents:
+        rng = np.random.default_rng(7)  # the same documents for everyone
+        nats = tokens * (4.0 + 0.2 * rng.standard_normal(200) - gain * run.startswith("glu"))
+        seed = int(run.rpartition("-seed")[2]) if "-seed" in run else 0
+        return Documents(nats=nats + 0.01 * seed, tokens=tokens, bytes=tokens * 4)
+
+    return documents
+
+
+def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
+    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), documents=paper_documents(0.1))
+    assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
+    says = row(plan, "equivalence")
+    assert says["verdict"] == "different" and "after Holm" in says["reason"]
+    assert "3 seeds, 200 documents" in says["reason"]
+    assert row(plan, "short against full")["verdict"] == "same leader"
+    assert plan.winner is not None and plan.winner["strict"] == plan.winner["margin"]
+    (judged,) = plan.winner["candidates"]
+    assert judged["name"] == "glu2x-emb25" and judged["strict"] and judged["margin"]
+
+
+def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
+    """Two of the baseline's seeds come from another machine: one pair, so no verdict."""
+
+    def extra(job: Job) -> dict[str, Any]:
+        return {"compute_digest": "elsewhere"} if job.name in ("emb35-seed1", "emb35-seed2") else {}
+
+    plan, _ = simulate(
+        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
+    )
+    says = row(plan, "equivalence")
+    assert says["verdict"] == "no verdict" and "document noise only" in says["numbers"]
+    assert (
+        "seed 1 (compute alike): the other side's run of this seed was computed" in says["reason"]
+    )
+
+
+def test_no_winner_is_a_result(prd: Study) -> None:
+    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), speed=1.11)
+    assert row(plan, "winner")["verdict"] == readings("no winner")
+    assert "latency at L=512 +11.00%" in row(plan, "5 % lower PPL")["reason"]
+    within, _ = simulate(finalists(prd, 1), losses_with(0.1), speed=1.02)
+    assert row(within, "winner")["verdict"] == readings("no winner", "glu2x-emb25")
+
+
+def test_speed_is_compared_in_one_process_and_decides_instead_of_the_runs_own(prd: Study) -> None:
+    def slow_hour(job: Job) -> dict[str, Any]:  # every finalist's own medians are 30 % up
+        return (
+            {"latency_ms_p50_l128": 5.2, "latency_ms_p50_l512": 11.7} if "glu" in job.name else {}
+        )
+
+    plan, order = simulate(finalists(prd, 1), losses_with(0.1), extra=slow_hour, speed=0.9)
+    assert order[-1] == "latency/glu2x-emb25-against-emb35.json"
+    assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
+    says = row(plan, "interleaved")
+    assert says["verdict"] == "faster"
+    assert "l128 -10.00 % (-11.00 % to -9.00 %)" in says["numbers"]
+    (job,) = (job for job in plan.jobs if job.kind == "latency")
+    line = study.command(prd, job)
+    assert line[line.index("--compare") + 1 :][:2] == ["logs/emb35", "logs/glu2x-emb25"]
+    assert line[line.index("--repeats") + 1] == "200"
+
+
+def test_a_comparison_takes_the_first_seed_that_finished(prd: Study) -> None:
+    def extra(job: Job) -> dict[str, Any]:
+        return {"status": "killed"} if job.name == "glu2x-emb25" else {}
+
+    _, order = simulate(finalists(prd, 1), losses_with(0.1), extra=extra)
+    assert order[-1] == "latency/glu2x-emb25-seed1-against-emb35.json"
+
+
+def test_a_finalist_with_a_stopped_seed_is_not_judged_on_the_others(prd: Study) -> None:
+    """The rule stops bad seeds: what is left of a finalist would be its good ones."""
+
+    def extra(job: Job) -> dict[str, Any]:
+        return {"status": "killed"} if job.name == "glu2x-emb25-seed1" else {}
+
+    plan, _ = simulate(
+        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
+    )
+    out = row(plan, "every seed finished")
+    assert out["verdict"] == "out" and "2 of 3 seeds finished" in out["reason"]
+    assert row(plan, "winner")["verdict"] == "no winner"
+
+
+def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
+    plan, order = simulate(prd, by_share)
+    assert (
+        "emb45" not in order and "over 3 experiments" in row(plan, "short against full")["reason"]
+    )
+    whole = study.load(Path("configs/english_study.yaml"), ["data.dir=data/lm_tokenized"], "logs")
+    plan, order = simulate(whole, by_share)
+    full = {"emb25", "emb35", "emb45", *(f"glu{f}-emb25" for f in ("2x", "266x", "3x", "4x"))}
+    assert full <= set(order) | set(plan.aliases)
+    agreement = row(plan, "short against full")
+    assert "over 6 experiments" in agreement["reason"] and "by chance" in agreement["reason"]
+    assert order[-1].startswith("latency/")
+    seeds = [job for job in plan.jobs if job.stage in ("shares-full", "glu-full")]
+    assert {job.seed for job in seeds} == {0}
+
+
+def test_more_seeds_a_vocabulary_cell_pool_and_reuse_the_noise_floor(prd: Study) -> None:
+    asked = changed(prd, "vocabulary", seeds=(0, 1))
+
+    def loss(job: Job) -> float:
+        return 5.0 - 0.2 * ("emb35" in job.experiment) + 0.001 * job.seed
+
+    plan, order = simulate(asked, loss)
+    assert plan.aliases["emb35-v16k-tied-rank-seed1"] == "emb35-rank-seed1"
+    assert "emb35-v8k-tied-rank-seed1" in order
+    assert "2 seeds a configuration" in row(plan, "shift of the best share")["reason"]
+    best = row(plan, "best share, 8000 tied")
+    assert "sqrt(1/2 + 1/2)" in best["reason"]
+
+
+# --- several at a time ----------------------------------------------------------------------
+
+
+def test_what_may_run_at_the_same_time(prd: Study) -> None:
+    def names(plan: Plan, *running: str) -> list[str]:
+        return [job.name for job in plan.ready(running)]
+
+    def asked(**known: Any) -> Plan:
+        return blocks.plan(prd, State(**known))
+
+    tokens, checked = {16_000: 2_500_000, 8_000: 2_750_000}, {"emb35-sanity": SANE}
+    assert [j.kind for j in asked().ready()] == ["tokens"]
+    assert asked(train_tokens=tokens).ready()[0].kind == "sanity"
+    begun = asked(train_tokens=tokens, sanity=checked)
+    seeds = ["emb35-rank", *(f"emb35-rank-seed{k}" for k in range(1, 5))]
+    assert names(begun) == seeds  # the shares wait for their baseline's curve
+    assert names(begun, "emb35-rank") == seeds[1:]
+    there = {"emb35-rank": {"status": "finished", "dev_loss": 5.0}}
+    shares = asked(train_tokens=tokens, sanity=checked, results=there)
+    assert names(shares) == [*seeds[1:], "emb25-rank", "emb45-rank"]
+    # All shares are there, the noise is not: nobody knows yet whether a margin is thin.
+    there |= {f"emb{share}-rank": {"status": "finished", "dev_loss": 4.9} for share in (25, 45)}
+    waiting = asked(train_tokens=tokens, sanity=checked, results=there)
+    assert names(waiting) == seeds[1:] and not rows(waiting, "lowest dev loss")
+
+
+def test_a_comparison_of_speed_runs_alone_and_last(prd: Study) -> None:
+    plans: list[Plan] = []
+
+    def watch(plan: Plan) -> bool:
+        plans.append(plan)
+        return False
+
+    simulate(prd, by_share, until=watch)
+    for plan in plans:
+        ready = [job.kind for job in plan.ready()]
+        assert ready == ["latency"] or "latency" not in ready
+    assert not plans[-1].ready({"emb35"})  # something runs
+
+
+def test_a_diverged_cell_is_a_result_and_a_diverged_baseline_an_end(prd: Study) -> None:
+    def extra(name: str) -> Callable[[Job], dict[str, Any]]:
+        return lambda job: {"status": "failed", "reason": "NaN"} if job.name == name else {}
+
+    plan, _ = simulate(prd, by_share, extra=extra("emb45-rank"))
+    assert plan.complete and row(plan, "diverged")["verdict"] == "out"
+    assert "emb45 stopped" in row(plan, "loss, block share")["numbers"]
+    with pytest.raises(ValueError, match="emb35-rank: the baseline diverged"):
+        simulate(prd, by_share, extra=extra("emb35-rank"))
+
+
+def test_a_run_made_with_another_config_is_refused(prd: Study) -> None:
+    foreign = {"status": "finished", "n_layers": 99, "dev_loss": 1.0}
+    with pytest.raises(ValueError, match=r"emb35-rank: found a run with n_layers 99, expected 11"):
+        blocks.plan(prd, State(results={"emb35-rank": foreign}))
+
+
+def test_estimates_count_only_what_is_left(prd: Study) -> None:
+    plan = blocks.plan(prd, State())
+    job = next(job for job in plan.jobs if job.name == "emb25-rank")
+    assert costs.seconds(job, RATE) == pytest.approx(job.flops / 1e12 + 10)
+    assert costs.dollars(job, RATE) == pytest.approx(costs.seconds(job, RATE) / 1000)
+    assert costs.seconds(replace(job, done=True), RATE) == 0
+    assert costs.seconds(replace(job, alias_of="emb35-rank"), RATE) == 0
+    told = costs.table(plan, RATE, {"sanity": 1.25}, 50.0)
+    assert "budget_usd 50.00" in told and "spent 1.25 USD" in told and "assumed" in told
+    assert all(f"\n{stage}" in told for stage in plan.stages)
+
+
+BLOCK = "{name: a, config: configs/embed_ratio.yaml}"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("budget: 50", "blocks: found None, expected a list"),
+        (f"budget: 50\nblocks: [{BLOCK}]", "unknown key.*did you mean 'budget_usd'"),
+        (f"jobs: 0\nblocks: [{BLOCK}]", "jobs: found 0, expected auto .*from 1 to 64"),
+        (f"jobs: 1.5\nblocks: [{BLOCK}]", "jobs: found 1.5, expected auto"),
+        ("blocks: [{name: a, config: nowhere.yaml}]", "nowhere.yaml: found no such file"),
+        ("blocks: [{config: a.yaml}]", "blocks.0.name: found None, expected a name of its own"),
+        (f"blocks: [{BLOCK}, {BLOCK}]", "blocks.a.name: found 'a', expected a name of its own"),
+        ("blocks: [{name: a, best_of: b}]", "blocks.a: found 'b', expected an earlier block: -"),
+        ("blocks: [{name: a}]", "blocks.a: found no source of runs, expected config"),
+        (f"blocks: [{BLOCK}, {{name: b, leader_of: a}}]", "b: found leader_of, expected config"),
+        (f"blocks: [{BLOCK}, {{name: b, config: x, best_of: a}}]", "found config and best_of"),
+        ("blocks: [{name: a, config: x, seeds: [1, 1]}]", r"seeds: found \[1, 1\], expected"),
+        ("blocks: [{name: a, config: x, folder: ../b}]", "folder: found '../b', expected"),
+        (f"slurm: {{cores: 4}}\nblocks: [{BLOCK}]", "slurm.cores: found an unknown key"),
+    ],
+)
+def test_a_wrong_study_file_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        study.load(tmp_path / "study.yaml")
