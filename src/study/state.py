@@ -242,6 +242,6 @@ def _restore(published: Path, place: Path, resolved: Mapping[str, Any] | None) -
     write_atomic(place / "metrics.jsonl", "".join(lines).encode())
     if resolved is not None and "config_digest" in resolved:
         write_atomic(place / "config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
-    for path in sorted(published.glob("documents_*.npz")):
+    for path in (*published.glob("documents_*.npz"), *published.glob("environment.json")):
         shutil.copyfile(path, place / path.name)
     write_atomic(place / "metrics.json", (published / "metrics.json").read_bytes())
