@@ -7,6 +7,7 @@ directory gives the same bytes: no clocks, no costs, no paths of the log directo
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,23 +62,23 @@ def _config(path: Path) -> dict[str, Any]:
     return portable(config) if problem is None else {"not_read": problem}
 
 
-def _different(rows: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]:
+def _different(runs: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]:
     """Each combination of these columns once, with the number of its runs."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        if any(row.get(key) is not None for key in keys):
-            text = json.dumps({key: row.get(key) for key in keys})
-            counts[text] = counts.get(text, 0) + 1
+    counts = Counter(
+        json.dumps({key: row.get(key) for key in keys})
+        for row in runs
+        if any(row.get(key) is not None for key in keys)
+    )
     return [{**json.loads(text), "runs": count} for text, count in sorted(counts.items())]
 
 
-def _seeds(rows: Sequence[Row]) -> dict[str, dict[str, list[int]]]:
+def _seeds(runs: Sequence[Row]) -> dict[str, dict[str, list[int]]]:
+    """By experiment and phase."""
     found: dict[str, dict[str, list[int]]] = {}
-    for row in rows:
-        if isinstance(row.get("seed"), int):
-            phases = found.setdefault(str(row.get("experiment")), {})
-            phases.setdefault(str(row.get("phase")), []).append(row["seed"])
-    return {name: {p: sorted(s) for p, s in phases.items()} for name, phases in found.items()}
+    for row in sorted((r for r in runs if isinstance(r.get("seed"), int)), key=lambda r: r["seed"]):
+        phases = found.setdefault(str(row.get("experiment")), {})
+        phases.setdefault(str(row.get("phase")), []).append(row["seed"])
+    return found
 
 
 def _environments(rows: Sequence[Row]) -> list[dict[str, Any]]:

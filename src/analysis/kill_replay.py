@@ -1,4 +1,4 @@
-"""The kill rule over complete curves: what it would have done, and where it differed live."""
+"""The kill rule over complete curves: what it would have done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from src.spec.kill_rule import Curve, KillRule, Kind, verdict
+from src.spec.kill_rule import Curve, KillRule, verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,45 +113,3 @@ def kill_grid(
             }
         )
     return cells
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """What the rule said while a run trained: its last verdict, and where it killed."""
-
-    kind: Kind
-    tokens: int | None
-    curve: Curve
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A run that the rule judges otherwise over complete curves than it did live."""
-
-    name: str
-    live: Kind
-    live_tokens: int | None
-    replayed: Kind
-    replayed_tokens: int | None
-    reason: str
-
-
-def live_differences(
-    baseline: Curve, runs: Mapping[str, Live], rule: KillRule
-) -> tuple[Difference, ...]:
-    """Where the live verdict is not that of the baseline's complete curve.
-
-    Live, the rule waits for nothing: a run that starts before its baseline, or beside it, is asked
-    at checks whose counterpart does not exist yet. `baseline` is the whole curve, each run's own
-    ends where the run ended, killed or not.
-    """
-    found = []
-    for name, live in runs.items():
-        replayed = verdict(rule, baseline, live.curve)
-        if (live.kind, live.tokens) != (replayed.kind, replayed.tokens):
-            found.append(
-                Difference(
-                    name, live.kind, live.tokens, replayed.kind, replayed.tokens, replayed.reason
-                )
-            )
-    return tuple(found)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from src.analysis.kill_replay import Difference, Live, ReplayedRun, live_differences, replay_kills
+from src.analysis.kill_replay import ReplayedRun, replay_kills
 from src.analysis.run_csv import Row
 from src.analysis.run_table import read_config, read_curve, read_json
 from src.spec import kill_rule
@@ -27,19 +27,30 @@ Source = Callable[[Row], tuple[Config, kill_rule.Curve]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """One run that the rule judged. `difference`: None where the whole curves say the same.
+    """One run that the rule judged: live at its last check, and over the whole curves.
 
+    tokens: where it killed, live. baseline: the run whose whole curve was read, None where none is
+    finished. whole: the verdict over both whole curves; None without such a baseline.
     replayed: its end and what stopping it saves; None where it was stopped, for nobody knows how
-    it would have ended. baseline: the run whose curve was read, None where none is finished.
+    it would have ended. budget: in tokens.
     """
 
     run: str
     action: str
-    live: Live
+    live: kill_rule.Kind
+    tokens: int | None
     baseline: str | None
-    difference: Difference | None
+    whole: kill_rule.Verdict | None
     replayed: ReplayedRun | None
-    tokens: int
+    budget: int
+
+    @property
+    def differs(self) -> bool:
+        """Whether the whole curves say otherwise than was said live: a run that begins before its
+        baseline, or beside it, is judged at checks whose counterpart does not exist yet."""
+        return self.whole is not None and (
+            (self.whole.kind, self.whole.tokens) != (self.live, self.tokens)
+        )
 
 
 def logs(row: Row) -> tuple[Config, kill_rule.Curve]:
@@ -87,23 +98,22 @@ def _judge(
     budget = int(config["training"]["tokens"])
     rule = KillRule(**config["kill_rule"])
     stopped = row["tokens"] if row["status"] == "killed" else None
-    live = Live(row["kill_verdict"], row.get("kill_tokens", stopped), curve)
-    difference = replayed = None
+    whole = replayed = None
     if baseline is not None:
         theirs, reference = source(baseline)
         reference = reference if kill_rule.comparable(config, theirs) else []
-        found = live_differences(reference, {row["run"]: live}, rule.in_run(budget))
-        difference = found[0] if found else None
+        whole = kill_rule.verdict(rule.in_run(budget), reference, curve)
         if reference and curve and curve[-1][0] == reference[-1][0]:
             (replayed,) = replay_kills(reference, {row["run"]: curve}, rule.in_run(budget)).runs
     return Judged(
         run=row["run"],
         action=rule.action,
-        live=live,
+        live=row["kill_verdict"],
+        tokens=row.get("kill_tokens", stopped),
         baseline=None if baseline is None else baseline["run"],
-        difference=difference,
+        whole=whole,
         replayed=replayed,
-        tokens=budget,
+        budget=budget,
     )
 
 
@@ -119,10 +129,10 @@ def _baseline_run(row: Row) -> str:
 def differences(found: Iterable[Judged]) -> list[str]:
     """A sentence for each run that the whole curves judge otherwise."""
     return [
-        f"{one.run}: live {_said(one.live.kind, one.live.tokens)}, over the whole curves "
-        f"{_said(one.difference.replayed, one.difference.replayed_tokens)}: {one.difference.reason}"
+        f"{one.run}: live {_said(one.live, one.tokens)}, over the whole curves "
+        f"{_said(one.whole.kind, one.whole.tokens)}: {one.whole.reason}"
         for one in found
-        if one.difference is not None
+        if one.differs and one.whole is not None
     ]
 
 
@@ -131,11 +141,11 @@ def summary(found: Sequence[Judged]) -> str:
     complete = [(one, one.replayed) for one in found if one.replayed is not None]
     kills = [replayed for _, replayed in complete if replayed.killed_at is not None]
     return (
-        f"{len(found)} runs judged, {sum(one.difference is not None for one in found)} otherwise "
+        f"{len(found)} runs judged, {sum(one.differs for one in found)} otherwise "
         f"over the whole curves. Of {len(complete)} that ran to the end the rule kills "
         f"{len(kills)}, {sum(replayed.false_kill for replayed in kills)} of which ended no worse "
         f"than the baseline; it saves {sum(replayed.tokens_saved for replayed in kills):,} of "
-        f"{sum(one.tokens for one, _ in complete):,} tokens."
+        f"{sum(one.budget for one, _ in complete):,} tokens."
     )
 
 
@@ -146,18 +156,17 @@ def table(found: Sequence[Judged]) -> tuple[str, list[list[str]]]:
 
 
 def _line(one: Judged) -> list[str]:
-    live = _said(one.live.kind, one.live.tokens)
-    if one.baseline is None:
+    live = _said(one.live, one.tokens)
+    if one.whole is None or one.baseline is None:
         return [one.run, "–", one.action, live, "no finished baseline", "–", "–"]
-    whole = live
-    if one.difference is not None:
-        whole = f"**{_said(one.difference.replayed, one.difference.replayed_tokens)}**"
-    if one.replayed is None:
-        stopped = one.live.tokens if one.action == "stop" else None
-        saved = "–" if stopped is None else f"{one.tokens - stopped:,}"
-        return [one.run, one.baseline, one.action, live, whole, "–", saved]
-    wrong = ", killed wrongly" if one.replayed.false_kill else ""
-    gap, saved = f"{one.replayed.final_gap_ppl:+.2f}{wrong}", f"{one.replayed.tokens_saved:,}"
+    whole = f"**{_said(one.whole.kind, one.whole.tokens)}**" if one.differs else live
+    gap, saved = "–", "–"
+    if one.replayed is not None:
+        wrong = ", killed wrongly" if one.replayed.false_kill else ""
+        gap = f"{one.replayed.final_gap_ppl:+.2f}{wrong}"
+        saved = f"{one.replayed.tokens_saved:,}"
+    elif one.action == "stop" and one.tokens is not None:
+        saved = f"{one.budget - one.tokens:,}"
     return [one.run, one.baseline, one.action, live, whole, gap, saved]
 
 

@@ -104,6 +104,16 @@ def test_a_baseline_under_another_name_or_none_at_all(tmp_path: Path, capsys) ->
     assert "| other | twin | stop | none | none | – | – |" in report and len(said) == 2
 
 
+def test_a_kill_that_came_late_or_unfounded_is_named(tmp_path: Path, capsys) -> None:
+    logs = tmp_path / "logs"
+    write_run(logs, "base", BASE)
+    write_run(logs, "behind", BAD, kill_verdict="kill", kill_tokens=40)
+    write_run(logs, "wrong", BASE[:2], kill_verdict="kill", kill_tokens=20)
+    said, _ = printed(tmp_path, capsys)
+    assert any("behind: live kill at 40, over the whole curves kill at 20" in s for s in said)
+    assert any("wrong: live kill at 20, over the whole curves keep" in s for s in said)
+
+
 def test_an_unfinished_baseline_is_no_whole_curve() -> None:
     row = {"run": "a", "path": "a", "status": "finished", "phase": "full", "seed": 0,
            "baseline_name": "base", "kill_verdict": "keep", "tokens": 40}  # fmt: skip
@@ -113,4 +123,4 @@ def test_an_unfinished_baseline_is_no_whole_curve() -> None:
         return {"kill_rule": {"margin_ppl": 1.0}, "training": {"tokens": 40}}, [(10, 1.0)]
 
     (found,) = kill_table.judged([row, base], source)
-    assert (found.baseline, found.difference, found.replayed) == (None, None, None)
+    assert (found.baseline, found.whole, found.replayed) == (None, None, None)

@@ -272,9 +272,9 @@ def kills() -> Iterator[str]:
     source = kill_table.publication(STUDY / "results_summary.csv")
     assert source is not None
     found = kill_table.judged(list(rows(STUDY).values()), source)
-    late = [one.difference for one in found if one.difference is not None]
-    assert {(one.live, one.replayed) for one in late} == {("none", "kill")} and len(late) == 2
-    yield f"kills both at {late[0].replayed_tokens:,} tokens"
+    late = [(one.live, one.whole) for one in found if one.differs]
+    assert {(live, whole.kind) for live, whole in late} == {("none", "kill")} and len(late) == 2
+    yield f"kills both at {late[0][1].tokens:,} tokens"
     both = [
         (rows(STUDY)[f"{n}-rank"]["dev_loss"], rows(STUDY)[n]["dev_loss"])
         for n in (EMB35, EMB45, GLU4X)

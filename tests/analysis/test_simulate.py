@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from src.analysis import simulate
 from src.spec.command_line import OK
 from tests import ROOT
+from tests import simulated_decisions as simulate
 
 
 def test_a_clear_effect_is_named_and_no_effect_is_not() -> None:

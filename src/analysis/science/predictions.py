@@ -110,17 +110,13 @@ def table(content: dict[str, Any]) -> str:
     for name, sweep in content["sweeps"].items():
         lines.append(
             f"{name}: best share {sweep['tao_best_share']:.1%} (Tao et al.), "
-            f"{sweep['levine_best_share']:.1%} at {sweep['levine_best_layers']:.1f} layers "
-            "(Levine et al.)"
+            f"{sweep['levine_best_share']:.1%} (Levine et al.)"
         )
-        for cell, found in sorted(sweep["cells"].items(), key=lambda item: item[1]["share"]):
-            depth = found["levine_layers"]
-            suited = "   - " if depth is None else f"{depth:5.1f}"
-            lines.append(
-                f"  {cell:<16} share {found['share']:6.1%}  {found['n_layers']:2d} layers "
-                f"(Levine et al.: {suited})  PPL against {sweep['baseline']} "
-                f"{math.expm1(found['tao_ln_ppl_ratio']):+.1%} (Tao et al.)"
-            )
+        lines += [
+            f"  {cell:<16} share {found['share']:6.1%}  {found['n_layers']:2d} layers  PPL against "
+            f"{sweep['baseline']} {math.expm1(found['tao_ln_ppl_ratio']):+.1%} (Tao et al.)"
+            for cell, found in sorted(sweep["cells"].items(), key=lambda item: item[1]["share"])
+        ]
     return "\n".join(lines)
 
 

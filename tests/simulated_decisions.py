@@ -1,6 +1,6 @@
 """How often does the whole decision procedure name a winner, and rightly? Simulated studies.
 
-    python -m src.analysis.simulate --output results/decisions
+    python -m tests.simulated_decisions --output results/decisions
 
 Each simulated study ranks a baseline (five seeds) and five rivals (one seed), promotes, runs the
 finalists and the baseline with S seeds over documents, and asks for intervals, ties and the
@@ -249,7 +249,7 @@ def _share(values: Iterable[bool]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m src.analysis.simulate", description=__doc__,
+        prog="python -m tests.simulated_decisions", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--studies", type=at_least(1), default=1000, help="of each kind (1,000)")
