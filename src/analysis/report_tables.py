@@ -20,7 +20,7 @@ from src.analysis.prediction_table import predictions_table
 from src.analysis.run_csv import Row, table
 from src.analysis.run_joins import STATUSES
 from src.analysis.table_text import DASH, field, fixed, markdown, mean_sd, total, whole
-from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS, Request
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, Request
 from src.spec.rates import spelled
 
 _MARKER = re.compile(r"<!-- table:(?P<name>[\w-]+) -->(?P<body>.*?)<!-- /table:(?P=name) -->", re.S)
@@ -41,17 +41,16 @@ def tables(
 ) -> dict[str, str]:
     """Every table by name; those of a study, of curves and of predictions where there are any."""
     runs = table(rows)
+    told = [*order_sentences(runs), *processors_differ(runs)]
     made = {
         "summary": summary_table(runs),
         "rates": rates_table(runs),
-        "order": "\n".join(f"- {told}" for told in order_sentences(runs)) or "(nothing to order)",
+        "order": "\n".join(f"- {sentence}" for sentence in told) or "(nothing to order)",
         "metrics": metrics_table(runs),
         "metrics-rank": metrics_table(runs[runs["phase"] == "rank"]),
         "metrics-full": metrics_table(runs[runs["phase"] != "rank"]),
-        "allocation": allocation_table(runs),
         "runs": runs_table(runs),
         "cost": cost_table(runs),
-        "environment": environment_table(runs),
     }
     if study is not None:
         made |= {"decisions": decisions_table(study), "winner": winner_table(study)}
@@ -271,33 +270,6 @@ def _tokens(tokens: float) -> str:
     return f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else tokens_text(tokens)
 
 
-def allocation_table(runs: pd.DataFrame) -> str:
-    """A line a model: where its parameters lie."""
-    head = (
-        "cell | V | tied | d | layers | heads x dim | d_ff | attention width / d | total | "
-        "embedding | projection | attention | FFN | norms | MFLOPs/token"
-    )
-    known = _cells(runs[runs[TOTAL_PARAMS.built].notna()])
-    first = pd.DataFrame([cell.iloc[0] for cell in known], columns=runs.columns)
-    body = [
-        [
-            field(row["experiment"]),
-            whole(row["vocab_size"]),
-            field(row["tie_embeddings"]),
-            *(f"{row[key]:.0f}" if pd.notna(row[key]) else DASH for key in ("d_model", "n_layers")),
-            f"{whole(row['n_heads'])} x {whole(row['head_dim'])}",
-            f"{row['d_ff']:.0f}" if pd.notna(row["d_ff"]) else DASH,
-            fixed(row["attention_width_ratio"], 2),
-            *(whole(row[key]) for key in (TOTAL_PARAMS.built, "params_embedding",
-                                          "params_projection", "params_attention", "params_ffn",
-                                          "params_norm")),
-            fixed(row["flops_per_token"] / 1e6, 1),
-        ]
-        for row in first.drop_duplicates(["sweep", "experiment"]).to_dict("records")
-    ]  # fmt: skip
-    return markdown(head, body, "no run whose model is known")
-
-
 def runs_table(runs: pd.DataFrame) -> str:
     """A line a run, the ones that did not finish with their reason; nothing is left out."""
     order = {status: place for place, status in enumerate(STATUSES)}
@@ -337,27 +309,6 @@ def _costs(group: pd.DataFrame) -> list[str]:
         total(group["gpu_hours"], 2),
         total(group["cost_usd"], 2),
     ]
-
-
-def environment_table(runs: pd.DataFrame) -> str:
-    """What the runs share, and where they differ: corpus, tokenizer, code, device, seeds."""
-    labels = {
-        "corpus": "corpus",
-        "data_sha256": "token files (sha256)",
-        "tokenizer_sha256": "tokenizer (sha256)",
-        "git_sha": "git commit",
-        "git_dirty": "uncommitted changes",
-        "device_name": "device",
-        "processors": "processors",
-        "precision": "precision",
-        "seed": "seeds",
-    }
-    body = []
-    for key, label in labels.items():
-        length = None if key == "processors" else 16
-        found = (whole(v) if key == "seed" else field(v)[:length] for v in runs[key].dropna())
-        body.append([label, ", ".join(sorted(set(found))) or DASH])
-    return markdown("what | values", body, "no run")
 
 
 # --- of the study ---------------------------------------------------------------------------------

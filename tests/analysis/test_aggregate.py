@@ -348,7 +348,7 @@ def test_a_vocabulary_sweep_alone_cannot_be_a_perplexity_figure(tmp_path: Path) 
 REPORT = (
     "# Report\n\nProse before.\n\n<!-- table:metrics-full -->\nold\n<!-- /table:metrics-full -->\n"
     "\nProse between.\n<!-- table:runs -->\n<!-- /table:runs -->\n<!-- table:cost -->"
-    "<!-- /table:cost -->\n<!-- table:allocation --><!-- /table:allocation -->\nProse after.\n"
+    "<!-- /table:cost -->\n<!-- table:summary --><!-- /table:summary -->\nProse after.\n"
 )
 
 
