@@ -160,8 +160,8 @@ def finish(
     figure: Figure,
     handles: Sequence[Any],
     title: str,
-    runs: pd.DataFrame,
-    styles: Mapping[str, Look],
+    runs: pd.DataFrame | None = None,
+    styles: Mapping[str, Look] | None = None,
     note: str = "",
 ) -> None:
     """Title, what the runs share, and one legend below the panels; the figure grows for both.
@@ -171,11 +171,13 @@ def finish(
     wide = figure.get_figwidth() > COLUMN + 1
     width = 118 if wide else 54  # characters of the title's size
     head = "\n".join(
-        line for text in (title, facts(runs), note) for line in textwrap.wrap(text, width)
+        line
+        for text in (title, "" if runs is None else facts(runs), note)
+        for line in textwrap.wrap(text, width)
     )
     figure.suptitle(head, x=0.01, ha="left")
     unique = list({handle.get_label(): handle for handle in handles}.values())
-    order = {name: place for place, name in enumerate(styles)}
+    order = {name: place for place, name in enumerate(styles or ())}
     unique.sort(key=lambda h: order.get(h.get_label().removesuffix(BASELINE), len(order)))
     for handle in unique:
         handle.set_label("\n".join(textwrap.wrap(handle.get_label(), 50)))

@@ -285,18 +285,29 @@ class Measuring:
 def draw(
     rows: Sequence[dict[str, float | int]], suggested: float | None, configured: float, path: Path
 ) -> None:
-    """The ramp's curve with both rates."""
-    from matplotlib.figure import Figure  # half a second that nothing else here needs
+    """The ramp's curve with both rates; a diverging end of it leaves the panel at the top."""
+    from src.analysis import paper  # matplotlib: half a second that nothing else here needs
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    rates = [row["learning_rate"] for row in rows]
-    axes.semilogx(rates, [row["loss"] for row in rows], color="0.8", label="loss")
-    axes.semilogx(rates, [row["smoothed"] for row in rows], color="C0", label="smoothed")
-    axes.axvline(configured, color="0.4", linestyle="--", label=f"configured {configured:g}")
-    if suggested is not None:
-        axes.axvline(suggested, color="C1", label=f"suggested {suggested:.2g}")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss, nats a token")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    with paper.style():
+        figure, (axes,) = paper.grid(1)
+        rates = [row["learning_rate"] for row in rows]
+        smooth = [row["smoothed"] for row in rows]
+        paper.hold(
+            axes, "x", [*rates, configured, *([] if suggested is None else [suggested])], log=True
+        )
+        paper.hold(axes, "y", [smooth[0], min(smooth)])
+        axes.plot(rates, [row["loss"] for row in rows], color="0.8")
+        axes.plot(rates, smooth, color=paper.COLOURS[0])
+        axes.axvline(configured, color=paper.BLACK, linestyle="--")
+        handles = [
+            paper.line("loss", color="0.8"),
+            paper.line("smoothed", color=paper.COLOURS[0]),
+            paper.line(f"configured {configured:g}", color=paper.BLACK, ls="--"),
+        ]
+        if suggested is not None:
+            axes.axvline(suggested, color=paper.COLOURS[1])
+            handles.append(paper.line(f"suggested {suggested:.2g}", color=paper.COLOURS[1]))
+        axes.set_xlabel("Learning rate")
+        axes.set_ylabel("Loss (nats a token)")
+        paper.finish(figure, handles, "Learning-rate range test")
+        paper.save(figure, path)
