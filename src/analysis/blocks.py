@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from src.spec.rates import spelled
+
 _ALIKE = ["sweep", "phase", "batch_size", "seq_len"]
 
 
@@ -140,7 +142,8 @@ def order_sentences(runs: pd.DataFrame) -> list[str]:
         measure = str(best.name).replace("_", " ")
         digits = 1 if measure == "dev perplexity" else 3
         named = [
-            f"{name} {value:.{digits}f}" + (f" at {rates[name]:g}" if block.many_rates else "")
+            f"{name} {value:.{digits}f}"
+            + (f" at {spelled(rates[name])}" if block.many_rates else "")
             for name, value in best.items()
         ]
         sentence = f"{block.title}: {measure} {' < '.join(named)}"
@@ -158,7 +161,7 @@ def order_sentences(runs: pd.DataFrame) -> list[str]:
         if rate is not None:
             at = tuple(ranking(block.runs[block.runs["learning_rate"] == rate]).index)
             same = "the same order" if at == order else f"another order, {' < '.join(at)}"
-            told[-1] += f" At the shared rate {rate:g}: {same}."
+            told[-1] += f" At the shared rate {spelled(rate)}: {same}."
         orders.setdefault(block.sweep, []).append((block.title, order))
     for (one, first), (other, second) in (
         pair for known in orders.values() for pair in zip(known, known[1:], strict=False)

@@ -91,14 +91,6 @@ def read_csv(summary: Path) -> list[Row]:
     return rows
 
 
-def number(row: Row, key: str) -> float | None:
-    """A finite number, or None where the row has none."""
-    value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
 def _read(path: Path) -> pd.DataFrame:
     types = {name: _DTYPES[key.kind] for name, key in KEYS.items()}
     try:

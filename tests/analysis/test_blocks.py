@@ -56,7 +56,7 @@ def test_who_leads_at_its_own_rate_and_whether_blocks_agree(logs: list[Path]) ->
     assert prd.index("emb25") < prd.index("emb35") < prd.index("emb45") and "one seed" in prd
     assert rates.index("emb35") < rates.index("emb25") < rates.index("emb45")
     assert "emb25's is the highest rate tried" in rates and "emb35's" not in rates
-    assert "At the shared rate 0.004: another order, emb35 < emb45 < emb25." in rates
+    assert "At the shared rate 4e-3: another order, emb35 < emb45 < emb25." in rates
     assert against.endswith("another order.")
 
 
