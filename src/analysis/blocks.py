@@ -91,7 +91,8 @@ def blocks(runs: pd.DataFrame) -> list[Block]:
 
 def each_once(runs: pd.DataFrame) -> pd.DataFrame:
     """`emb35` and the run of a list of rates that is the same, `emb35-lr4e-3`, count once."""
-    return runs.drop_duplicates(["configuration", "learning_rate", "seed", "vocab_size"])
+    alike = ["configuration", "learning_rate", "seed", "model_digest", "training_digest"]
+    return runs.drop_duplicates(alike)
 
 
 def own_rates(runs: pd.DataFrame) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from src.analysis.run_csv import Row
-from src.analysis.run_table import read_config, read_json
+from src.analysis.run_table import read_config, read_object
 
 SCHEMA = 1
 NAME = "results_bundle.json"
@@ -86,14 +86,14 @@ def _environments(rows: Sequence[Row]) -> list[dict[str, Any]]:
     runs: dict[str, list[str]] = {}
     for row in rows:
         path = Path(row["path"]) / "environment.json"
-        content = read_json(path) if path.is_file() else None
+        content = read_object(path) if path.is_file() else None
         if content is not None:
             runs.setdefault(json.dumps(content, sort_keys=True), []).append(str(row["run"]))
     return [{**json.loads(text), "runs": sorted(names)} for text, names in sorted(runs.items())]
 
 
 def _study(path: Path) -> dict[str, Any] | None:
-    content = read_json(path) if path.is_file() else None
+    content = read_object(path) if path.is_file() else None
     if content is None:
         return None
     kept = {key: value for key, value in content.items() if key != "costs"}

@@ -14,7 +14,7 @@ from typing import Any
 
 from src.analysis.kill_replay import ReplayedRun, replay_kills
 from src.analysis.run_csv import Row
-from src.analysis.run_table import read_config, read_curve, read_json
+from src.analysis.run_table import read_config, read_curve, read_object
 from src.spec import kill_rule
 from src.spec.kill_rule import KillRule
 from src.spec.names import run_name
@@ -64,7 +64,7 @@ def publication(summary: Path) -> Source | None:
     bundle = summary.with_name("results_bundle.json")
     if not bundle.is_file():
         return None
-    configs = (read_json(bundle) or {}).get("runs", {})
+    configs = (read_object(bundle) or {}).get("runs", {})
 
     def read(row: Row) -> tuple[Config, kill_rule.Curve]:
         name = str(row["run"])

@@ -21,7 +21,7 @@ import pandas as pd
 from src.analysis import aggregate as aggregate_results
 from src.analysis.bundle import portable
 from src.analysis.run_csv import read_csv, write_csv
-from src.analysis.run_table import read_json
+from src.analysis.run_table import read_object
 from src.spec.command_line import Parser, Refusal
 from src.storage.files import workshop, write_atomic, write_json
 from src.storage.run_dir import read_rows
@@ -88,7 +88,7 @@ def publish_run(run: Path, place: Path) -> None:
         for path in sorted(run.glob(pattern)):
             shutil.copyfile(path, place / path.name)
     if (run / "environment.json").is_file():
-        write_json(place / "environment.json", portable(read_json(run / "environment.json")))
+        write_json(place / "environment.json", portable(read_object(run / "environment.json")))
     if (run / "metrics.jsonl").is_file():
         write_atomic(place / "curve.csv", curve(run / "metrics.jsonl").encode())
 

@@ -75,7 +75,7 @@ def _read(log_dir: Path, prefix: str) -> tuple[list[Row], Sweeps, Mapping[str, A
         row |= {} if problem is None else {"reason": and_also(row, problem)}
         rows.append(row | {"run": f"{prefix}{row['run']}"})
     file = log_dir / "study.json"
-    return rows, sweeps, (read_json(file) or {}) if file.exists() else {}
+    return rows, sweeps, (read_object(file) or {}) if file.exists() else {}
 
 
 def _is_planned(row: Row, study: Mapping[str, Any], prefix: str) -> bool:
@@ -92,7 +92,7 @@ def _read_run(path: Path, name: str, config: Mapping[str, Any]) -> Row:
     row = _from_config(config) | where
     metrics_file, failure_file = path / "metrics.json", path / "failure.json"
     if metrics_file.exists():
-        metrics = read_json(metrics_file)
+        metrics = read_object(metrics_file)
         if metrics is None:
             return row | {"status": "failed", "reason": "metrics.json is not a JSON object"}
         row |= {key: value for key, value in _flatten(metrics).items() if value is not None}
@@ -106,7 +106,7 @@ def _read_run(path: Path, name: str, config: Mapping[str, Any]) -> Row:
     last = _last_row(path)
     row |= {key: last[key] for key in ("steps", "tokens") if key in last}
     if failure_file.exists():
-        failure = read_json(failure_file) or {}
+        failure = read_object(failure_file) or {}
         told = [failure[key] for key in ("kind", "reason", "message") if failure.get(key)]
         reason = ": ".join(str(part) for part in told) or "failure.json gives no reason"
         return row | {"status": "failed", "reason": reason}
@@ -154,7 +154,7 @@ def computed(path: Path) -> Row:
     """What environment.json says of the program and the processors that computed a run, for those
     whose metrics.json is older than these keys; nothing where it does not say."""
     file = path / "environment.json"
-    found = (read_json(file) or {}).get("computed") if file.is_file() else None
+    found = (read_object(file) or {}).get("computed") if file.is_file() else None
     if not found or not all(isinstance(one, dict) and one for one in found):
         return {}
     return {
@@ -212,7 +212,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], str | None]:
     return config, None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file holds something else."""
     try:
         value = json.loads(path.read_bytes())
@@ -234,7 +234,7 @@ def read_ratios(log_dir: Path) -> dict[str, dict[str, Any]]:
     baseline of most comparisons counts.
     """
     files = sorted((log_dir / "latency").glob("*.json"))
-    found = [one for file in files if _is_comparison(one := read_json(file) or {})]
+    found = [one for file in files if _is_comparison(one := read_object(file) or {})]
     baselines = [one["baseline"] for one in found]
     ratios: dict[str, dict[str, Any]] = {}
     for one in sorted(found, key=lambda one: baselines.count(one["baseline"])):
