@@ -9,7 +9,6 @@ Shapes: B sequences of a micro-batch, T tokens.
 
 from __future__ import annotations
 
-import itertools
 import json
 import resource
 import sys
@@ -94,8 +93,7 @@ def _batches(work: Work) -> Callable[[], Any]:
 
 
 def ours(connection: Connection, work: Work, facts: dict) -> None:
-    """src.train's own batch, gradients, compilation and optimizer; clipping and stepping as its
-    `Stepper.update` does, with one wait for the device."""
+    """The training step itself (`src.training_step.Stepper`), with one wait for the device."""
     import numpy as np
     import torch
 
@@ -103,40 +101,22 @@ def ours(connection: Connection, work: Work, facts: dict) -> None:
     from src.data.tokens import Windows
     from src.models.transformer import Transformer
     from src.spec.config import TrainingConfig
-    from src.training_step import batch_gradients, build_optimizer, compile_blocks
+    from src.training_step import Stepper, compile_blocks
 
-    training = TrainingConfig(
-        batch_size=work.batch_size, seq_len=work.seq_len, learning_rate=work.learning_rate
-    )
-    device = torch.device(work.device)
+    training = TrainingConfig(batch_size=work.batch_size, seq_len=work.seq_len)
     machine = Machine(
-        device=device, precision=work.precision, micro_batch=work.micro_batch,
+        device=torch.device(work.device), precision=work.precision, micro_batch=work.micro_batch,
         compile=work.compile, threads=work.threads, loss_chunk=LOSS_CHUNK[work.device],
     )  # fmt: skip
-    model = Transformer(work.model).to(device)
-    optimizer = build_optimizer(model, training)
-    scaler = torch.amp.GradScaler(work.device, enabled=work.precision == "fp16")
-    compile_blocks(model, machine)
+    stepper = Stepper(Transformer(work.model).to(machine.device), training, machine)
+    compile_blocks(stepper.model, machine)
     count = STREAM_BATCHES * work.batch_size * work.seq_len + 1
     stream = np.random.default_rng(1).integers(work.model.vocab_size, size=count, dtype=np.uint16)
     windows = Windows(stream, batch_size=work.batch_size, seq_len=work.seq_len, seed=0)
-    steps = itertools.count()
 
     def step() -> float:
-        nats = batch_gradients(
-            model,
-            torch.from_numpy(windows.batch(next(steps))),
-            machine,
-            training.z_loss,
-            scaler.scale,
-        )
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        loss, _ = torch.stack((nats, norm)).tolist()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
+        batch = torch.from_numpy(windows.batch(stepper.step))
+        return stepper.update(stepper.gradients(batch), work.learning_rate)[0]
 
     _serve(connection, step, work, facts)
 
