@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from src.analysis import decisions, intervals, rankings, repeats
+from src.spec import run_identity
 from src.study.builder import PlanBuilder, mean_text
 from src.study.plan import Configuration
 
@@ -154,6 +155,11 @@ class Judge:
                 told += f"; p {adjusted[name].p:.4f}, {adjusted[name].adjusted_p:.4f} after Holm"
                 if self.noise is not None:
                     told += f"; seed noise {self.noise.sd:.4f} from all pairs ({self.noise.df} df)"
+            results = [self.builder.result(o) or {} for o in (*judged[name], *self.baseline)]
+            kinds = sorted({r["processors"] for r in results if r.get("processors")})
+            if len(kinds) > 1:
+                told += f"; computed on {len(kinds)} kinds of processor ({', '.join(kinds)}), "
+                told += "whose rounding is part of the differences"
             if left_out:
                 told += f"; left out: {'; '.join(left_out)}"
             self._decide(
@@ -217,9 +223,9 @@ class Judge:
         )
 
     def _labelled(self, group: Sequence[Configuration]) -> dict[repeats.Label, float]:
-        """Losses of the finished ones by seed and by everything else that changes bits."""
+        """Losses of the finished ones by seed and by the program that computed them."""
         return {
-            (one.run.seed, (self.builder.result(one) or {}).get("compute_digest")): loss
+            (one.run.seed, run_identity.computed_as(self.builder.result(one) or {})): loss
             for one in group
             for loss in self.builder.losses([one], self.key)
         }

@@ -462,6 +462,25 @@ def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
     )
 
 
+def test_seeds_of_another_processor_pair_and_that_is_said(prd: Study) -> None:
+    """The study moved to another machine; the program is the same."""
+
+    def extra(job: Job) -> dict[str, Any]:
+        moved = job.name in ("emb35-seed1", "emb35-seed2")
+        return {
+            "compute_digest": "there" if moved else "here",
+            "program_digest": "one",
+            "processors": "AMD EPYC AVX2" if moved else "AMD EPYC AVX512",
+        }
+
+    plan, _ = simulate(
+        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
+    )
+    says = row(plan, "equivalence")
+    assert says["verdict"] != "no verdict" and "left out" not in says["reason"]
+    assert "2 kinds of processor (AMD EPYC AVX2, AMD EPYC AVX512)" in says["reason"]
+
+
 def test_no_winner_is_a_result(prd: Study) -> None:
     plan, _ = simulate(finalists(prd, 1), losses_with(0.1), speed=1.11)
     assert row(plan, "winner")["verdict"] == readings("no winner")
