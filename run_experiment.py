@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in SIGNALS:
         signal.signal(number, _preempt)
     try:
+        os.getcwd()  # OSError where it was deleted: torch would end the process without a word
         if arguments.study is not None:
             code = _study(arguments)
             if code == TRY_AGAIN:

@@ -534,6 +534,26 @@ def test_damaged_tokens_are_refused_before_anything_is_written(
     assert not logs.exists()
 
 
+def test_a_description_of_tokens_without_its_corpus_is_refused(
+    token_root, tmp_path, logs, main, capsys
+):
+    copy = Path(shutil.copytree(token_root, tmp_path / "tokens"))
+    meta = copy / f"v{VOCAB}" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"corpus": "x"}))
+    (tmp_path / "tiny.yaml").write_text(SWEEP.format(tokens=copy))
+    assert main("--config", tmp_path / "tiny.yaml", "--exp", "base", "--log_dir", logs) == BAD_INPUT
+    assert "meta.json: corpus: found 'x'" in capsys.readouterr().err and not logs.exists()
+
+
+def test_a_working_directory_that_is_gone_is_said(tiny_sweep, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"rmdir {gone}; exec {sys.executable} {ROOT / 'run_experiment.py'} --dry_run "
+    command += f"--config {tiny_sweep}"
+    done = subprocess.run(["bash", "-c", command], cwd=gone, capture_output=True, text=True)
+    assert done.returncode == 74 and "could not read or write" in done.stderr
+
+
 @pytest.mark.parametrize("place", ["file", "file/logs", "link"])
 def test_a_log_directory_that_is_a_file_is_refused(place, tiny_sweep, tmp_path, main, capsys):
     (tmp_path / "file").write_text("")

@@ -73,6 +73,8 @@ def load(path: Path, vocab_size: int, train_tokens: int | None = None) -> TokenD
         found_vocab = int(meta["vocab_size"])
         if found_vocab != vocab_size:
             raise ValueError(f"vocab_size: found {found_vocab}, expected {vocab_size}")
+        if not isinstance(meta["corpus"], dict):
+            raise ValueError(f"corpus: found {meta['corpus']!r}, expected keys and values")
         _check_hash(path / "tokenizer.json", meta["tokenizer_sha256"])
         splits = {
             name: _load_split(path, name, meta["splits"][name], vocab_size) for name in SPLITS
