@@ -2,7 +2,8 @@
 
     python inside.py TOOL FOLDER OUT
 
-FOLDER holds <variant>/final and <variant>/reference.json; OUT receives JSON by variant: `ids` of
+FOLDER holds <variant>/final and <variant>/reference.json, or is a run's directory (then the answer
+has `curves`: [step, value] pairs by TensorBoard's tag); OUT receives JSON by variant: `ids` of
 the reference's texts by the tool's own tokenizer, `log_probabilities` of their tokens (or their
 sums), `greedy` ids (or texts), under `others` the log-probabilities in other settings; or `error`.
 A key is left out where the tool does not give it.
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,9 @@ def _llama_cpp(final: Path, reference: Answer) -> Answer:
         "runpy.run_path('convert_hf_to_gguf.py', run_name='__main__')"
     )
     subprocess.run([sys.executable, "-c", program], cwd=sources, check=True, capture_output=True)
-    other = (
-        {"ours-f32": final.parent / "ours.gguf"} if (final.parent / "ours.gguf").exists() else {}
-    )
+    ours = place / "ours.gguf"
+    door = Path(__file__).resolve().parents[2] / "scripts" / "export_gguf.py"
+    subprocess.run([sys.executable, str(door), str(final), str(ours)], check=True)
 
     def open_model(path: Path, **settings: Any) -> Any:
         return llama_cpp.Llama(
@@ -150,8 +151,7 @@ def _llama_cpp(final: Path, reference: Answer) -> Answer:
         made = model.generate(row, temp=0.0, repeat_penalty=1.0)
         answer["greedy"].append([token for token, _ in zip(made, range(NEW_TOKENS))])  # noqa: B905
     others = {"f32, default cache": said(open_model(kept))}
-    for name, path in other.items():
-        others[name] = said(open_model(path, **exact))
+    others["scripts/export_gguf.py"] = said(open_model(ours, **exact))
     for name, kind in {"f16": 1, "q8_0": 7, "q4_K_M": 15}.items():
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.ftype = kind
@@ -243,8 +243,14 @@ def _minicons(final: Path, reference: Answer) -> Answer:
     from minicons import scorer
 
     model = scorer.IncrementalLMScorer(str(final), "cpu")
-    scored = model.token_score(texts(reference, "texts"), bos_token=True, decode=False)
-    return {"log_probabilities": [[said for _, said in found][1:] for found in scored]}
+    # It spells the beginning token in the text, which our tokenizer reads as a text unless told.
+    model.tokenizer.split_special_tokens = False
+    token = model.tokenizer.bos_token
+    strings = texts(reference, "texts")
+    asked = [text for text in strings if token not in text]
+    found = iter(model.token_score(asked, bos_token=True, decode=False))
+    said = [None if token in text else [s for _, s in next(found)][1:] for text in strings]
+    return {"log_probabilities": said}
 
 
 def _mistralrs(final: Path, reference: Answer) -> Answer:
@@ -317,11 +323,14 @@ def _asked(address: str) -> list[list[float]]:
 
 
 def _trackio(run: Path) -> Answer:
+    os.environ["TRACKIO_DIR"] = str(run.parent / "trackio")
     import trackio
+    from trackio.sqlite_storage import SQLiteStorage
 
     trackio.import_tf_events(str(run / "tensorboard"), project="tried", name=run.name)
-    found = trackio.Api().runs("tried")
-    return {"found": str(found)}
+    rows = SQLiteStorage.get_logs("tried", f"{run.name}_main")
+    curves = {tag: [[row["step"], row[tag]] for row in rows if tag in row] for tag in logged(run)}
+    return {"curves": curves}
 
 
 def _mlflow(run: Path) -> Answer:
@@ -334,24 +343,27 @@ def _mlflow(run: Path) -> Answer:
             numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
             mlflow.log_metrics(numbers, step=line["step"])
     client = mlflow.MlflowClient()
-    history = {
-        tag: client.get_metric_history(begun.info.run_id, tag.replace("/", "_"))
-        for tag in logged(run)
-    }
-    return {tag: [[m.step, m.value] for m in points] for tag, points in history.items()}
+    curves = {}
+    for tag in logged(run):
+        points = client.get_metric_history(begun.info.run_id, tag.replace("/", "_"))
+        curves[tag] = [[point.step, point.value] for point in points]
+    return {"curves": curves}
 
 
-def tools() -> Iterator[tuple[str, Callable[[Path, Answer], Answer]]]:
-    """Every function of this file that is a tool, by its name without the underscore."""
-    for name, value in globals().items():
-        if name.startswith("_") and not name.startswith(("__", "_like")) and callable(value):
-            yield name[1:], value
+TOOLS = (
+    _transformers, _vllm, _llama_cpp, _onnxruntime, _openvino, _ctranslate2, _lm_eval, _minicons,
+    _mistralrs, _surprisal, _tensorboard, _trackio, _mlflow,
+)  # fmt: skip
 
 
 def main() -> None:
     """Goes on where OUT ends: a variant that killed the process is written as begun."""
     tool, folder, out = sys.argv[1], Path(sys.argv[2]).resolve(), Path(sys.argv[3])
     found = json.loads(out.read_bytes()) if out.exists() else {}
+    function = {each.__name__[1:]: each for each in TOOLS}[tool]
+    if (folder / "metrics.jsonl").exists():
+        out.write_text(json.dumps({"run": function(folder)}), encoding="utf-8")
+        return
     for path in sorted(folder.glob("*/reference.json")):
         name = path.parent.name
         if name in found:
@@ -359,7 +371,7 @@ def main() -> None:
         found[name] = {"error": "the process died"}
         out.write_text(json.dumps(found), encoding="utf-8")
         try:
-            found[name] = dict(tools())[tool](path.parent / "final", json.loads(path.read_bytes()))
+            found[name] = function(path.parent / "final", json.loads(path.read_bytes()))
         except Exception as error:  # of any tool, of any type: it is the result
             traceback.print_exc()
             said = str(error).strip().splitlines() or [""]

