@@ -92,7 +92,7 @@ _LISTED = (
         name="ctranslate2",
         title="CTranslate2 4.8.5",
         pins=("ctranslate2==4.8.5", "transformers==5.23.0", TORCH),
-        notes=("`ct2-transformers-converter`; wants an `unk_token`"),
+        notes=("`ct2-transformers-converter`; raises where `unk_token` is null"),
     ),
     Tool(
         name="lm_eval",
