@@ -137,6 +137,12 @@ _LISTED = (
             "`pip install trackio[tensorboard]`; `import_tf_events` calls the run `<name>_main`"
         ),
     ),
-    Tool(name="mlflow", title="MLflow", pins=("mlflow==3.17.0",), reads="log", notes=""),
+    Tool(
+        name="mlflow",
+        title="MLflow 3.17.2",
+        pins=("mlflow==3.17.2",),
+        reads="log",
+        notes="the loop below",
+    ),
 )
 TOOLS = {tool.name: tool for tool in _LISTED}
