@@ -267,15 +267,6 @@ def _mistralrs(final: Path, reference: Answer) -> Answer:
     return {"greedy_texts": [continued(text) for text in texts(reference, "prompts")]}
 
 
-def _surprisal(final: Path, reference: Answer) -> Answer:
-    """Surprisals of a text's tokens are its negative log-probabilities."""
-    from surprisal import AutoHuggingFaceModel
-
-    model = AutoHuggingFaceModel.from_pretrained(str(final), model_class="gpt")
-    found = model.surprise(texts(reference, "texts"))
-    return {"log_probabilities": [[-float(x) for x in one.surprisals] for one in found]}
-
-
 def logged(run: Path) -> dict[str, list[list[float]]]:
     """What metrics.jsonl has for two of the curves: [step, value] pairs by TensorBoard's tag."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -352,7 +343,7 @@ def _mlflow(run: Path) -> Answer:
 
 TOOLS = (
     _transformers, _vllm, _llama_cpp, _onnxruntime, _openvino, _ctranslate2, _lm_eval, _minicons,
-    _mistralrs, _surprisal, _tensorboard, _trackio, _mlflow,
+    _mistralrs, _tensorboard, _trackio, _mlflow,
 )  # fmt: skip
 
 

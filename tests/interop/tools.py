@@ -116,12 +116,6 @@ _LISTED = (
         notes=("`Which.Plain`, a Qwen3 needs `max_window_layers` in its config"),
     ),
     Tool(
-        name="surprisal",
-        title="surprisal 0.1.7",
-        pins=("surprisal==0.1.7", TORCH),
-        notes="",
-    ),
-    Tool(
         name="tensorboard",
         title="TensorBoard 2.21.0, the server",
         pins=("tensorboard==2.21.0",),
