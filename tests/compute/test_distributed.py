@@ -24,7 +24,7 @@ from src.storage.run_dir import read_rows
 from src.training_step import batch_gradients, build_model
 from tests.conftest import ROOT
 from tests.faults.bench import differences
-from tests.study.test_launch import rows, until
+from tests.study.test_engines import rows, until
 
 # Relative, of losses in float32: the same sums in another order.
 TOLERANCE = 1e-5
