@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("final", type=Path, help="the folder final/ of a finished run")
     parser.add_argument("output", type=Path, help="the file to write")
     asked = parser.parse_args()
+    if not (asked.final / "config.json").is_file():
+        raise Refusal(f"{asked.final}: found no config.json, expected the folder final/ of a run")
     try:
         import gguf
         from safetensors.numpy import load_file

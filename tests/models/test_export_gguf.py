@@ -1,0 +1,66 @@
+"""The GGUF file holds the weights under llama.cpp's names, read by gguf's own reader."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from src.models.export import export
+from tests import ROOT
+from tests.models.test_export import small_model, tokenizer_json  # noqa: F401 (a fixture)
+
+LAYERS, HEADS, HEAD_DIM = 2, 2, 16  # those of small_model
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts/export_gguf.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_every_weight_arrives(
+    tokenizer_json: Path,  # noqa: F811
+    tmp_path: Path,
+    qk_norm: bool,
+) -> None:
+    final, output = tmp_path / "emb35" / "final", tmp_path / "emb35.gguf"
+    final.parent.mkdir()
+    model = small_model(qk_norm=qk_norm)
+    export(model, tokenizer_json, final, max_position_embeddings=32)
+    done = run(final, output)
+    assert done.returncode == 0, done.stderr
+    file = gguf.GGUFReader(output)
+    held = {tensor.name: np.array(tensor.data) for tensor in file.tensors}
+    weights = load_file(final / "model.safetensors")
+    assert len(held) == len(weights)
+    assert np.array_equal(held["token_embd.weight"], weights["model.embed_tokens.weight"])
+    for layer in range(LAYERS):
+        ours = f"model.layers.{layer}"
+        assert np.array_equal(
+            held[f"blk.{layer}.ffn_down.weight"], weights[f"{ours}.mlp.down_proj.weight"]
+        )
+        queries = weights[f"{ours}.self_attn.q_proj.weight"]
+        if not qk_norm:  # row 2i + j of a head there is row i + j * head_dim / 2 here
+            rows = [
+                head * HEAD_DIM + i + j * HEAD_DIM // 2
+                for head in range(HEADS)
+                for i in range(HEAD_DIM // 2)
+                for j in range(2)
+            ]
+            queries = queries[rows]
+        assert np.array_equal(held[f"blk.{layer}.attn_q.weight"], queries)
+    assert file.fields["general.architecture"].contents() == ("qwen3" if qk_norm else "llama")
+    assert file.fields["general.name"].contents() == "emb35"
+    assert len(file.fields["tokenizer.ggml.tokens"].contents()) == model.config.vocab_size
+
+
+def test_a_folder_without_a_checkpoint_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    done = run(tmp_path, tmp_path / "x.gguf")
+    assert done.returncode == 78 and "config.json" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "x.gguf").exists()
