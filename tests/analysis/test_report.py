@@ -24,6 +24,7 @@ from src.analysis import compare, decisions, intervals, kill_table, repeats
 from src.analysis.run_csv import Row, read_csv
 from src.analysis.run_table import read_curve
 from src.spec import config
+from src.spec.study_file import load_study
 from src.study.plan import allocate
 from tests import ROOT
 
@@ -31,6 +32,7 @@ RESULTS = ROOT / "results"
 STUDY, COMPLETE, ARMS = (
     RESULTS / name for name in ("miniature", "miniature-complete", "miniature-arms")
 )
+TEN = RESULTS / "study-10m"
 EMB35, EMB45, GLU4X = "mini-emb35", "mini-emb45", "mini-glu4x-mini-emb45"
 STUDY_EMB45 = "mini-glu266x-mini-emb45"  # the same integers under the study's name
 SEEDS = ("", "-seed1", "-seed2")
@@ -90,6 +92,35 @@ def perplexity(run: str) -> float:
 
 
 # --- the claims ---------------------------------------------------------------------------------
+
+
+def ten_million() -> Iterator[str]:
+    """The blocks of the 10M study that have ended."""
+    ranked = {name: rows(TEN)[f"prd/{name}-rank"] for name in ("emb35", "emb45", "emb25")}
+    first = ranked["emb35"]
+    assert len({row["tokens"] for row in ranked.values()}) == 1
+    yield f"({first['total_params_asked'] / 1e6:.0f}M parameters)"
+    yield (
+        f"{first['tokens'] / 1e6:.1f}M tokens of english-50m in {first['steps']} steps of "
+        f"{first['batch_size']} x {first['seq_len']} at {1000 * first['learning_rate']:g}e-3"
+    )
+    for row in ranked.values():
+        where = " in the table" if row is first else ""
+        yield (
+            f"{row['dev_perplexity']:.1f} at {100 * row['embedding_ratio_built']:.1f} %{where} "
+            f"({row['experiment']}, {row['n_layers']} layers)"
+        )
+    killed = [name for name, row in ranked.items() if row["kill_verdict"] == "kill"]
+    assert killed == ["emb25"]
+    yield f"would have stopped it at {ranked['emb25']['kill_tokens'] / 1e6:.1f}M tokens"
+    study = load_study(ROOT / "configs/study_10m.yaml")
+    rates = next(block for block in study.blocks if block.name == "rates")
+    stated = dict(override.split("=", 1) for override in rates.overrides)
+    batch, listed = int(stated["training.ranking_batch_size"]), stated["training.learning_rate"]
+    budget = training(TEN, "prd/emb35-rank")["ranking_tokens"]
+    steps = math.ceil(budget / (batch * first["seq_len"]))
+    assert listed.count(",") == 2
+    yield f"{steps} steps of {batch} x {first['seq_len']} at three rates"
 
 
 def set_up() -> Iterator[str]:
@@ -374,7 +405,7 @@ def rest() -> Iterator[str]:
     yield f"{part:.0f} % of the full budget of the 10M study"
 
 
-CLAIMS = (set_up, decision, discussion, kills, noise, speed, smallbench, rest)
+CLAIMS = (ten_million, set_up, decision, discussion, kills, noise, speed, smallbench, rest)
 
 
 def prose() -> str:
