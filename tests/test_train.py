@@ -509,7 +509,7 @@ def test_the_source_digest_follows_what_training_imports_and_nothing_else(tmp_pa
         ("config.yaml", "a: [\n"),
         ("config.yaml", "a: 1\n"),
         ("config.yaml", "- 1\n"),
-        ("metrics.jsonl", '{"kind": "dev", "step": 1}\n'),
+        ("metrics.jsonl", '{"kind": "dev", "step": 1, "dev_perplexity": 9.0}\n'),
         ("metrics.jsonl", '{"kind": "dev",\n{}\n'),
     ],
 )

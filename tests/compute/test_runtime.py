@@ -293,7 +293,7 @@ def test_git_state_of_a_repository(tmp_path, monkeypatch):
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
         subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True)
 
-    monkeypatch.setattr(runtime, "_ROOT", tmp_path)
+    monkeypatch.setattr(runtime, "_REPOSITORY", tmp_path)
     assert runtime._git_state() == (None, None)  # no repository
     git("init", "-q")
     assert runtime._git_state() == (None, None)  # no commit
@@ -306,7 +306,7 @@ def test_git_state_of_a_repository(tmp_path, monkeypatch):
     assert sha is not None and len(sha) == 40 and dirty is False
     (tmp_path / "src" / "b.py").write_text("2\n")
     assert runtime._git_state() == (sha, True)
-    monkeypatch.setattr(runtime, "_ROOT", tmp_path / "src")
+    monkeypatch.setattr(runtime, "_REPOSITORY", tmp_path / "src")
     assert runtime._git_state() == (None, None)  # inside somebody else's repository
 
 
