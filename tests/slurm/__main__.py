@@ -139,7 +139,7 @@ def trial(work: Path, seed: int) -> tuple[list[Task], str, str]:
         for task in tasks:
             judge(task, jobs[array][task.number], bench)
     script = next((work / "preempted" / "launch").glob("*.sbatch")).read_text()
-    for path, stands_for in ((work, "WORK"), (sys.executable, "PYTHON"), (ROOT, "ROOT")):
+    for path, stands_for in ((work, "WORK"), (sys.executable, "PYTHON"), (ROOT, "REPOSITORY")):
         script = script.replace(str(path), stands_for)
     return [task for tasks in arrays.values() for task in tasks], script, version
 
