@@ -296,8 +296,8 @@ def _against(row: dict[str, Any], roof: Mapping[str, float]) -> None:
 def table(cells: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| cell | peer | tokens/s | ours over it (range) | MFU | of memory roof | micro-batch "
-        "| first step s | peak MiB |",
+        "| configuration | peer | tokens/s | ours over it (range) | MFU | of memory roof "
+        "| micro-batch | first step s | peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cell, found in cells.items():

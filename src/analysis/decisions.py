@@ -47,13 +47,13 @@ def promote(
     alive = {name: mean_sd(values) for name, values in losses.items() if name not in killed}
     if not alive:
         raise ValueError(
-            f"no cell is left to promote: {len(losses)} given, all of them killed. Loosen the kill "
-            f"rule or rerun the sweep."
+            f"no configuration is left to promote: {len(losses)} given, all of them killed. Loosen "
+            f"the kill rule or rerun the sweep."
         )
     ranking = tuple(sorted(((n, s.mean) for n, s in alive.items()), key=lambda item: item[1]))
     best = ranking[0][0]
     if len(ranking) == 1:
-        return Promotion((best,), ranking, None, None, f"{best} is the only cell left.")
+        return Promotion((best,), ranking, None, None, f"{best} is the only configuration left.")
     second = ranking[1][0]
     gap = ranking[1][1] - ranking[0][1]
     if noise is None:

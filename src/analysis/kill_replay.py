@@ -82,7 +82,7 @@ def kill_grid(
     best_killed, in how many studies it stopped the run that ends lowest of all; saved, the share of
     the runs' tokens not spent. Raises ValueError as `replay_kills` does.
     """
-    cells = []
+    grid = []
     for grace, margin in itertools.product(graces, margins):
         found = []
         for baseline, runs in studies:
@@ -98,7 +98,7 @@ def kill_grid(
         false = sum(row.false_kill for row in rows)
         low, high = stats.binomtest(false, innocent).proportion_ci() if innocent else (0.0, 1.0)
         total = sum(replay.tokens_total for replay in found)
-        cells.append(
+        grid.append(
             {
                 "grace": grace,
                 "margin": margin,
@@ -112,4 +112,4 @@ def kill_grid(
                 "saved": sum(replay.tokens_saved for replay in found) / total if total else 0.0,
             }
         )
-    return cells
+    return grid

@@ -103,8 +103,8 @@ def _compared(block: Block, split: str) -> list[list[str]]:
     body = []
     order = best.groupby("configuration")[EMBEDDING_RATIO.built].mean().sort_values()
     for name in order.index:
-        cell = best[best["configuration"] == name]
-        first = cell.iloc[0]
+        group = best[best["configuration"] == name]
+        first = group.iloc[0]
         mark = " **(baseline)**" if name == block.baseline else ""
         rate = first["learning_rate"]
         body.append(
@@ -113,10 +113,10 @@ def _compared(block: Block, split: str) -> list[list[str]]:
                 fixed(100 * first[EMBEDDING_RATIO.built], 1, " %"),
                 whole(first["n_layers"]),
                 DASH if pd.isna(rate) else spelled(rate),
-                str(len(cell)),
-                mean_sd(cell[f"{split}_perplexity"], 1),
-                DASH if mark else _against(cell.set_index("seed"), base, f"{split}_loss"),
-                mean_sd(cell[f"{split}_bits_per_byte"], 4),
+                str(len(group)),
+                mean_sd(group[f"{split}_perplexity"], 1),
+                DASH if mark else _against(group.set_index("seed"), base, f"{split}_loss"),
+                mean_sd(group[f"{split}_bits_per_byte"], 4),
             ]
         )
     return body
@@ -189,36 +189,36 @@ def metrics_table(runs: pd.DataFrame) -> str:
     V stands beside each, because PPL compares only under one tokenizer; bits/byte always.
     """
     head = (
-        "phase | cell | V | share (asked) | GLU (asked) | layers | tokens | seeds | test PPL | "
-        "dev PPL | test bits/byte | SmallBench % (chance, untrained) | latency L=128 | "
+        "phase | configuration | V | share (asked) | GLU (asked) | layers | tokens | seeds | "
+        "test PPL | dev PPL | test bits/byte | SmallBench % (chance, untrained) | latency L=128 | "
         "latency L=512 | peak MiB | USD"
     )
     body = [
         [
-            field(cell["phase"].iloc[0]),
-            field(cell["experiment"].iloc[0])
-            + (" **(baseline)**" if cell["baseline"].iloc[0] else ""),
-            whole(cell["vocab_size"].iloc[0]),
-            _built(cell, EMBEDDING_RATIO, lambda value: f"{100 * value:.1f} %"),
-            _built(cell, GLU_EXPANSION, lambda value: f"{value:.2f}"),
-            whole(cell["n_layers"].iloc[0]),
-            _tokens(cell["tokens"].iloc[0]),
-            str(len(cell)),
-            mean_sd(cell["test_perplexity"], 2),
-            mean_sd(cell["dev_perplexity"], 2),
-            mean_sd(cell["test_bits_per_byte"], 4),
-            _smallbench(cell),
-            _latency(cell, 128),
-            _latency(cell, 512),
-            mean_sd(cell["peak_memory_mib"], 1),
-            total(cell["cost_usd"], 2),
+            field(group["phase"].iloc[0]),
+            field(group["experiment"].iloc[0])
+            + (" **(baseline)**" if group["baseline"].iloc[0] else ""),
+            whole(group["vocab_size"].iloc[0]),
+            _built(group, EMBEDDING_RATIO, lambda value: f"{100 * value:.1f} %"),
+            _built(group, GLU_EXPANSION, lambda value: f"{value:.2f}"),
+            whole(group["n_layers"].iloc[0]),
+            _tokens(group["tokens"].iloc[0]),
+            str(len(group)),
+            mean_sd(group["test_perplexity"], 2),
+            mean_sd(group["dev_perplexity"], 2),
+            mean_sd(group["test_bits_per_byte"], 4),
+            _smallbench(group),
+            _latency(group, 128),
+            _latency(group, 512),
+            mean_sd(group["peak_memory_mib"], 1),
+            total(group["cost_usd"], 2),
         ]
-        for cell in _cells(runs[runs["status"] == "finished"])
+        for group in _configurations(runs[runs["status"] == "finished"])
     ]
     return markdown(head, body, "no finished run")
 
 
-def _cells(runs: pd.DataFrame) -> list[pd.DataFrame]:
+def _configurations(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """Runs that differ only by seed, ranking runs first, in the sweep's order of asked values."""
     keys = [
         (runs["phase"] != "rank"),
@@ -227,38 +227,38 @@ def _cells(runs: pd.DataFrame) -> list[pd.DataFrame]:
         *(runs[key].fillna(0.0) for key in ("budget", "learning_rate", "batch_size")),
     ]
     order = [0, 3, 1, 2, 4, 5, 6, 7]
-    return [cell for _, cell in runs.groupby([keys[place] for place in order])]
+    return [group for _, group in runs.groupby([keys[place] for place in order])]
 
 
-def _smallbench(cell: pd.DataFrame) -> str:
+def _smallbench(group: pd.DataFrame) -> str:
     """Beside it what guessing and the same model untrained get: at this size that is not far."""
-    accuracy = mean_sd(100 * cell["smallbench_accuracy"], 1)
+    accuracy = mean_sd(100 * group["smallbench_accuracy"], 1)
     beside = [
-        fixed(100 * cell[f"smallbench_{name}"].iloc[0], 1)
+        fixed(100 * group[f"smallbench_{name}"].iloc[0], 1)
         for name in ("chance", "untrained_accuracy")
     ]
     return accuracy if beside == [DASH, DASH] else f"{accuracy} ({', '.join(beside)})"
 
 
-def _latency(cell: pd.DataFrame, length: int) -> str:
+def _latency(group: pd.DataFrame, length: int) -> str:
     """The ratio to the baseline, interleaved; else how far the seeds' own milliseconds go, which
     what else the computer did has part in."""
-    measured = cell[cell[f"latency_ratio_l{length}"].notna()]
+    measured = group[group[f"latency_ratio_l{length}"].notna()]
     if len(measured):
         ratio, low, high = (
             measured[f"latency_ratio{end}_l{length}"].iloc[0] for end in ("", "_low", "_high")
         )
         interval = "" if pd.isna(low) or pd.isna(high) else f" ({low:.2f} to {high:.2f})"
         return f"x {ratio:.2f}{interval}"
-    found = cell[f"latency_ms_p50_l{length}"].dropna()
+    found = group[f"latency_ms_p50_l{length}"].dropna()
     if found.empty:
         return DASH
     least, most = f"{found.min():.1f}", f"{found.max():.1f}"
     return f"{least} ms" if least == most else f"{least} to {most} ms"
 
 
-def _built(cell: pd.DataFrame, quantity: Request, write: Callable[[float], str]) -> str:
-    built, asked = cell[quantity.built].iloc[0], cell[quantity.asked].iloc[0]
+def _built(group: pd.DataFrame, quantity: Request, write: Callable[[float], str]) -> str:
+    built, asked = group[quantity.built].iloc[0], group[quantity.asked].iloc[0]
     if pd.isna(built):
         return DASH
     return write(built) if pd.isna(asked) else f"{write(built)} ({write(asked)})"

@@ -131,7 +131,7 @@ def _draw(
     best = at_own_rates(runs)
     others = runs.drop(best.index)
     series = _series(best, axis, block.many_rates)
-    cells = _cells(best, series, axis, column)
+    points = _points(best, series, axis, column)
     base = best[best["configuration"] == block.baseline]
     bar = bar_of(base, column)
     low, high = best[column].min(), best[column].max()
@@ -140,15 +140,15 @@ def _draw(
     held = [low, high, *near, *([] if bar is None else [bar])]
     held += [
         min(max(end, low - room), high + room)
-        for end in [*cells["low"].dropna(), *cells["high"].dropna()]
+        for end in [*points["low"].dropna(), *points["high"].dropna()]
     ]
     if len(block.killed):
         held.append(max(held) + 0.2 * (max(held) - min(held) or room))
     paper.hold(ax, "y", held)
     paper.hold(ax, "x", axis.scale * pd.concat([runs, block.killed])[axis.quantity.built])
     handles = _draw_rates(ax, others, axis, column, styles) if len(others) else []
-    handles += _draw_cells(ax, cells, best, series, axis, column, styles)
-    handles += paper.named(cells["configuration"], styles, [block.baseline or ""])
+    handles += _draw_points(ax, points, best, series, axis, column, styles)
+    handles += paper.named(points["configuration"], styles, [block.baseline or ""])
     if bar is not None:
         ax.axhline(bar, color="#444444", linestyle=paper.BAR_DASH, linewidth=0.9, zorder=1.5)
         handles.append(paper.line("5 % below the baseline", color="#444444", ls=paper.BAR_DASH))
@@ -195,7 +195,7 @@ def _series(best: pd.DataFrame, axis: Axis, many_rates: bool) -> pd.Series:
     return label.str.removeprefix(", ")
 
 
-def _cells(best: pd.DataFrame, series: pd.Series, axis: Axis, column: str) -> pd.DataFrame:
+def _points(best: pd.DataFrame, series: pd.Series, axis: Axis, column: str) -> pd.DataFrame:
     """A row a configuration and series: x, the mean over seeds and its 95 % t interval."""
     grouped = best.groupby([series.rename("series"), "configuration"])
     found = grouped.agg(
@@ -209,9 +209,9 @@ def _cells(best: pd.DataFrame, series: pd.Series, axis: Axis, column: str) -> pd
     return found.assign(low=found["mean"] - half, high=found["mean"] + half)
 
 
-def _draw_cells(
+def _draw_points(
     ax: Axes,
-    cells: pd.DataFrame,
+    points: pd.DataFrame,
     best: pd.DataFrame,
     series: pd.Series,
     axis: Axis,
@@ -219,27 +219,29 @@ def _draw_cells(
     styles: Mapping[str, paper.Look],
 ) -> list[Any]:
     handles = []
-    many = cells["series"].nunique() > 1
+    many = points["series"].nunique() > 1
     left, right = ax.get_xlim()
-    for place, (label, mine) in enumerate(cells.groupby("series")):
+    for place, (label, mine) in enumerate(points.groupby("series")):
         how = {"color": paper.GREY, "lw": 0.8, "ls": paper.DASHES[place % len(paper.DASHES)]}
         mine = mine.sort_values("x")
         ax.plot(mine["x"], mine["mean"], zorder=2, **how)
         if many:
             handles.append(paper.line(str(label), **how))
-        for cell in mine.itertuples():
-            look = styles[cell.configuration]
-            if cell.n > 1:
-                own = best[(best["configuration"] == cell.configuration) & (series == label)]
-                beside = cell.x - 0.018 * (right - left)  # else the mean would hide the middle seed
+        for point in mine.itertuples():
+            look = styles[point.configuration]
+            if point.n > 1:
+                own = best[(best["configuration"] == point.configuration) & (series == label)]
+                beside = point.x - 0.018 * (
+                    right - left
+                )  # else the mean would hide the middle seed
                 ax.plot([beside] * len(own), own[column], "o", ms=3.5, mfc="none",
                         color=look.colour, mew=0.7, zorder=4)  # fmt: skip
-                leaves = paper.draw_interval(ax, cell.x, cell.low, cell.high, look.colour)
+                leaves = paper.draw_interval(ax, point.x, point.low, point.high, look.colour)
                 handles.append(paper.point("one seed", "o", mfc="none", ms=3.5, mew=0.7))
                 handles.append(paper.point("mean, 95 % t interval", "_", ms=8))
                 if leaves:
                     handles.append(paper.point("interval leaves the panel", "^", ms=3.5))
-            ax.plot([cell.x], [cell.mean], look.marker, color=look.colour, zorder=5)
+            ax.plot([point.x], [point.mean], look.marker, color=look.colour, zorder=5)
     return handles
 
 

@@ -1,7 +1,7 @@
 """The machine under a run: device, precision, threads, seeds, and a stamp of what they were.
 
 What a run chooses by itself is chosen once per log directory and device (`src.storage.choices`), so
-that cells that are compared, and a run before and after its interruption, use the same.
+that runs that are compared, and a run before and after its interruption, use the same.
 """
 
 from __future__ import annotations

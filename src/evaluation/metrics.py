@@ -145,7 +145,7 @@ def digests(config_digest: str, data: TokenData) -> dict[str, str]:
 
 
 def model_digest(answer: Allocation) -> str:
-    """Equal for cells that are the same integers (emb35 and glu266x, say)."""
+    """Equal for configurations that are the same integers (emb35 and glu266x, say)."""
     return _sha256(cfg.to_dict(answer.model))
 
 

@@ -161,7 +161,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """A validated experiment file; `runs` are its cells in file order, not yet at a seed."""
+    """A validated experiment file; `runs` are its experiments in file order, not yet at a seed."""
 
     file: Path
     baseline: str
@@ -181,7 +181,7 @@ class Sweep:
         return self.rates.get(name, (name,))
 
     def run(self, name: str, seed: int) -> RunConfig:
-        """The cell `name` at `seed`; raises ValueError naming the nearest experiment."""
+        """The run of `name` at `seed`; raises ValueError naming the nearest experiment."""
         for run in self.runs:
             if run.experiment == name:
                 return _at_seed(run, seed)
@@ -250,8 +250,8 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
     forced = _parse_overrides(overrides)
     entries = _experiment_entries(where, raw.get("experiments"))
     baseline = raw.get("baseline", entries[0]["name"])
-    cells = rates.expand(where, raw, entries, forced, _rate)
-    names = [entry["name"] for entry in (*entries, *(cells.entries if cells.runs else ()))]
+    expanded = rates.expand(where, raw, entries, forced, _rate)
+    names = [entry["name"] for entry in (*entries, *(expanded.entries if expanded.runs else ()))]
     if baseline not in names:
         raise ValueError(
             f"{where}baseline: found {baseline!r}, expected one of the experiments "
@@ -259,12 +259,12 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
         )
     seeds = _seeds(where, raw.get("seeds", [0]))
     states_kill_rule = raw.get("kill_rule") is not None or "kill_rule" in forced
-    baseline = cells.runs.get(baseline, (baseline,))[0]  # at the first rate of its list
+    baseline = expanded.runs.get(baseline, (baseline,))[0]  # at the first rate of its list
     runs = tuple(
-        _run(where, cells.shared, entry, cells.forced, baseline, phase)
-        for entry in _experiment_entries(where, cells.entries)
+        _run(where, expanded.shared, entry, expanded.forced, baseline, phase)
+        for entry in _experiment_entries(where, expanded.entries)
     )
-    if cells.runs:
+    if expanded.runs:
         runs = _without_kill_rule(where, runs, states_kill_rule)
     return Sweep(
         file=path,
@@ -273,7 +273,7 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
         phase=phase,
         states_kill_rule=states_kill_rule,
         runs=runs,
-        rates=cells.runs,
+        rates=expanded.runs,
     )
 
 
@@ -358,7 +358,7 @@ def _run(
     baseline: str,
     phase: str,
 ) -> RunConfig:
-    """One cell: file defaults, then the experiment's own keys, then --set."""
+    """One run: file defaults, then the experiment's own keys, then --set."""
     name = entry["name"]
     here = f"{where}experiments.{name}."
     model_keys = [spec.name for spec in dataclasses.fields(ModelRequest)]

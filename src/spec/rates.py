@@ -65,9 +65,9 @@ def expand(
         if not isinstance(asked, list):
             made.append(plain)
             continue
-        cells = {f"{entry['name']}-lr{spelled(float(rate))}": rate for rate in asked}
-        runs[entry["name"]] = tuple(cells)
-        for name, rate in cells.items():
+        named = {f"{entry['name']}-lr{spelled(float(rate))}": rate for rate in asked}
+        runs[entry["name"]] = tuple(named)
+        for name, rate in named.items():
             own_training = {**(plain.get("training") or {}), "learning_rate": rate}
             made.append({**plain, "name": name, "training": own_training})
     return Expanded(

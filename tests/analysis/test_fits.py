@@ -200,7 +200,7 @@ def test_the_frontier_alone_cannot_tell_share_from_depth_and_is_told_so():
 
 def test_a_surface_that_the_cells_do_not_span_is_refused():
     share, layers = X, np.array([26, 17, 11, 8, 6, 4])
-    with pytest.raises(ValueError, match="6 cells tell only . of 6 terms apart"):
+    with pytest.raises(ValueError, match="6 configurations tell only . of 6 terms apart"):
         surface.response_surface(share, np.full(6, 2.67), layers, share)
     with pytest.raises(ValueError, match="leave no degree of freedom"):
         surface.response_surface(

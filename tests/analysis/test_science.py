@@ -67,7 +67,7 @@ def test_the_surface_over_both_arms_separates_share_from_depth(found):
     assert best["low"] <= planted_study.BEST_SHARE <= best["high"]
     assert best["high"] - best["low"] < 0.05
     assert max(both["inflation"].values()) < 10 and not both["warnings"]
-    whole = next(s for s in found["surfaces"] if s["cells"] == "all cells")
+    whole = next(s for s in found["surfaces"] if s["cells"] == "all configurations")
     for term, truth in (("share^2", planted_study.BOWL), ("glu^2", 0.01), ("share*glu", 0.0)):
         estimate = whole["coefficients"][term]
         assert estimate["low"] - 0.5 * (estimate["high"] - estimate["low"]) <= truth, term

@@ -90,7 +90,7 @@ def _kind(part: Found) -> str:
 
 
 def share_arms(found: Found, path: Path) -> bool:
-    """Bits per byte against share, all arms of a study together, and their depth below."""
+    """Bits per byte against share, all sweeps of a study together, and their depth below."""
     return _arms(found, "share", "Embedding share of all parameters", path)
 
 
@@ -183,7 +183,7 @@ def _draw_arms(
 
 
 def _predicted(arm: Found) -> list[tuple[float, float]]:
-    """Tao et al.'s bits per byte by share, through the arm's baseline; in order of share."""
+    """Tao et al.'s bits per byte by share, through the sweep's baseline; in order of share."""
     told = arm["prediction"]["cells"]
     level = next((np.mean(c["ln_bpb"]) for c in arm["cells"] if c["baseline"]), None)
     if level is None:

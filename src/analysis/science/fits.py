@@ -251,12 +251,12 @@ def _curve_statement(
     )
 
 
-# --- learning rates, cell by cell ---------------------------------------------------------------
+# --- learning rates -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class RateFit:
-    """One cell over its learning rates.
+    """One configuration over its learning rates.
 
     best_rate, loss_at_best: of the quadratic in ln rate within the tried range; where no curve
     could be fitted (fewer than three rates) the lowest tried, without intervals.
@@ -278,11 +278,11 @@ Rates = Mapping[float, Sequence[float]]
 def best_rates(
     cells: Mapping[str, Rates], noise: Noise | None = None, level: float = 0.95
 ) -> dict[str, RateFit]:
-    """Each cell's own best learning rate: a quadratic in ln rate (three to five rates).
+    """Each configuration's own best learning rate: a quadratic in ln rate (three to five rates).
 
-    cells: losses (one a seed) by rate, by cell. noise: see `quadratic`; None pools the residuals
-    of all cells' curves: one cell of four rates and one seed has a single degree of freedom.
-    Raises ValueError as `quadratic` does, or for a cell without a loss.
+    cells: losses (one a seed) by rate, by configuration. noise: see `quadratic`; None pools the
+    residuals of all curves: four rates of one seed leave a single degree of freedom.
+    Raises ValueError as `quadratic` does, or for a configuration without a loss.
     """
     curves = {name: _rate_points(rates) for name, rates in cells.items()}
     if noise is None:
@@ -293,7 +293,7 @@ def best_rates(
 def _rate_points(rates: Rates) -> tuple[list[float], list[float]]:
     points = [(rate, loss) for rate, losses in rates.items() for loss in losses]
     if not points:
-        raise ValueError("a cell without a finished run has no best learning rate.")
+        raise ValueError("a configuration without a finished run has no best learning rate.")
     return [x for x, _ in points], [y for _, y in points]
 
 

@@ -1,4 +1,4 @@
-"""What the published laws predict for the cells of sweeps, written down and dated before the runs.
+"""What the published laws predict for whole sweeps, written down and dated before the runs.
 
     python -m src.analysis.science.predictions \
         --config configs/frontier.yaml configs/factorised.yaml \
@@ -54,7 +54,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def predict(files: Sequence[Path], date: str) -> dict[str, Any]:
-    """Predictions for every cell of `files`, from realised integers. ValueError for a bad file."""
+    """Predictions for all of `files`, from realised integers. ValueError for a bad file."""
     return {
         "schema": SCHEMA,
         "date": date,

@@ -45,7 +45,7 @@ MARGINS = (0.25, 0.5, 1.0, 2.0, 4.0)
 DEPTH_ARMS = ("share", "share^2", "ln L")
 USUAL_ATTENTION = 0.15  # |attention width / d_model - 1| where depth took the slack
 AXES = {"share": (EMBEDDING_RATIO.built, 0.03), "glu": (GLU_EXPANSION.built, 0.3)}
-"""What an arm varies: the column, and by how much at least."""
+"""What a sweep varies: the column, and by how much at least."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,7 +156,7 @@ def _or_why(fit: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _arm(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The arm's curve; with several rates, one at each configuration's own and one at the best
+    """The sweep's curve; with several rates, one at each configuration's own and one at the best
     shared rate."""
     if not _many_rates(runs):
         return [_curve_of(runs, "one rate", predictions)]
@@ -229,7 +229,7 @@ def _cell(runs: pd.DataFrame, split: str, reference: float, baseline: str) -> di
 
 
 def _prediction(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The dated prediction of this arm's configurations; None where there is none."""
+    """The dated prediction of this sweep's configurations; None where there is none."""
     sweep = predictions.get("sweeps", {}).get(runs["sweep"].iloc[0])
     if sweep is None:
         return None
@@ -283,8 +283,8 @@ def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
     depth = alike[alike[GLU_EXPANSION.asked] == usual.iloc[0]] if len(usual) else alike
     found = []
     for name, terms, used in (
-        ("all cells", surface.TERMS, at),
-        ("cells whose slack is depth, one expansion", DEPTH_ARMS, depth),
+        ("all configurations", surface.TERMS, at),
+        ("configurations whose slack is depth, one expansion", DEPTH_ARMS, depth),
     ):
         used = used.drop_duplicates(["model_digest", "seed"])  # each run once
         if used["sweep"].nunique() < 2:

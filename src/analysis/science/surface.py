@@ -117,8 +117,11 @@ def _check_rank(design: Floats, n: int, terms: Sequence[str]) -> None:
     rank = int(np.linalg.matrix_rank(design / np.where(spread > 0, spread, 1.0)))
     if rank < design.shape[1]:
         raise ValueError(
-            f"{n} cells tell only {rank - 1} of {len(terms)} terms apart ({', '.join(terms)}); "
-            "ask for fewer terms, or add cells where the others move alone."
+            f"{n} configurations tell only {rank - 1} of {len(terms)} terms apart "
+            f"({', '.join(terms)}); ask for fewer terms, or add configurations where the others "
+            "move alone."
         )
     if n == design.shape[1]:
-        raise ValueError(f"{n} cells leave no degree of freedom for {len(terms)} terms and a mean.")
+        raise ValueError(
+            f"{n} configurations leave no degree of freedom for {len(terms)} terms and a mean."
+        )
