@@ -73,7 +73,7 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Delete what writers that died left in `directory`. Only the holder of the lock may call."""
+    """Delete what writers that died left in `directory`. Only the lock owner may call."""
     for path in directory.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
@@ -130,9 +130,9 @@ def make_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive flock on `path` (created); waits for a holder and says so once.
+    """Hold an exclusive flock on `path` (created); waits for its owner and says so once.
 
-    The lock dies with its process, so a killed holder never blocks the next one.
+    The lock dies with its process, so a killed owner never blocks the next one.
     """
     descriptor = open_lock_file(path)
     try:
@@ -150,7 +150,7 @@ def locked(path: Path) -> Iterator[None]:
 def workshop(path: Path) -> Iterator[Path]:
     """An empty directory at `path` for unfinished files; gone afterwards, whatever happened.
 
-    Only the holder of the output's lock may ask: what lies at `path` is left from a killed one.
+    Only the owner of the output's lock may ask: what lies at `path` is left from a killed one.
     """
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()

@@ -148,12 +148,12 @@ def _take_lock(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise Held(path.parent, *_read_holder(path)) from None
+        raise Held(path.parent, *_read_owner(path)) from None
     except OSError:
         os.close(descriptor)
         raise
     if not _is_open_at(descriptor, path):
-        os.close(descriptor)  # its holder refused the run and took the directory away
+        os.close(descriptor)  # its owner refused the run and took the directory away
         raise Held(path.parent, None, None)
     os.ftruncate(descriptor, 0)
     write_all(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
@@ -168,11 +168,11 @@ def _is_open_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _read_holder(path: Path) -> tuple[int | None, str | None]:
-    for _ in range(20):  # the holder writes its name just after it has the lock
+def _read_owner(path: Path) -> tuple[int | None, str | None]:
+    for _ in range(20):  # the owner writes its name just after it has the lock
         try:
-            holder = json.loads(path.read_text())
-            return int(holder["pid"]), str(holder["host"])
+            owner = json.loads(path.read_text())
+            return int(owner["pid"]), str(owner["host"])
         except (ValueError, KeyError, TypeError):
             time.sleep(0.01)
     return None, None
@@ -239,7 +239,7 @@ class RunDir:
         """Create `log_dir/run_name` if need be and lock it until `close` or the process's end.
 
         Raises Held at once if another process has it, ValueError for a name that leaves `log_dir`
-        or clashes. The lock is `flock`: the kernel drops it when the holder dies, however it dies.
+        or clashes. The lock is `flock`: the kernel drops it when the owner dies, however it dies.
         On NFS it holds between machines only where the mount passes locks on (NFSv4, or `lockd`;
         not `nolock`/`local_lock=flock`), and not at all on most object-store mounts: machines that
         share nothing else need `run_owner.py`.
