@@ -179,10 +179,16 @@ def _read_owner(path: Path) -> tuple[int | None, str | None]:
 
 
 def check_log_dir(log_dir: Path) -> None:
-    """Refuse (ValueError) a log directory that is a file, or would have to be made inside one."""
+    """Refuse (ValueError) a log directory that is a file, lies inside one, or cannot be spelled."""
     existing = next(p for p in [log_dir, *log_dir.absolute().parents] if os.path.lexists(p))
     if not existing.is_dir():
         raise ValueError(f"--log_dir: {existing} is no directory; expected one, or a free name")
+    try:  # files are opened by libraries that take names as UTF-8 alone
+        str(log_dir.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--log_dir: found {str(log_dir)!r}, which this locale cannot spell; set PYTHONUTF8=1"
+        ) from None
 
 
 def check_disk(directory: Path, bytes_needed: int) -> None:

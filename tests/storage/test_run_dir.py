@@ -417,3 +417,14 @@ def test_a_directory_that_is_gone_is_noticed_before_anything_is_saved(tmp_path, 
             with pytest.raises(OSError, match="moved or deleted while its run was at work"):
                 write()
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_log_directory_that_the_locale_cannot_spell_is_refused(tmp_path):
+    code = "import sys; from pathlib import Path; from src.storage import run_dir\n"
+    code += "run_dir.check_log_dir(Path(sys.argv[1]))"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path / "ü")]
+    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True)
+    assert "ValueError: --log_dir" in done.stderr and "PYTHONUTF8=1" in done.stderr
+    spelled = plain | {"PYTHONUTF8": "1"}
+    assert subprocess.run(command, cwd=ROOT, env=spelled).returncode == 0
