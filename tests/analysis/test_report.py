@@ -123,6 +123,10 @@ def ten_million() -> Iterator[str]:
     steps = math.ceil(budget / (batch * first["seq_len"]))
     assert listed.count(",") == 2
     yield f"{steps} steps of {batch} x {first['seq_len']} at three rates"
+    again = rows(TEN)["rates/emb35-lr4e-3-rank"]
+    assert (again["steps"], again["batch_size"]) == (steps, batch)
+    assert 1.9 < first["dev_perplexity"] / again["dev_perplexity"] < 2.1
+    yield f"emb35 at {1000 * again['learning_rate']:g}e-3, ends at {again['dev_perplexity']:.1f}"
 
 
 def set_up() -> Iterator[str]:
