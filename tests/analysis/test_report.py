@@ -123,10 +123,13 @@ def ten_million() -> Iterator[str]:
     steps = math.ceil(budget / (batch * first["seq_len"]))
     assert listed.count(",") == 2
     yield f"{steps} steps of {batch} x {first['seq_len']} at three rates"
-    again = rows(TEN)["rates/emb35-lr4e-3-rank"]
-    assert (again["steps"], again["batch_size"]) == (steps, batch)
-    assert 1.9 < first["dev_perplexity"] / again["dev_perplexity"] < 2.1
-    yield f"emb35 at {1000 * again['learning_rate']:g}e-3, ends at {again['dev_perplexity']:.1f}"
+    again = {name: rows(TEN)[f"rates/{name}-lr4e-3-rank"] for name in ("emb35", "emb45")}
+    for name, row in again.items():
+        assert (row["steps"], row["batch_size"], row["learning_rate"]) == (steps, batch, 4e-3)
+        assert 1.9 < ranked[name]["dev_perplexity"] / row["dev_perplexity"] < 2.3
+    ends = [f"{row['dev_perplexity']:.1f} ({name})" for name, row in again.items()]
+    yield f"at 4e-3, end at {' and '.join(ends)}"
+    assert again["emb45"]["dev_perplexity"] < again["emb35"]["dev_perplexity"]
 
 
 def set_up() -> Iterator[str]:
