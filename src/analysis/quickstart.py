@@ -5,30 +5,29 @@ python -m src.analysis.quickstart quickstart
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 
+from src.analysis.run_csv import read_csv
 from src.spec.command_line import run_script
 from src.storage.files import read_json
 
 
 def sentence(folder: Path) -> str:
     """What the finished runs in the folder's CSV say, against the entropy of its corpus."""
-    with (folder / "results_summary.csv").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["status"] == "finished"]
+    rows = [r for r in read_csv(folder / "results_summary.csv") if r["status"] == "finished"]
     if not rows:
         return "no run finished, so there is nothing to see; the lines above say why"
-    rows.sort(key=lambda row: float(row["test_perplexity"]))
+    rows.sort(key=lambda row: row["test_perplexity"])
     best, worst = (
-        f"{row['experiment']} {float(row['test_perplexity']):.3f} (share "
-        f"{float(row['embedding_ratio_built']):.2f}, GLU x{float(row['glu_expansion_built']):.2f})"
+        f"{row['experiment']} {row['test_perplexity']:.3f} (share "
+        f"{row['embedding_ratio_built']:.2f}, GLU x{row['glu_expansion_built']:.2f})"
         for row in (rows[0], rows[-1])
     )
     entropy = read_json(folder / "corpus" / "source.json")["splits"]["test"][
         "entropy_bits_per_byte"
     ]
-    reached = float(rows[0]["test_bits_per_byte"])
+    reached = rows[0]["test_bits_per_byte"]
     return (
         f"of {len(rows)} finished runs, one seed each, the lowest test perplexity is {best}, "
         f"the highest {worst}; "

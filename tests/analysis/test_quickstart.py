@@ -19,9 +19,10 @@ def last_words(folder: Path, *runs: tuple[str, str, float | str, float | str]) -
     source = {"splits": {"test": {"entropy_bits_per_byte": 0.5}}}
     (folder / "corpus" / "source.json").write_text(json.dumps(source))
     with (folder / "results_summary.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *SHAPE])
+        writer = csv.DictWriter(file, ["run", *COLUMNS, *SHAPE])
         writer.writeheader()
-        writer.writerows({**dict(zip(COLUMNS, run, strict=True)), **SHAPE} for run in runs)
+        for run in runs:
+            writer.writerow({"run": run[0], **dict(zip(COLUMNS, run, strict=True)), **SHAPE})
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "src.analysis.quickstart", str(folder)],
         cwd=ROOT, capture_output=True, text=True, check=True,
