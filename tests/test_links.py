@@ -42,7 +42,8 @@ def test_every_relative_link_resolves(page: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "folder"),
     [
-        ("REPORT.md", "results/miniature-complete"),
+        ("REPORT.md", "results/study-10m"),
+        ("results/miniature-complete/README.md", "results/miniature-complete"),
         ("results/miniature/DECISIONS.md", "results/miniature"),
     ],
 )
