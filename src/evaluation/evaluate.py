@@ -25,10 +25,8 @@ from src.evaluation import smallbench as eval_smallbench
 from src.evaluation.metrics import corpus_name
 from src.models.transformer import Transformer
 from src.spec.config import RunConfig
+from src.spec.metric_keys import KEYS
 from src.storage.run_dir import write_atomic, write_json
-
-# Of another corpus: what can be compared across corpora and tokenizers.
-OUTSIDE_KEPT = ("bits_per_byte", "word_perplexity", "tokens_scored")
 
 
 def evaluate(
@@ -43,75 +41,42 @@ def evaluate(
     asked = run.evaluation
     found: dict[str, Any] = {}
     if "perplexity" in asked.metrics:
-        found |= _split(run, model, data.validation, "validation", machine, run_path)
-        if asked.test:
-            found |= _split(run, model, data.test, "test", machine, run_path)
+        names = ("validation", "test") if asked.test else ("validation",)
+        for name in names:
+            found |= _split(run, model, getattr(data, name), name, machine, run_path)
         if asked.outside_dir:
-            found |= _outside(run, model, data, machine, run_path)
+            corpus = Path(asked.outside_dir)
+            found["outside_corpus"] = corpus_name(read_source(corpus, []))
+            for name in names:
+                split = outside_split(corpus, name, data.tokenizer_path, data.eot_id)
+                found |= _split(run, model, split, f"outside_{name}", machine, run_path)
     if "smallbench_accuracy" in asked.metrics:
         found |= _smallbench(run, model, data, machine, run_path)
     if asked.latency:
         found |= eval_latency.measure(
-            model,
-            device=machine.device,
-            autocast_dtype=_autocast_dtype(machine),
-            warmup=asked.latency_warmup,
-            repeats=asked.latency_repeats,
-            compiled=machine.compile,
-            label=f"{run.run_name}: latency",
-        )
+            model, device=machine.device, autocast_dtype=machine.dtype,
+            warmup=asked.latency_warmup, repeats=asked.latency_repeats,
+            compiled=machine.compile, label=f"{run.run_name}: latency",
+        )  # fmt: skip
     return found
-
-
-def _autocast_dtype(machine: Machine) -> Any:
-    return None if machine.precision == "fp32" else machine.dtype
 
 
 def _split(
-    run: RunConfig,
-    model: Transformer,
-    split: Split,
-    name: str,
-    machine: Machine,
-    run_path: Path,
+    run: RunConfig, model: Transformer, split: Split, name: str, machine: Machine, run_path: Path
 ) -> dict[str, Any]:
     result = perplexity.evaluate_split(
-        model,
-        split.tokens,
-        split.documents,
-        context=run.training.seq_len,
-        autocast_dtype=_autocast_dtype(machine),
-        device=machine.device,
-        limit_tokens=run.evaluation.perplexity_tokens,
-        label=f"{run.run_name}: {name} perplexity",
-    )
-    arrays: dict[str, Any] = {
-        key: value for key, value in result.items() if isinstance(value, np.ndarray)
-    }
+        model, split.tokens, split.documents,
+        context=run.training.seq_len, autocast_dtype=machine.dtype, device=machine.device,
+        limit_tokens=run.evaluation.perplexity_tokens, label=f"{run.run_name}: {name} perplexity",
+    )  # fmt: skip
+    arrays: dict[str, Any] = {k: v for k, v in result.items() if isinstance(v, np.ndarray)}
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)
     write_atomic(run_path / f"documents_{name}.npz", packed.getbuffer())
-    prefix = "dev" if name == "validation" else name
-    kept = ("loss", "perplexity", "bits_per_byte", "word_perplexity", "perplexity_nonoverlapping")
-    found = {f"{prefix}_{key}": result[key] for key in kept}
-    return found | {f"{prefix}_tokens_scored": result["tokens_scored"]}
-
-
-def _outside(
-    run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
-) -> dict[str, Any]:
-    assert run.evaluation.outside_dir is not None
-    corpus = Path(run.evaluation.outside_dir)
-    found: dict[str, Any] = {"outside_corpus": corpus_name(read_source(corpus, []))}
-    for name in ("validation", "test") if run.evaluation.test else ("validation",):
-        split = outside_split(corpus, name, data.tokenizer_path, data.eot_id)
-        measured = _split(run, model, split, f"outside_{name}", machine, run_path)
-        found |= {
-            key.replace("validation", "dev"): value
-            for key, value in measured.items()
-            if key.endswith(OUTSIDE_KEPT)
-        }
-    return found
+    prefix = name.replace("validation", "dev")
+    found = {f"{prefix}_{key}": value for key, value in result.items()}
+    # Of another corpus the list has what can be compared across corpora and tokenizers.
+    return {key: value for key, value in found.items() if key in KEYS}
 
 
 def _smallbench(
@@ -127,63 +92,43 @@ def _smallbench(
         "autocast_dtype": None,  # bf16 makes ties; lm-evaluation-harness scores in float32 too
         "exclude": leakage.contaminated_rows(asked.leakage, directory, data.corpus),
     }
-    limit = asked.smallbench_limit
+    limit, label = asked.smallbench_limit, f"{run.run_name}: SmallBench"
     result = eval_smallbench.evaluate(
         model, tokenizer, tasks, directory,
-        limit=limit, items_path=run_path / "smallbench_items.jsonl",
-        label=f"{run.run_name}: SmallBench", **options,
+        limit=limit, items_path=run_path / "smallbench_items.jsonl", label=label, **options,
     )  # fmt: skip
     found = {
-        "smallbench_accuracy": result["accuracy"],
-        "smallbench_accuracy_se": result["accuracy_se"],
-        "smallbench_chance": result["chance"],
-        "smallbench_untrained_accuracy": None,
+        **{f"smallbench_{key}": result[key] for key in ("accuracy", "accuracy_se", "chance")},
         "smallbench_items": result["items"],
         "smallbench_tasks": sum(row["n"] > 0 for row in result["tasks"].values()),
         "smallbench_missing_tasks": " ".join(result["missing_tasks"]) or None,
         "smallbench_contaminated_tasks": " ".join(result["contaminated_tasks"]) or None,
-        "smallbench_limit": asked.smallbench_limit,
+        "smallbench_limit": limit,
         "smallbench_contaminated_items": result["contaminated_items"],
         "smallbench": result["tasks"],
-        **dict.fromkeys(("blimp_accuracy", "blimp_accuracy_se", "blimp_items")),
     }
     if asked.smallbench_untrained:
-        questions = [row.get("items_sha256") for row in result["tasks"].values()]
         sources = {
             "model": dataclasses.asdict(model.config),
             "tokenizer": data.tokenizer_sha256,
             "context": run.training.seq_len,
-            "questions": questions,
+            "questions": [row.get("items_sha256") for row in result["tasks"].values()],
         }
         found["smallbench_untrained_accuracy"] = _kept_beside(
             run_path,
             sources,
             lambda: eval_smallbench.random_row(
-                model.config,
-                tokenizer,
-                tasks,
-                directory,
-                limit=limit,
-                label=f"{run.run_name}: SmallBench, untrained",
-                **options,
+                model.config, tokenizer, tasks, directory,
+                limit=limit, label=f"{label}, untrained", **options,
             )["accuracy"],
-        )
+        )  # fmt: skip
     if asked.blimp_full:
         paradigms = [dataclasses.replace(task, group=None) for task in tasks if task.is_blimp]
         whole = eval_smallbench.evaluate(
-            model,
-            tokenizer,
-            paradigms,
-            directory,
-            full=True,
-            label=f"{run.run_name}: BLiMP",
-            **options,
-        )
-        found |= {
-            "blimp_accuracy": whole["accuracy"],
-            "blimp_accuracy_se": whole["accuracy_se"],
-            "blimp_items": whole["items"],
-        }
+            model, tokenizer, paradigms, directory,
+            full=True, label=f"{run.run_name}: BLiMP", **options,
+        )  # fmt: skip
+        found |= {f"blimp_{key}": whole[key] for key in ("accuracy", "accuracy_se", "items")}
     return found
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from src.compute import runtime
 from src.compute.autotune import seconds
+from src.compute.compute_config import DTYPES
 from src.evaluation import memory
 from src.evaluation.trained_run import load_run
 from src.models.transformer import Transformer
@@ -41,7 +42,6 @@ from src.spec import command_line
 from src.spec.progress import Progress, say
 from src.storage.files import open_lock_file, read_json, write_json
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # "Equal latency" is a ratio below this, fixed before any measurement (3 %, set in advance).
 MARGIN = 1.03
 RESAMPLES = 2_000
@@ -65,11 +65,11 @@ def ratio_interval(ours: FloatArray, baseline: FloatArray, seed: int = 0) -> tup
     return float(low), float(high)
 
 
-def verdict(low: float, high: float, margin: float = MARGIN) -> str:
-    """What an interval of the latency ratio says about a regression beyond `margin`."""
-    if high <= margin:
+def verdict(low: float, high: float) -> str:
+    """What an interval of the latency ratio says about a regression beyond the margin."""
+    if high <= MARGIN:
         return "not slower"
-    return "slower" if low > margin else "undecided"
+    return "slower" if low > MARGIN else "undecided"
 
 
 # ---------------------------------------------------------------------------------------- timing
@@ -79,8 +79,8 @@ def time_interleaved(
     steps: Mapping[str, Step],
     *,
     device: torch.device,
-    warmup: int,
-    repeats: int,
+    warmup: int = 50,
+    repeats: int = 200,
     label: str = "latency",
 ) -> dict[str, FloatArray]:
     """Milliseconds (R,) of each step; every repeat runs all steps, so that drift hits all alike.
@@ -89,17 +89,12 @@ def time_interleaved(
     of a machine at a time.
     """
     once = _time_cuda if device.type == "cuda" else lambda step: 1e3 * seconds(step, device)
-    found = {name: np.empty(repeats) for name in steps}
-    with _alone_on_this_machine(label), Progress(label, warmup + repeats, "rounds") as progress:
-        for _ in range(warmup):
-            for step in steps.values():
-                once(step)
+    rounds = np.empty((warmup + repeats, len(steps)))
+    with _alone_on_this_machine(label), Progress(label, len(rounds), "rounds") as progress:
+        for times in rounds:
+            times[:] = [once(step) for step in steps.values()]
             progress.advance()
-        for repeat in range(repeats):
-            for name, step in steps.items():
-                found[name][repeat] = once(step)
-            progress.advance()
-    return found
+    return dict(zip(steps, rounds[warmup:].T, strict=True))
 
 
 @contextlib.contextmanager
@@ -213,10 +208,8 @@ def measure(
     device: torch.device | str,
     autocast_dtype: torch.dtype | None,
     lengths: Sequence[int] = (128, 512),
-    warmup: int = 50,
-    repeats: int = 200,
     compiled: bool = False,
-    label: str = "latency",
+    **timing: Any,
 ) -> dict[str, Any]:
     """Latency and memory of `model` at batch size 1, as flat keys with units.
 
@@ -226,7 +219,7 @@ def measure(
     (prefill of the longest L); process_peak_memory_mib is the whole process, training included.
     `compiled` adds latency_compiled_ms_... and decode_compiled_ms_... on CUDA (minutes of
     compiling); where capture fails they are missing. L may be longer than the model was trained
-    for: the work is the same.
+    for: the work is the same. timing: warmup, repeats and label of `time_interleaved`.
     """
     device = torch.device(device)
     model = _plain_copy(model, device)
@@ -235,11 +228,9 @@ def measure(
         steps = prefill = _steps(model, device, cache_dtype, lengths)
         if compiled and device.type == "cuda":
             steps = steps | _compiled_steps(model, device, cache_dtype, lengths)
-        times = time_interleaved(steps, device=device, warmup=warmup, repeats=repeats, label=label)
+        times = time_interleaved(steps, device=device, **timing)
         longest = max(lengths)
-        found: dict[str, Any] = memory.held(
-            model, prefill[f"l{longest}"], device, cache_dtype, longest
-        )
+        found = memory.held(model, prefill[f"l{longest}"], device, cache_dtype, longest)
     for name, samples in times.items():
         found |= _summary(name, samples)
     return found
@@ -281,13 +272,12 @@ def compare(
     device: torch.device | str,
     autocast_dtype: torch.dtype | None,
     lengths: Sequence[int] = (128, 512),
-    warmup: int = 50,
-    repeats: int = 200,
+    **timing: Any,
 ) -> dict[str, dict[str, Any]]:
     """Ratios ours / baseline of the medians, both models interleaved in this process.
 
     For each of l<L> and decode: ours_ms_p50, baseline_ms_p50, ratio, ratio_low,
-    ratio_high (95 %, repeats drawn in pairs) and the verdict at the 3 % margin.
+    ratio_high (95 %, repeats drawn in pairs) and the verdict at the 3 % margin. timing: as above.
     """
     device = torch.device(device)
     cache_dtype = autocast_dtype or torch.float32
@@ -296,15 +286,16 @@ def compare(
         for label, model in (("baseline", baseline), ("ours", ours)):
             of_model = _steps(_plain_copy(model, device), device, cache_dtype, lengths)
             steps |= {f"{label} {name}": step for name, step in of_model.items()}
-        times = time_interleaved(steps, device=device, warmup=warmup, repeats=repeats)
+        times = time_interleaved(steps, device=device, **timing)
     found = {}
     for name in of_model:
         mine, theirs = times[f"ours {name}"], times[f"baseline {name}"]
         low, high = ratio_interval(mine, theirs)
+        ours_p50, baseline_p50 = float(np.median(mine)), float(np.median(theirs))
         found[name] = {
-            "ours_ms_p50": float(np.median(mine)),
-            "baseline_ms_p50": float(np.median(theirs)),
-            "ratio": float(np.median(mine) / np.median(theirs)),
+            "ours_ms_p50": ours_p50,
+            "baseline_ms_p50": baseline_p50,
+            "ratio": ours_p50 / baseline_p50,
             "ratio_low": low,
             "ratio_high": high,
             "verdict": verdict(low, high),
@@ -348,43 +339,31 @@ def _measured(asked: argparse.Namespace) -> dict[str, Any]:
     device = runtime.choose_device(asked.device)
     runtime.pin_threads(asked.threads)
     paths = asked.compare or [asked.run]
-    runs = [load_run(path) for path in paths]
+    models = [load_run(path).model for path in paths]
     precision = asked.precision or _own_precision(paths)
+    dtype = DTYPES[runtime.resolve_precision(precision, device)]
+    timing = {"warmup": asked.warmup, "repeats": asked.repeats}
     options: dict[str, Any] = {
-        "device": device,
-        "autocast_dtype": DTYPES[runtime.resolve_precision(precision, device)],
-        "lengths": asked.lengths,
-        "warmup": asked.warmup,
-        "repeats": asked.repeats,
-    }
-    head = {"precision": precision, "warmup": asked.warmup, "repeats": asked.repeats}
+        "device": device, "autocast_dtype": dtype, "lengths": asked.lengths, **timing,
+    }  # fmt: skip
     if asked.run is not None:
-        result = measure(runs[0].model, compiled=asked.compiled, **options)
-        names: dict[str, Any] = {"run": asked.run.name}
+        names = {"run": asked.run.name}
+        result = measure(models[0], compiled=asked.compiled, **options)
     else:
-        baseline, ours = (run.model for run in runs)
-        result = {"comparison": compare(ours, baseline, **options), "margin": MARGIN}
-        names = {"baseline": asked.compare[0].name, "ours": asked.compare[1].name}
-    return {**names, **head, **result, "environment": runtime.environment_stamp(device)}
+        names = {"baseline": paths[0].name, "ours": paths[1].name}
+        result = {"comparison": compare(models[1], models[0], **options), "margin": MARGIN}
+    environment = runtime.environment_stamp(device)
+    return {**names, "precision": precision, **timing, **result, "environment": environment}
 
 
 def _own_precision(paths: Sequence[Path]) -> str:
     """What the runs' metrics.json say, fp32 where none does; ValueError where they disagree."""
-    stated: dict[str, Path] = {}
-    for file in (path / "metrics.json" for path in paths):
-        if file.is_file():
-            stated.setdefault(str(read_json(file).get("precision") or "fp32"), file)
-    for found, file in stated.items():
-        if found not in DTYPES:
-            raise ValueError(
-                f"{file}: precision: found {found!r}, expected one of {', '.join(DTYPES)}; "
-                "state --precision"
-            )
-    if len(stated) > 1:
-        named = ", ".join(f"{name} of {file.parent}" for name, file in stated.items())
+    files = [path / "metrics.json" for path in paths]
+    stated = {str(read_json(file).get("precision") or "fp32") for file in files if file.is_file()}
+    if len(stated) > 1 or not stated <= DTYPES.keys():
         raise ValueError(
-            f"precision: found {named}, expected one for both models of a comparison; state it "
-            "with --precision"
+            f"precision: found {' and '.join(sorted(stated))} in {' and '.join(map(str, files))}, "
+            f"expected one of {', '.join(DTYPES)} for all models; state it with --precision"
         )
     return next(iter(stated), "fp32")
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from src.data.tokens import TokenData
 from src.spec import config as cfg
 from src.spec import costs, metric_keys, run_identity
 from src.spec.allocation import Allocation, flops_per_token
-from src.spec.config import ModelRequest, RunConfig, Sweep
-from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, REQUESTS, TOTAL_PARAMS
+from src.spec.allocation_table import asked_and_built
+from src.spec.config import RunConfig, Sweep
 
 SCHEMA = 2
 _TRAINED = (
@@ -23,6 +23,8 @@ _TRAINED = (
     "tokenizer_sha256", "data_sha256",
 )  # fmt: skip
 _CONTENT = "content_sha256"  # of everything else in config.yaml: what the table reads
+# Of the YAML's `model` section, what the allocator may build otherwise.
+_ASKED = {quantity.request: quantity.asked for quantity in metric_keys.REQUESTS}
 
 
 def resolved(
@@ -35,7 +37,7 @@ def resolved(
     or which other experiments it names, and not the evaluation, which has a digest of its own.
     """
     answer = answers[run.experiment]
-    trained = {
+    content = {
         "experiment": run.experiment,
         "baseline": run.baseline,
         "phase": run.phase,
@@ -45,8 +47,6 @@ def resolved(
         "kill_rule": cfg.to_dict(run.kill_rule) if run.kill_rule else None,
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_sha256": data.sha256,
-    }
-    around = {
         "evaluation": cfg.to_dict(run.evaluation),
         "evaluation_digest": evaluation_digest(run),
         "sweep": {
@@ -60,14 +60,13 @@ def resolved(
                 other.experiment: identity(other, answers[other.experiment]) for other in sweep.runs
             },
         },
-        "asked": asked(run.model),
-        "built": built(answer),
+        "asked": {_ASKED.get(key, key): value for key, value in cfg.to_dict(run.model).items()},
+        "built": asked_and_built(answer)[1],
         "params": cfg.to_dict(answer.params),
         "data_dir": run.data.dir,
         "corpus": corpus_name(data.corpus),
     }
-    content = {**trained, **around}
-    return {**content, _CONTENT: _sha256(content)}, cfg.digest(trained)
+    return {**content, _CONTENT: _sha256(content)}, _digest(content, _TRAINED)
 
 
 def evaluation_digest(run: RunConfig) -> str:
@@ -77,7 +76,7 @@ def evaluation_digest(run: RunConfig) -> str:
 
 def older_digest(content: Mapping[str, Any]) -> str:
     """What builds before `evaluation_digest` wrote as config_digest: the evaluation was in it."""
-    return cfg.digest({key: content[key] for key in (*_TRAINED, "evaluation") if key in content})
+    return _digest(content, (*_TRAINED, "evaluation"))
 
 
 def edited(config: Mapping[str, Any]) -> bool:
@@ -85,15 +84,16 @@ def edited(config: Mapping[str, Any]) -> bool:
     if config.get("phase") not in cfg.PHASES or "config_digest" not in config:
         return False
     content = {k: v for k, v in config.items() if k not in ("config_digest", _CONTENT)}
-    stored = config.get(_CONTENT)
-    if stored is not None and stored != _sha256(content):
+    if config.get(_CONTENT) not in (None, _sha256(content)):
         return True
     if "evaluation_digest" not in config:
         return older_digest(content) != config["config_digest"]
-    trained = {key: content[key] for key in _TRAINED if key in content}
-    measured = {"evaluation": content.get("evaluation")}
     found = (config["config_digest"], config["evaluation_digest"])
-    return found != (cfg.digest(trained), cfg.digest(measured))
+    return found != (_digest(content, _TRAINED), _digest(content, ["evaluation"]))
+
+
+def _digest(content: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return cfg.digest({key: content[key] for key in keys if key in content})
 
 
 def _sha256(content: Any) -> str:
@@ -103,29 +103,15 @@ def _sha256(content: Any) -> str:
 
 def identity(run: RunConfig, answer: Allocation) -> dict[str, Any]:
     """What a run is, whatever it is called: what was asked, built, and how it is trained."""
+    asked, built = asked_and_built(answer)
     return {
-        **{quantity.asked: getattr(run.model, quantity.request) for quantity in REQUESTS},
-        **built(answer),
+        **asked,
+        **built,
         "vocab_size": answer.model.vocab_size,
         "init_seed": run.training.init_seed,
         "data_seed": run.training.data_seed,
         "model_digest": model_digest(answer),
         "training_digest": run_identity.training_digest(run.training),
-    }
-
-
-def asked(request: ModelRequest) -> dict[str, Any]:
-    """The YAML's `model` section; what the allocator then builds is named so (`..._asked`)."""
-    named = {quantity.request: quantity.asked for quantity in REQUESTS}
-    return {named.get(key, key): value for key, value in cfg.to_dict(request).items()}
-
-
-def built(answer: Allocation) -> dict[str, Any]:
-    """What became of the three quantities that are asked for."""
-    return {
-        TOTAL_PARAMS.built: answer.params.total,
-        EMBEDDING_RATIO.built: answer.params.share,
-        GLU_EXPANSION.built: answer.glu_expansion,
     }
 
 
@@ -158,8 +144,9 @@ def facts(
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The keys of metrics.json that are known before training."""
-    model, params, training = answer.model, answer.params, run.training
+    model, training = answer.model, run.training
     windows = (len(data.train.tokens) - 1) // training.seq_len
+    stated = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio")
     return {
         "schema": SCHEMA,
         "run": run.run_name,
@@ -177,26 +164,12 @@ def facts(
         "corpus": corpus_name(data.corpus),
         "git_sha": environment.get("git_sha"),
         "git_dirty": environment.get("git_dirty"),
-        "d_model": model.d_model,
-        "n_layers": model.n_layers,
-        "n_heads": model.n_heads,
-        "head_dim": model.head_dim,
-        "d_ff": model.d_ff,
-        "embedding_dim": model.embedding_dim,
-        "tie_embeddings": model.tie_embeddings,
-        "qk_norm": model.qk_norm,
+        **{key: v for key, v in cfg.to_dict(model).items() if key in metric_keys.KEYS},
         "attention_width_ratio": model.n_heads * model.head_dim / model.d_model,
-        "params_embedding": params.embedding,
-        "params_projection": params.projection,
-        "params_attention": params.attention,
-        "params_ffn": params.ffn,
-        "params_norm": params.norm,
+        **{f"params_{block}": count for block, count in cfg.to_dict(answer.params).items()},
         "flops_per_token": flops_per_token(model, training.seq_len),
         "epochs": training.steps * training.batch_size / windows,
-        "batch_size": training.batch_size,
-        "seq_len": training.seq_len,
-        "learning_rate": training.learning_rate,
-        "embedding_lr_ratio": training.embedding_lr_ratio,
+        **{key: getattr(training, key) for key in stated},
     }
 
 
@@ -240,14 +213,11 @@ def computed(machine: Any, device_name: str, wall: float, processes: int = 1) ->
     on_gpu = machine.device.type == "cuda"
     hours = wall / 3600 * (processes if on_gpu else 1)  # a GPU each; one CPU for all
     price = costs.price_per_hour(machine.device.type, device_name)
+    settings = ("precision", "micro_batch", "loss_chunk", "compile", "threads")
     return {
         "device": machine.device.type,
         "device_name": device_name,
-        "precision": machine.precision,
-        "micro_batch": machine.micro_batch,
-        "loss_chunk": machine.loss_chunk,
-        "compile": machine.compile,
-        "threads": machine.threads,
+        **{key: getattr(machine, key) for key in settings},
         "wall_seconds": wall,
         "gpu_hours": hours if on_gpu else None,
         "cost_usd": None if price is None else hours * price,

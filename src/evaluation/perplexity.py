@@ -22,23 +22,9 @@ FloatArray = NDArray[np.float64]
 # ---------------------------------------------------------------------------------- pure numbers
 
 
-def perplexity(nats: float, tokens: int) -> float:
-    """exp(nats per token): comparable between models of one tokenizer only."""
-    return _exp_mean(nats, tokens)
-
-
-def bits_per_byte(nats: float, utf8_bytes: int) -> float:
-    """Bits per byte of UTF-8 text: comparable across tokenizers."""
-    assert utf8_bytes > 0
-    return nats / math.log(2) / utf8_bytes
-
-
-def word_perplexity(nats: float, words: int) -> float:
-    """exp(nats per whitespace word): comparable across tokenizers."""
-    return _exp_mean(nats, words)
-
-
-def _exp_mean(nats: float, count: int) -> float:
+def perplexity(nats: float, count: int) -> float:
+    """exp(nats per token), comparable between models of one tokenizer only; or per whitespace word,
+    comparable across tokenizers."""
     assert count > 0
     mean = nats / count
     return math.exp(mean) if mean < 700 else math.inf  # e^709 is the largest float
@@ -87,19 +73,17 @@ def score_documents(
     offsets: IntArray,
     *,
     context: int,
-    stride: int | None = None,
     **reading: Unpack[Reading],
 ) -> tuple[FloatArray, FloatArray, IntArray]:
     """Nats (D,) with overlapping windows, nats (D,) without, and scored tokens (D,).
 
     Document i is tokens[offsets[i]:offsets[i + 1]] (`offsets` is (D + 1,)); its first token is
-    the separator, which is read and never scored. `stride` defaults to context // 2: most windows
-    of the second reading are then windows of the first, so the pair costs little more than one.
+    the separator, which is read and never scored. With a stride of half the context most windows
+    of the second reading are windows of the first, so the pair costs little more than one.
     """
-    stride = stride or max(1, context // 2)
     plan = _WindowPlan()
     for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
-        plan.add(int(begin), int(end - begin) - 1, context, stride)
+        plan.add(int(begin), int(end - begin) - 1, context)
     rows = [tokens[start:end] for start, end in plan.rows]
     queries = plan.queries(tokens)
     nats, _ = score_positions(model, rows, queries, **reading)
@@ -109,15 +93,12 @@ def score_documents(
             "numbers; the weights have diverged, or need a wider precision than "
             f"{reading['autocast_dtype'] or torch.float32}"
         )
-    overlapping = plan.gather(nats, plan.overlapping, int(offsets[-1]))
-    separate = plan.gather(nats, plan.separate, int(offsets[-1]))
-    scored = int(offsets[-1] - offsets[0]) - (len(offsets) - 1)
-    assert np.isfinite(overlapping).sum() == np.isfinite(separate).sum() == scored
-    return (
-        _document_sums(overlapping, offsets),
-        _document_sums(separate, offsets),
-        np.diff(offsets) - 1,
-    )
+    readings = [plan.gather(nats, r, int(offsets[-1])) for r in (plan.overlapping, plan.separate)]
+    counts = np.diff(offsets) - 1
+    assert all(np.isfinite(reading).sum() == counts.sum() for reading in readings)
+    # The separator's NaN counts nothing, so that no document is empty.
+    sums = [np.add.reduceat(np.nan_to_num(reading), offsets[:-1]) for reading in readings]
+    return sums[0], sums[1], counts
 
 
 class _WindowPlan:
@@ -129,27 +110,27 @@ class _WindowPlan:
         self.overlapping: list[tuple[int, int]] = []  # (row, first target it scores)
         self.separate: list[tuple[int, int]] = []
 
-    def add(self, begin: int, length: int, context: int, stride: int) -> None:
+    def add(self, begin: int, length: int, context: int) -> None:
+        stride = max(1, context // 2)
         known: dict[int, int] = {}
         for size, reading in ((stride, self.overlapping), (context, self.separate)):
             for start, end, first in windows(length, context, size):
-                row = known.get(start)
-                if row is None:
-                    row = known[start] = len(self.rows)
+                if start not in known:
+                    known[start] = len(self.rows)
                     self.rows.append((begin + start, begin + end))
                     self.lowest.append(begin + first)
+                row = known[start]
                 self.lowest[row] = min(self.lowest[row], begin + first)
                 reading.append((row, begin + first))
 
     def queries(self, tokens: NDArray[np.uint16]) -> IntArray:
         """(Q, 3): for every row its targets lowest..end."""
-        starts = np.array([start for start, _ in self.rows], dtype=np.int64)
-        ends = np.array([end for _, end in self.rows], dtype=np.int64)
-        counts = ends - np.array(self.lowest, dtype=np.int64) + 1
+        starts, ends = np.array(self.rows, dtype=np.int64).T
+        lowest = np.array(self.lowest, dtype=np.int64)
+        counts = ends - lowest + 1
         row = np.repeat(np.arange(len(self.rows)), counts)
         self.first_query = np.concatenate(([0], np.cumsum(counts)))
-        target = np.arange(len(row)) - np.repeat(self.first_query[:-1], counts)
-        target += np.repeat(np.array(self.lowest, dtype=np.int64), counts)
+        target = np.arange(len(row)) + np.repeat(lowest - self.first_query[:-1], counts)
         return np.stack((row, target - starts[row] - 1, tokens[target].astype(np.int64)), axis=1)
 
     def gather(
@@ -162,11 +143,6 @@ class _WindowPlan:
             skip = first - self.lowest[row]
             out[first : end + 1] = nats[self.first_query[row] + skip : self.first_query[row + 1]]
         return out
-
-
-def _document_sums(nats: FloatArray, offsets: IntArray) -> FloatArray:
-    """Sums over documents; the separator's NaN counts nothing, so that none is empty."""
-    return np.add.reduceat(np.nan_to_num(nats), offsets[:-1])
 
 
 def evaluate_split(
@@ -194,12 +170,13 @@ def evaluate_split(
     tokens = tokens[: offsets[-1]]
     documents = documents[: len(offsets) - 1]
     nats, separate, counts = score_documents(model, tokens, offsets, context=context, **reading)
-    total, scored, words = float(nats.sum()), int(counts.sum()), int(documents[:, 2].sum())
-    by_word = word_perplexity(total, words) if words else math.inf
+    total, scored = float(nats.sum()), int(counts.sum())
+    _, utf8_bytes, words = documents.sum(axis=0).tolist()
+    by_word = perplexity(total, words) if words else math.inf
     return {
         "loss": total / scored,
         "perplexity": perplexity(total, scored),
-        "bits_per_byte": bits_per_byte(total, int(documents[:, 1].sum())),
+        "bits_per_byte": total / math.log(2) / utf8_bytes,
         "word_perplexity": by_word if math.isfinite(by_word) else None,
         "perplexity_nonoverlapping": perplexity(float(separate.sum()), scored),
         "tokens_scored": scored,

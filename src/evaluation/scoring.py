@@ -104,10 +104,9 @@ def score_positions(
 
 def uncompiled(model: object) -> contextlib.AbstractContextManager[Any]:
     """Blocks compiled for training's one shape must not be compiled anew for each of ours."""
-    return torch.compiler.set_stance("force_eager") if _is_compiled(model) else _AS_IT_IS
-
-
-_AS_IT_IS: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if _is_compiled(model):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 def _is_compiled(model: object) -> bool:
@@ -144,9 +143,12 @@ class _Batch:
 
     @classmethod
     def of(
-        cls, groups: Sequence[tuple[list[int], int]], lengths: IntArray, part_tokens: int
+        cls, groups: Sequence[tuple[list[int], int]], lengths: IntArray, batch_tokens: int
     ) -> _Batch:
         shared = groups[0][1]
+        # Short rests differ much in length, and attention lays a copy of what they share beside
+        # each of them: a quarter at a time.
+        part_tokens = max(1, batch_tokens // 4) if shared else batch_tokens
         rows = np.concatenate([np.array(members) for members, _ in groups])
         group = np.repeat(np.arange(len(groups)), [len(members) for members, _ in groups])
         order = np.argsort(-lengths[rows], kind="stable")
@@ -178,17 +180,16 @@ def _groups(rows: Sequence[NDArray[Any]], share: bool) -> list[tuple[list[int], 
     """
     if not share:
         return [([row], 0) for row in range(len(rows))]
-    order = sorted(range(len(rows)), key=lambda row: rows[row].tobytes())
     groups: list[tuple[list[int], int]] = []
-    for row in order:
+    for row in sorted(range(len(rows)), key=lambda row: rows[row].tobytes()):
         members, shared = groups[-1] if groups else ([], 0)
-        if members:
-            alike = _common(rows[members[-1]], rows[row])
-            alike = min(alike, shared) if len(members) > 1 else alike
-            if alike >= SHARED_TOKENS and len(members) * alike > (len(members) - 1) * shared:
-                groups[-1] = ([*members, row], alike)
-                continue
-        groups.append(([row], 0))
+        alike = _common(rows[members[-1]], rows[row]) if members else 0
+        if len(members) > 1:
+            alike = min(alike, shared)
+        if alike >= SHARED_TOKENS and len(members) * alike > (len(members) - 1) * shared:
+            groups[-1] = ([*members, row], alike)
+        else:
+            groups.append(([row], 0))
     return groups
 
 
@@ -215,19 +216,13 @@ def _batches(
         width = lengths[waiting[0][0][0]] if waiting and not shared else lengths[members].max()
         more = int(shared + len(members) * (width - shared))
         if waiting and (tokens + more > batch_tokens or shared != waiting[0][1]):
-            yield _Batch.of(waiting, lengths, _part_tokens(waiting, batch_tokens))
+            yield _Batch.of(waiting, lengths, batch_tokens)
             waiting, tokens = [], 0
             more = int(shared + (lengths[members] - shared).sum())
         waiting.append((members, shared))
         tokens += more
     if waiting:
-        yield _Batch.of(waiting, lengths, _part_tokens(waiting, batch_tokens))
-
-
-def _part_tokens(groups: list[tuple[list[int], int]], batch_tokens: int) -> int:
-    """Short rests differ much in length, and attention lays a copy of what they share beside each
-    of them: a quarter at a time."""
-    return batch_tokens if groups[0][1] == 0 else max(1, batch_tokens // 4)
+        yield _Batch.of(waiting, lengths, batch_tokens)
 
 
 # --------------------------------------------------------------------------------------- the model
@@ -263,9 +258,8 @@ def _hidden(
     if batch.shared == 0:
         (part,) = batch.parts
         tokens = rest(part)
-        if tuple(tokens.shape) != compiled_shape:
-            return model.hidden(tokens).flatten(0, 1)
-        with torch.compiler.set_stance("default"):
+        compiled = tuple(tokens.shape) == compiled_shape
+        with torch.compiler.set_stance("default") if compiled else contextlib.nullcontext():
             return model.hidden(tokens).flatten(0, 1)
     assert isinstance(model, Transformer) and dtype is not None
     _, some = np.unique(batch.group, return_index=True)
@@ -294,8 +288,7 @@ def _head_nats(
     Softmax in float32.
     """
     nats, hits = [], []
-    target, row = torch.from_numpy(targets).to(hidden.device), torch.from_numpy(which)
-    row = row.to(hidden.device)
+    target, row = (torch.from_numpy(part).to(hidden.device) for part in (targets, which))
     bounds = np.searchsorted(which, np.arange(0, len(hidden) + chunk, chunk))
     for i, part in enumerate(hidden.split(chunk)):
         asked = slice(int(bounds[i]), int(bounds[i + 1]))
@@ -321,11 +314,7 @@ def _is_best(logits: Tensor, place: Tensor, target: Tensor) -> Tensor:
     return hit
 
 
-def _log_z(logits: Tensor) -> Tensor:
-    return torch.logsumexp(logits.float(), dim=-1)
-
-
 @functools.cache
 def _compiled_log_z() -> Callable[[Tensor], Tensor]:
     """Reads the logits without writing anything of their size."""
-    return torch.compile(_log_z, dynamic=False)
+    return torch.compile(lambda logits: torch.logsumexp(logits.float(), dim=-1), dynamic=False)

@@ -25,20 +25,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from src.compute import runtime
-from src.data.requests import (
-    HELD_OUT_PROMPTS,
-    Request,
-    encode_requests,
-    held_out_pairs,
-    own_pairs,
-)
-from src.data.tasks import (
-    TASKS_FILE,
-    Item,
-    Task,
-    load_items,
-    load_tasks,
-)
+from src.data.requests import Request, encode_requests, held_out_pairs, own_pairs
+from src.data.tasks import TASKS_FILE, Item, Task, load_items, load_tasks
 from src.evaluation.perplexity import windows
 from src.evaluation.scoring import LanguageModel, Reading, score_positions
 from src.evaluation.task_scores import UNSCORED, FloatArray, TaskScores, item_lines, units
@@ -65,23 +53,20 @@ def score_requests(
     single reading of their prompt. A continuation longer than `context` itself is scored in
     overlapping windows.
     """
-    parts: list[tuple[int, bytes, int, NDArray[np.int64]]] = []
-    for number, request in enumerate(requests):
-        for inputs, targets in _pieces(request, context):
-            row = np.array(inputs, dtype=np.uint16).tobytes()
-            parts.append((number, row, len(inputs) - len(targets), np.array(targets)))
+    parts = [
+        (number, np.array(inputs, dtype=np.uint16).tobytes(), len(inputs) - len(targets), targets)
+        for number, request in enumerate(requests)
+        for inputs, targets in _pieces(request, context)
+    ]
     owner = _merge_prefixes({row for _, row, _, _ in parts})
     rows = sorted(set(owner.values()))
     number_of = {row: i for i, row in enumerate(rows)}
-    blocks, requests_of = [], []
-    for number, row, position, wanted in parts:
-        block = np.empty((len(wanted), 3), dtype=np.int64)
-        block[:, 0] = number_of[owner[row]]
-        block[:, 1] = np.arange(position, position + len(wanted))
-        block[:, 2] = wanted
-        blocks.append(block)
-        requests_of.append(np.full(len(wanted), number))
-    queries, of = np.concatenate(blocks), np.concatenate(requests_of)
+    counts = [len(targets) for *_, targets in parts]
+    of = np.repeat([number for number, *_ in parts], counts)
+    queries = np.empty((len(of), 3), dtype=np.int64)  # row, position, target
+    queries[:, 0] = np.repeat([number_of[owner[row]] for _, row, _, _ in parts], counts)
+    queries[:, 1] = np.concatenate([np.arange(at, at + len(t)) for _, _, at, t in parts])
+    queries[:, 2] = np.concatenate([targets for *_, targets in parts])
     order = np.argsort(queries[:, 0], kind="stable")
     nats, greedy = score_positions(
         model,
@@ -91,9 +76,8 @@ def score_requests(
         share_prefixes=True,
         **reading,
     )
-    scores, misses = np.zeros(len(requests)), np.zeros(len(requests), dtype=np.int64)
-    np.subtract.at(scores, of[order], nats.astype(np.float64))
-    np.add.at(misses, of[order], ~greedy)
+    scores = -np.bincount(of[order], nats.astype(np.float64), len(requests))
+    misses = np.bincount(of[order][~greedy], minlength=len(requests))
     return scores, misses == 0
 
 
@@ -152,16 +136,12 @@ def evaluate(
     scores that are not numbers.
     """
     kept: list[tuple[Task, list[Item]]] = []
-    listed: list[Task] = []
     dropped: dict[str, int | None] = {}
-    missing: list[str] = []
     for task in tasks:
         items = load_items(task, data_dir, limit=limit, full=full)
         if items is None:
-            missing.append(task.name)
             continue
         clean = [item for item in items if item.row not in (exclude or {}).get(task.name, ())]
-        listed.append(task)
         dropped[task.name] = None if exclude is None else len(items) - len(clean)
         if clean:
             kept.append((task, clean))
@@ -171,7 +151,7 @@ def evaluate(
         write_atomic(items_path, item_lines(scored))
     rows = {entry.task.name: entry.summary() for entry in scored}
     rows = {name: rows.get(name, UNSCORED) | {"contaminated": n} for name, n in dropped.items()}
-    by_unit = units(listed, rows)
+    by_unit = units([task for task in tasks if task.name in rows], rows)
     counted = [row for row in by_unit.values() if row["n"]]
     errors = [row["accuracy_se"] for row in counted]
     known = errors and None not in errors
@@ -184,7 +164,7 @@ def evaluate(
         # Without a leakage report the number is unknown, not 0.
         "contaminated_items": None if exclude is None else sum(dropped.values()),
         "contaminated_tasks": [name for name, row in rows.items() if not row["n"]],
-        "missing_tasks": missing,
+        "missing_tasks": [task.name for task in tasks if task.name not in rows],
     }
 
 
@@ -215,11 +195,13 @@ def _score_tasks(
 ) -> list[TaskScores]:
     """One pass over the requests of all tasks, so that batches are full and sorted by length."""
     pairs: list[tuple[str, str]] = []
-    held: list[bool] = []
+    spans: list[tuple[slice, slice]] = []  # of a task's pairs: its own, those to calibrate by
     for _, items in kept:
-        others = held_out_pairs(items)
-        held.append(bool(others))
-        pairs += own_pairs(items) + others
+        own, others = own_pairs(items), held_out_pairs(items)
+        assert len(others) in (0, len(own)), "a choice is calibrated by one other prompt"
+        begin, middle = len(pairs), len(pairs) + len(own)
+        pairs += own + others
+        spans.append((slice(begin, middle), slice(middle, len(pairs))))
     if not pairs:
         return []
     requests = encode_requests(tokenizer, pairs)
@@ -229,31 +211,23 @@ def _score_tasks(
             "SmallBench: found log-probabilities that are not finite numbers, expected numbers; "
             "the model's weights have diverged"
         )
-    result, at = [], 0
-    for (task, items), wants in zip(kept, held, strict=True):
-        ends = np.cumsum([len(item.choices) for item in items])
-        size = int(ends[-1])
-        own_requests = requests[at : at + size]
-        tokens = np.array([len(r.ids) - r.context for r in own_requests], dtype=np.float64)
-        held_out = None
-        if wants:
-            flat = scores[at + size : at + size * (1 + HELD_OUT_PROMPTS)]
-            blocks = np.split(flat, ends[:-1] * HELD_OUT_PROMPTS)
-            held_out = [block.reshape(HELD_OUT_PROMPTS, -1).mean(axis=0) for block in blocks]
-        firsts = np.concatenate(([0], ends[:-1]))
-        too_long = np.array([len(request.ids) > context + 1 for request in own_requests])
+    tokens = np.array([len(request.ids) - request.context for request in requests], np.float64)
+    too_long = np.array([len(request.ids) > context + 1 for request in requests])
+    result = []
+    for (task, items), (own_part, others_part) in zip(kept, spans, strict=True):
+        ends = np.cumsum([len(item.choices) for item in items])[:-1]  # of all items but the last
+        others_scores = scores[others_part]
         result.append(
             TaskScores(
                 task=task,
                 items=items,
-                scores=np.split(scores[at : at + size], ends[:-1]),
-                greedy=greedy[at + firsts].tolist(),
-                uniform=np.split(-tokens, ends[:-1]),
-                held_out=held_out,
-                cut=int(np.add.reduceat(too_long, firsts).astype(bool).sum()),
+                scores=np.split(scores[own_part], ends),
+                greedy=[bool(part[0]) for part in np.split(greedy[own_part], ends)],
+                uniform=np.split(-tokens[own_part], ends),
+                held_out=np.split(others_scores, ends) if len(others_scores) else None,
+                cut=sum(bool(part.any()) for part in np.split(too_long[own_part], ends)),
             )
         )
-        at += size * (1 + HELD_OUT_PROMPTS * wants)
     return result
 
 
@@ -297,14 +271,9 @@ def _evaluate_run(asked: argparse.Namespace) -> dict[str, Any]:
     if limit is None and not asked.full:
         limit = stated.get("smallbench_limit")
     options: dict[str, Any] = {
-        "context": run.context,
-        "device": device,
-        "autocast_dtype": None,
-        "limit": limit,
-        "full": asked.full,
-        "exclude": run.contaminated_rows(data_dir),
-        "items_path": asked.items,
-    }
+        "context": run.context, "device": device, "autocast_dtype": None, "limit": limit,
+        "full": asked.full, "exclude": run.contaminated_rows(data_dir), "items_path": asked.items,
+    }  # fmt: skip
     tasks = load_tasks(listed)
     if asked.random_init:
         config, seed = run.model.config, run.resolved["training"]["init_seed"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 # A rise of the training loss in one step that figures and tables call a jump, in nats.
@@ -44,10 +44,7 @@ class Stability:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {
-            name: {"last": of.last, "rise": of.rise, "step": of.step}
-            for name, of in (("loss", self.loss), ("norm", self.norm))
-        }
+        return {"loss": asdict(self.loss), "norm": asdict(self.norm)}
 
     def load(self, state: dict[str, Any]) -> None:
         self.loss, self.norm = LargestRise(**state["loss"]), LargestRise(**state["norm"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,15 +52,12 @@ def standard_error(values: Sequence[float]) -> float | None:
 def calibrated_by_halves(scores: Sequence[FloatArray], golds: Sequence[int]) -> list[float]:
     """Credits after subtracting each label's mean score over the half the item is not in."""
     table = np.stack(scores)
-    halves = [np.arange(len(table)) % 2 == half for half in (0, 1)]
-    if not all(half.any() for half in halves):
+    if len(table) < 2:
         return []
-    credits = np.empty(len(table))
-    for half, other in (halves, halves[::-1]):
-        shifted = table[half] - table[other].mean(axis=0)
-        chosen = np.asarray(golds)[half]
-        credits[half] = [credit(s, g, CALIBRATED_TIE) for s, g in zip(shifted, chosen, strict=True)]
-    return credits.tolist()
+    shifted = table.copy()
+    shifted[::2] -= table[1::2].mean(axis=0)
+    shifted[1::2] -= table[::2].mean(axis=0)
+    return [credit(row, gold, CALIBRATED_TIE) for row, gold in zip(shifted, golds, strict=True)]
 
 
 @dataclass(slots=True)
@@ -74,6 +72,10 @@ class TaskScores:
     held_out: list[FloatArray] | None  # each choice's mean score under other items' prompts
     cut: int  # items of which something was cut to fit the context
 
+    @property
+    def golds(self) -> list[int]:
+        return [item.gold for item in self.items]
+
     def predictions(self) -> list[int | None]:
         """Index of the best choice; of a cloze 0 where greedy decoding writes it."""
         if self.task.is_cloze:
@@ -86,12 +88,11 @@ class TaskScores:
         return self._credits(self.scores)
 
     def _credits(self, scores: Sequence[FloatArray], tie: float = 0.0) -> list[float]:
-        return [credit(s, item.gold, tie) for s, item in zip(scores, self.items, strict=True)]
+        return [credit(s, gold, tie) for s, gold in zip(scores, self.golds, strict=True)]
 
     def calibrated(self) -> list[float]:
-        golds = [item.gold for item in self.items]
         if fixed_labels(self.items):
-            return calibrated_by_halves(self.scores, golds)
+            return calibrated_by_halves(self.scores, self.golds)
         if self.held_out is None:
             return []
         shifted = [own - mean for own, mean in zip(self.scores, self.held_out, strict=True)]
@@ -99,10 +100,8 @@ class TaskScores:
 
     def summary(self) -> dict[str, Any]:
         """The task's row of the result; None means that a number does not apply."""
-        credits, gold_scores = (
-            self.credits(),
-            [float(s[item.gold]) for s, item in zip(self.scores, self.items, strict=True)],
-        )
+        credits = self.credits()
+        gold_scores = [s[gold] for s, gold in zip(self.scores, self.golds, strict=True)]
         row: dict[str, Any] = {
             "n": len(self.items),
             "accuracy": float(np.mean(credits)),
@@ -116,7 +115,7 @@ class TaskScores:
             row |= self._choice_summary(credits)
         if "matthews" in self.task.metrics:
             predictions = [p for p in self.predictions() if p is not None]
-            row["matthews"] = matthews(predictions, [item.gold for item in self.items])
+            row["matthews"] = matthews(predictions, self.golds)
         if "perplexity" in self.task.metrics:
             mean = -row["gold_logprob"]
             row["perplexity"] = math.exp(mean) if mean < 700 else None
@@ -128,12 +127,11 @@ class TaskScores:
             for scores, item in zip(self.scores, self.items, strict=True)
         ]
         margins = [
-            float(scores[item.gold] - np.delete(scores, item.gold).max())
-            for scores, item in zip(self.scores, self.items, strict=True)
+            float(scores[gold] - np.delete(scores, gold).max())
+            for scores, gold in zip(self.scores, self.golds, strict=True)
         ]
-        calibrated = self.calibrated()
-        golds = [item.gold for item in self.items]
-        majority = max(map(golds.count, golds)) / len(golds) if fixed_labels(self.items) else None
+        calibrated, most = self.calibrated(), Counter(self.golds).most_common(1)[0][1]
+        majority = most / len(self.items) if fixed_labels(self.items) else None
         return {
             "accuracy_norm": float(np.mean(self._credits(by_length))),
             "accuracy_calibrated": float(np.mean(calibrated)) if calibrated else None,
@@ -149,14 +147,8 @@ def item_lines(scored: Sequence[TaskScores]) -> bytes:
     lines = []
     for entry in scored:
         for item, scores, guess in zip(entry.items, entry.scores, entry.predictions(), strict=True):
-            row = {
-                "task": item.task,
-                "row": item.row,
-                "scores": scores.tolist(),
-                "prediction": guess,
-                "gold": item.gold,
-            }
-            lines.append(json.dumps(row) + "\n")
+            row = {"task": item.task, "row": item.row, "scores": scores.tolist()}
+            lines.append(json.dumps({**row, "prediction": guess, "gold": item.gold}) + "\n")
     return "".join(lines).encode()
 
 

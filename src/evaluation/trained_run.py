@@ -78,10 +78,11 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
             f"{path}/final: found no whole export; run the experiment's command (again): it goes "
             "on to the end, or writes the export of a finished run from its last checkpoint"
         )
-    sha256 = sha256_of(path / "final" / "tokenizer.json")
+    tokenizer = path / "final" / "tokenizer.json"
+    sha256 = sha256_of(tokenizer)
     if sha256 != resolved["tokenizer_sha256"]:
         raise ValueError(
-            f"{path}/final/tokenizer.json: found the hash {sha256[:12]}, expected "
+            f"{tokenizer}: found the hash {sha256[:12]}, expected "
             f"{resolved['tokenizer_sha256'][:12]} as in config.yaml; export the run again"
         )
     digests = {
@@ -97,7 +98,7 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
         path=path,
         resolved=resolved,
         model=model.to(device).eval(),
-        tokenizer=load_tokenizer(path / "final" / "tokenizer.json"),
+        tokenizer=load_tokenizer(tokenizer),
     )
 
 

@@ -266,9 +266,13 @@ def _natural(request: ModelRequest, d_model: int, n_layers: int) -> bool:
     return abs(math.log(d_model) - 5.039 - 0.0555 * n_layers) <= ASPECT_SLACK
 
 
-def _fit(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> Allocation | None:
-    """The best shape at this frame."""
-    return min(_shapes(request, frame, tolerance), key=lambda a: a.errors, default=None)
+def _fit(request: ModelRequest, frame: _Frame, *tolerances: Tolerance) -> Allocation | None:
+    """The best shape at this frame, within the first tolerance that has one."""
+    found = (
+        min(_shapes(request, frame, tolerance), key=lambda a: a.errors, default=None)
+        for tolerance in tolerances
+    )
+    return next(filter(None, found), None)
 
 
 def _ranked(request: ModelRequest, tolerance: Tolerance, n_layers: int) -> list[_Frame]:
@@ -296,15 +300,10 @@ def _solve(group: Sequence[ModelRequest], anchor: ModelRequest) -> list[Allocati
         possible = _ranked(anchor, _tiers(anchor)[-1], n_layers)
         for tolerance in _tiers(anchor) if possible else ():  # else all tiers are as empty
             for frame in _ranked(anchor, tolerance, n_layers):
-                found = [fit for request in group if (fit := _strictest(request, frame))]
+                found = [fit for r in group if (fit := _fit(r, frame, *_tiers(r)))]
                 if len(found) == len(group):
                     return found
     return None
-
-
-def _strictest(request: ModelRequest, frame: _Frame) -> Allocation | None:
-    fits = (_fit(request, frame, tolerance) for tolerance in _tiers(request))
-    return next(filter(None, fits), None)
 
 
 def _kept_depths(group: Sequence[ModelRequest], anchor: ModelRequest) -> Sequence[int]:

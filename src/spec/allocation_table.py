@@ -7,40 +7,33 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
+from typing import Any
 
 from src.spec import costs
-from src.spec.allocation import (
-    DEEP_LAYERS,
-    STRICT,
-    Allocation,
-    allocate,
-    flops_per_token,
-    groups,
-)
+from src.spec.allocation import DEEP_LAYERS, STRICT, Allocation, allocate, flops_per_token, groups
 from src.spec.config import ModelConfig, ModelRequest, RunConfig
-from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, TOTAL_PARAMS
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, REQUESTS, TOTAL_PARAMS
 
 NOT_ALLOCATED = ("rope_theta", "norm_eps")  # of ModelConfig: the same in every model
 
 
-def json_of(name: str, found: Allocation) -> dict[str, object]:
-    """One machine-readable object an experiment: asked, built, model, parameters by block."""
-    request, model, params = found.request, found.model, found.params
-    return {
-        "name": name,
-        "asked": {
-            TOTAL_PARAMS.asked: request.total_params,
-            EMBEDDING_RATIO.asked: request.embedding_ratio,
-            GLU_EXPANSION.asked: request.glu_expansion,
-        },
-        "built": {
-            TOTAL_PARAMS.built: params.total,
-            EMBEDDING_RATIO.built: params.share,
-            GLU_EXPANSION.built: found.glu_expansion,
-        },
-        "model": {key: v for key, v in asdict(model).items() if key not in NOT_ALLOCATED},
-        "params": asdict(params),
+def asked_and_built(found: Allocation) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The quantities that are asked for and what became of them, under their metric keys."""
+    asked = {quantity.asked: getattr(found.request, quantity.request) for quantity in REQUESTS}
+    return asked, {
+        TOTAL_PARAMS.built: found.params.total,
+        EMBEDDING_RATIO.built: found.params.share,
+        GLU_EXPANSION.built: found.glu_expansion,
     }
+
+
+def _json(name: str, found: Allocation) -> str:
+    """One machine-readable object an experiment: asked, built, model, parameters by block."""
+    asked, built = asked_and_built(found)
+    model = {key: v for key, v in asdict(found.model).items() if key not in NOT_ALLOCATED}
+    params = asdict(found.params)
+    content = {"name": name, "asked": asked, "built": built, "model": model, "params": params}
+    return json.dumps(content)
 
 
 def print_sweep(
@@ -53,17 +46,17 @@ def print_sweep(
     a dollar anywhere; or one JSON object an experiment."""
     if as_json:
         for name, found in allocations.items():
-            print(json.dumps(json_of(name, found)))
+            print(_json(name, found))
         return
     print(table(allocations))
     for note in notes(allocations, baseline):
         print(f"note: {note}")
-    tokens = [run.training.steps * run.training.step_tokens for run in runs]
-    flops = sum(
-        count * flops_per_token(allocations[run.experiment].model, run.training.seq_len)
-        for run, count in zip(runs, tokens, strict=True)
-    )
-    print(f"\nruns: {len(runs)}, tokens: {sum(tokens):,}, training FLOPs: {flops:.2e}")
+    tokens = flops = 0
+    for run in runs:
+        model, training = allocations[run.experiment].model, run.training
+        tokens += training.steps * training.step_tokens
+        flops += training.steps * training.step_tokens * flops_per_token(model, training.seq_len)
+    print(f"\nruns: {len(runs)}, tokens: {tokens:,}, training FLOPs: {flops:.2e}")
     least = costs.floors(flops)
     if max((one.usd for one in least), default=0.0) < 1:
         print("under 1 USD of training on every device of configs/prices.yaml at half its peak; "

@@ -14,26 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.spec import names, rates
+from src.spec import names
 from src.spec.kill_rule import KillRule
 from src.spec.names import run_name
-from src.spec.strict_yaml import (
-    build,
-    checked,
-    key,
-    known_keys,
-    nearest,
-    one_of,
-    parse_yaml,
-    read_yaml,
-)
+from src.spec.rates import spelled
+from src.spec.strict_yaml import build, key, known_keys, nearest, one_of, parse_yaml, read_yaml
 from src.spec.training_config import TrainingConfig
 
 PHASES = ("rank", "full")
 # What a ranking run measures, whatever the file says for full runs: dev perplexity decides, and
 # test is scored once, at the end. On a GPU the rest would take longer than 5M tokens of training.
 RANKING = {
-    "metrics": ("perplexity",),
+    "metrics": ["perplexity"],
     "test": False,
     "outside_dir": None,
     "blimp_full": False,
@@ -242,52 +234,50 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = (), phase: str = "fu
 
 
 def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str = "full") -> Sweep:
-    """`load_sweep` of values that were read (or made) already; `path` names them in errors."""
+    """`load_sweep` of values that were read (or made) already; `path` names them in errors.
+
+    Where an experiment's learning rate is a list, it has a run per rate with everything else as
+    stated: `emb35` at 0.002 is `emb35-lr2e-3`.
+    """
     where = f"{path}: "
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}found {raw!r}, expected a mapping with the key experiments")
     known_keys(where, raw, _TOP_KEYS)
     forced = _parse_overrides(overrides)
-    entries = _experiment_entries(where, raw.get("experiments"))
-    baseline = raw.get("baseline", entries[0]["name"])
-    expanded = rates.expand(where, raw, entries, forced, _rate)
-    names = [entry["name"] for entry in (*entries, *(expanded.entries if expanded.runs else ()))]
-    if baseline not in names:
+    runs = _experiments(where, raw, forced, phase)
+    rates = {
+        name: tuple(run.experiment for run in made)
+        for name, made in runs.items()
+        if made[0].experiment != name
+    }
+    every = [run for made in runs.values() for run in made]
+    valid = list(dict.fromkeys([*runs, *(run.experiment for run in every)]))
+    baseline = raw.get("baseline", valid[0])
+    if baseline not in valid:
         raise ValueError(
             f"{where}baseline: found {baseline!r}, expected one of the experiments "
-            f"{', '.join(names)}{nearest(str(baseline), names)}"
+            f"{', '.join(valid)}{nearest(str(baseline), valid)}"
         )
-    seeds = _seeds(where, raw.get("seeds", [0]))
+    baseline = rates.get(baseline, (baseline,))[0]  # at the first rate of its list
     states_kill_rule = raw.get("kill_rule") is not None or "kill_rule" in forced
-    baseline = expanded.runs.get(baseline, (baseline,))[0]  # at the first rate of its list
-    runs = tuple(
-        _run(where, expanded.shared, entry, expanded.forced, baseline, phase)
-        for entry in _experiment_entries(where, expanded.entries)
-    )
-    if expanded.runs:
-        runs = _without_kill_rule(where, runs, states_kill_rule)
+    every = [dataclasses.replace(run, baseline=baseline) for run in every]
     return Sweep(
         file=path,
         baseline=baseline,
-        seeds=seeds,
+        seeds=_seeds(where, raw.get("seeds", [0])),
         phase=phase,
         states_kill_rule=states_kill_rule,
-        runs=runs,
-        rates=expanded.runs,
+        runs=tuple(_without_kill_rule(where, every, states_kill_rule) if rates else every),
+        rates=rates,
     )
 
 
-def _rate(place: str, value: Any) -> float:
-    (spec,) = (s for s in dataclasses.fields(TrainingConfig) if s.name == "learning_rate")
-    return float(checked(place, spec, value))
-
-
 def _without_kill_rule(
-    where: str, runs: tuple[RunConfig, ...], states_kill_rule: bool
-) -> tuple[RunConfig, ...]:
+    where: str, runs: list[RunConfig], states_kill_rule: bool
+) -> list[RunConfig]:
     """A rate far off is a point that the fit over rates needs: nothing stops it, in any phase."""
     if not states_kill_rule:
-        return tuple(dataclasses.replace(run, kill_rule=None) for run in runs)
+        return [dataclasses.replace(run, kill_rule=None) for run in runs]
     if all(run.kill_rule is not None and run.kill_rule.action == "record" for run in runs):
         return runs
     raise ValueError(
@@ -315,32 +305,50 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
             )
         section, name = dotted.split(".")
         parsed = parse_yaml(value, f"--set {dotted}")
-        if dotted == "training.learning_rate" and isinstance(parsed, list):
-            forced.setdefault(section, {})[name] = parsed  # checked with the file's own lists
-            continue
-        build(_SECTIONS[section], f"--set {section}.", {name: parsed})
+        _check_section(section, f"--set {section}.", {name: parsed})
         forced.setdefault(section, {})[name] = parsed
     return forced
 
 
-def _experiment_entries(where: str, entries: Any) -> list[dict[str, Any]]:
+def _check_section(section: str, place: str, stated: Any) -> None:
+    """One layer of a section by itself, so that an error names its place."""
+    rates = stated.get("learning_rate") if isinstance(stated, Mapping) else None
+    if section != "training" or not isinstance(rates, list):
+        build(_SECTIONS[section], place, stated)
+        return
+    for rate in rates:
+        build(TrainingConfig, place, {**stated, "learning_rate": rate})
+    if not rates or len({float(rate) for rate in rates}) != len(rates):
+        raise ValueError(
+            f"{place}learning_rate: found {rates!r}, expected one rate, or a list of different ones"
+        )
+
+
+def _experiments(
+    where: str, raw: Mapping[str, Any], forced: Mapping[str, dict[str, Any]], phase: str
+) -> dict[str, list[RunConfig]]:
+    """Each experiment's run, or its runs at each rate of a list."""
+    entries = raw.get("experiments")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{where}experiments: found {entries!r}, expected a list with a name each")
+    runs: dict[str, list[RunConfig]] = {}
     folded: dict[str, str] = {}
     for index, entry in enumerate(entries):
         here = f"{where}experiments[{index}]"
         if not isinstance(entry, Mapping):
             raise ValueError(f"{here}: found {entry!r}, expected a mapping with the key name")
-        name = entry.get("name")
-        names.check(f"{here}.name", name)
-        assert isinstance(name, str)
-        if name.casefold() in folded:
-            raise ValueError(
-                f"{here}.name: found {name!r}, which clashes with {folded[name.casefold()]!r}; "
-                "expected names that differ by more than case"
-            )
-        folded[name.casefold()] = name
-    return [dict(entry) for entry in entries]
+        names.check(f"{here}.name", entry.get("name"))
+        made = _runs(where, raw, entry, forced, phase)
+        for name in dict.fromkeys([entry["name"], *(run.experiment for run in made)]):
+            names.check(f"{here}.name", name)
+            if name.casefold() in folded:
+                raise ValueError(
+                    f"{here}.name: found {name!r}, which clashes with {folded[name.casefold()]!r}; "
+                    "expected names that differ by more than case"
+                )
+            folded[name.casefold()] = name
+        runs[entry["name"]] = made
+    return runs
 
 
 def _seeds(where: str, seeds: Any) -> tuple[int, ...]:
@@ -350,15 +358,14 @@ def _seeds(where: str, seeds: Any) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _run(
+def _runs(
     where: str,
     raw: Mapping[str, Any],
     entry: Mapping[str, Any],
     forced: Mapping[str, dict[str, Any]],
-    baseline: str,
     phase: str,
-) -> RunConfig:
-    """One run: file defaults, then the experiment's own keys, then --set."""
+) -> list[RunConfig]:
+    """One experiment: file defaults, then its own keys (or the phase's), then --set."""
     name = entry["name"]
     here = f"{where}experiments.{name}."
     model_keys = [spec.name for spec in dataclasses.fields(ModelRequest)]
@@ -368,42 +375,53 @@ def _run(
             "vocab_size: 4096"
         )
     known_keys(here, entry, ["name", *model_keys, "training"])
-    own: dict[str, Any] = {"model": {k: v for k, v in entry.items() if k in model_keys}}
-    own["training"] = entry.get("training")
-    built: dict[str, Any] = {}
-    for section, kind in _SECTIONS.items():
+    own: dict[str, Any] = {"training": entry.get("training")}
+    own["model"] = {key: value for key, value in entry.items() if key in model_keys}
+    if phase == "rank":
+        own |= {"evaluation": RANKING, "kill_rule": {}}
+    stated: dict[str, dict[str, Any]] = {}
+    for section in _SECTIONS:
         layers = (
             (f"{where}{section}.", raw.get(section)),
             (here if section == "model" else f"{here}{section}.", own.get(section)),
             (f"--set {section}.", forced.get(section)),
         )
-        stated = [(place, layer) for place, layer in layers if layer is not None]
-        for place, layer in stated:  # each layer by itself, so that an error names its place
-            build(kind, place, layer)
-        values = {name: value for _, layer in stated for name, value in layer.items()}
-        if section == "kill_rule" and not stated and phase != "rank":
-            built[section] = None
-            continue
-        # PRD 6.2 leaves the share out: the default, unless a table or a width decides it.
-        if section == "model" and not any(
-            values.get(key) for key in ("embedding_ratio", "embedding_dim", "d_model")
-        ):
-            values["embedding_ratio"] = DEFAULT_SHARE
-        built[section] = build(kind, f"{where}{section}.", values)
-    training: TrainingConfig = built["training"]
+        for place, layer in layers:
+            if layer is not None:
+                _check_section(section, place, layer)
+                stated.setdefault(section, {}).update(layer)
+    # PRD 6.2 leaves the share out: the default, unless a table or a width decides it.
+    model = stated["model"]
+    if not any(model.get(key) for key in ("embedding_ratio", "embedding_dim", "d_model")):
+        model["embedding_ratio"] = DEFAULT_SHARE
+    training = stated.get("training", {})
+    rates = training.get("learning_rate")
+    if not isinstance(rates, list):
+        return [_run(where, name, stated, phase)]
+    named = {f"{name}-lr{spelled(float(rate))}": {"learning_rate": rate} for rate in rates}
+    return [
+        _run(where, run, {**stated, "training": training | rate}, phase)
+        for run, rate in named.items()
+    ]
+
+
+def _run(where: str, name: str, stated: Mapping[str, dict[str, Any]], phase: str) -> RunConfig:
+    """The run of these sections; its baseline is not known yet."""
+    built = {
+        section: build(kind, f"{where}{section}.", stated.get(section, {}))
+        for section, kind in _SECTIONS.items()
+    }
+    if "kill_rule" not in stated:
+        built["kill_rule"] = None
     if phase == "rank":
-        training = dataclasses.replace(
+        training = built["training"]
+        built["training"] = dataclasses.replace(
             training,
             tokens=min(training.tokens, training.ranking_tokens),
             batch_size=training.ranking_batch_size or training.batch_size,
         )
-        built["evaluation"] = dataclasses.replace(
-            built["evaluation"],
-            **{k: v for k, v in RANKING.items() if k not in forced.get("evaluation", {})},
-        )
-    built["training"] = training
-    training.check(where)
-    return RunConfig(experiment=name, baseline=baseline, seed=0, phase=phase, **built)
+    built["training"].check(where)
+    return RunConfig(experiment=name, baseline="", seed=0, phase=phase, **built)
 
 
 def _at_seed(run: RunConfig, seed: int) -> RunConfig:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
 
-from src.spec.strict_yaml import read_yaml
+from src.spec.strict_yaml import build, key, known_keys, mapping, one_of, read_yaml
 
 TABLE = Path(__file__).resolve().parents[2] / "configs" / "prices.yaml"
-_TOP_KEYS = ("as_of", "currency", "devices")
-_KEYS = ("match", "tflops", "usd_per_hour", "kind", "read_on", "source")
-_KINDS = ("spot", "on-demand", "marketplace")
-
 UTILISATION = 0.5  # of peak; no run of ours has come near, which makes `floors` lower bounds
 
-# (strings to look for, in lower case; USD an hour), in the order of the table
-_Prices = tuple[tuple[tuple[str, ...], float], ...]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One entry of the table; the file explains the keys."""
+
+    match: tuple[str, ...] = key(MISSING, "a list of texts", bool)
+    usd_per_hour: float = key(MISSING, "dollars of at least 0", lambda v: v >= 0)
+    tflops: float | None = key(None, "TFLOP/s above 0", lambda v: 0 < v < 1e6)
+    kind: str = one_of("on-demand", "spot", "on-demand", "marketplace")
+    read_on: str | None = key(None, "a day, or null")
+    source: str | None = key(None, "where the price stands")
 
 
 def price_per_hour(device_type: str, device_name: str) -> float | None:
@@ -30,10 +32,10 @@ def price_per_hour(device_type: str, device_name: str) -> float | None:
     unknown one is charged too much rather than nothing; None only where a table has no such entry.
     Raises ValueError as `check` does.
     """
-    device = f"{device_type} {device_name}".casefold()
-    for strings, price in _prices(TABLE):
-        if any(string in device for string in strings):
-            return price
+    name = f"{device_type} {device_name}".casefold()
+    for device in _devices(TABLE).values():
+        if any(string.casefold() in name for string in device.match):
+            return device.usd_per_hour
     return None
 
 
@@ -51,57 +53,29 @@ def floors(flops: float) -> list[Floor]:
 
     Devices without `tflops` in the table are left out. Raises ValueError as `check` does.
     """
-    check()
-    devices = read_yaml(TABLE, "a table of prices")["devices"]
     found = []
-    for name, entry in devices.items():
-        if "tflops" in entry:
-            hours = flops / (UTILISATION * 1e12 * entry["tflops"]) / 3600
-            found.append(Floor(name, hours, hours * entry["usd_per_hour"]))
+    for name, device in _devices(TABLE).items():
+        if device.tflops is not None:
+            hours = flops / (UTILISATION * 1e12 * device.tflops) / 3600
+            found.append(Floor(name, hours, hours * device.usd_per_hour))
     return found
 
 
 def check() -> None:
     """Raises ValueError (file, key, found, expected) for a table that cannot be used."""
-    _prices(TABLE)
+    _devices(TABLE)
 
 
 @functools.cache
-def _prices(path: Path) -> _Prices:
-    table = _mapping(f"{path}", read_yaml(path, "a table of prices"), _TOP_KEYS)
+def _devices(path: Path) -> dict[str, Device]:
+    table = mapping(f"{path}", read_yaml(path, "a table of prices"))
+    known_keys(f"{path}: ", table, ("as_of", "currency", "devices"))
     # Another currency's numbers would be written down as cost_usd.
     if table.get("currency", "USD") != "USD":
         raise ValueError(f"{path}: currency: found {table['currency']!r}, expected USD")
-    devices = _mapping(f"{path}: devices", table.get("devices"))
+    devices = mapping(f"{path}: devices", table.get("devices"))
     if not devices:
         raise ValueError(f"{path}: devices: found none, expected at least one device")
-    return tuple(_entry(f"{path}: devices.{key}", entry) for key, entry in devices.items())
-
-
-def _entry(where: str, entry: Any) -> tuple[tuple[str, ...], float]:
-    found = _mapping(where, entry, _KEYS)
-    strings, price, kind = (found.get(key) for key in ("match", "usd_per_hour", "kind"))
-    if not isinstance(strings, list) or not strings or not all(isinstance(s, str) for s in strings):
-        raise ValueError(f"{where}.match: found {strings!r}, expected a list of texts")
-    number = float(price) if isinstance(price, (int, float)) else math.nan
-    if isinstance(price, bool) or not math.isfinite(number) or number < 0:
-        raise ValueError(
-            f"{where}.usd_per_hour: found {price!r}, expected a number of dollars of at least 0"
-        )
-    speed = found.get("tflops", 1)
-    if isinstance(speed, bool) or not isinstance(speed, (int, float)) or not 0 < speed < 1e6:
-        raise ValueError(f"{where}.tflops: found {speed!r}, expected TFLOP/s above 0")
-    if "kind" in found and kind not in _KINDS:
-        raise ValueError(f"{where}.kind: found {kind!r}, expected one of {', '.join(_KINDS)}")
-    return tuple(string.casefold() for string in strings), number
-
-
-def _mapping(where: str, found: Any, keys: tuple[str, ...] | None = None) -> Mapping[str, Any]:
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: found {found!r}, expected a mapping of keys")
-    for key in found:
-        if keys is not None and key not in keys:
-            raise ValueError(
-                f"{where}.{key}: found an unknown key, expected one of {', '.join(keys)}"
-            )
-    return found
+    return {
+        name: build(Device, f"{path}: devices.{name}.", entry) for name, entry in devices.items()
+    }

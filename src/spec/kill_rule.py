@@ -44,6 +44,7 @@ class KillRule:
 Curve = Sequence[tuple[int, float]]
 """Dev checks of one run in training order: (training tokens seen, dev perplexity)."""
 
+Gaps = Sequence[tuple[int, float | None]]
 Kind = Literal["kill", "keep", "none"]
 
 
@@ -64,15 +65,6 @@ class Verdict:
     literal_tokens: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Streak:
-    """An unbroken run of bad checks: its ends in tokens, and the smallest gap in perplexity."""
-
-    first: int
-    last: int
-    smallest_gap: float
-
-
 def verdict(rule: KillRule, baseline: Curve, run: Curve) -> Verdict:
     """Apply the rule to a run, given the baseline's curve up to at least the same point.
 
@@ -91,25 +83,26 @@ def verdict(rule: KillRule, baseline: Curve, run: Curve) -> Verdict:
     """
     _check_curve("baseline", baseline)
     _check_curve("run", run)
-    assert rule.grace_tokens is not None, "a rule without its run's grace: use KillRule.in_run"
+    grace = rule.grace_tokens
+    assert grace is not None, "a rule without its run's grace: use KillRule.in_run"
     gaps = _gaps(baseline, run)
-    covered = bool(gaps) and gaps[-1][1] is not None
-    streak = _first_streak(gaps, rule.margin_ppl, rule.window_tokens, rule.grace_tokens)
-    literal = _first_streak(gaps, rule.margin_ppl, rule.window_tokens, 0)
-    kind = _kind(streak, covered)
-    literal_kind = _kind(literal, covered)
-    reason = _reason(rule, kind, streak, gaps, run)
-    if literal is not None and literal != streak:
-        reason += (
-            f" Without grace ({rule.grace_tokens:,} tokens) the rule kills at "
-            f"{literal.last:,} tokens."
-        )
+    undecided: Kind = "keep" if gaps and gaps[-1][1] is not None else "none"
+    streak, literal = _first_streak(rule, gaps, grace), _first_streak(rule, gaps, 0)
+    if streak:
+        reason = _killed(rule, streak)
+    elif undecided == "keep":
+        reason = _kept(rule, gaps)
+    else:
+        where = f"at {run[-1][0]:,} tokens" if run else "yet"
+        reason = f"the baseline has no dev check to compare with {where}."
+    if literal and literal != streak:
+        reason += f" Without grace ({grace:,} tokens) the rule kills at {literal[-1][0]:,} tokens."
     return Verdict(
-        kind=kind,
+        kind="kill" if streak else undecided,
         reason=reason,
-        tokens=None if streak is None else streak.last,
-        literal_kind=literal_kind,
-        literal_tokens=None if literal is None else literal.last,
+        tokens=streak[-1][0] if streak else None,
+        literal_kind="kill" if literal else undecided,
+        literal_tokens=literal[-1][0] if literal else None,
     )
 
 
@@ -138,15 +131,9 @@ def can_ever_fire(rule: KillRule, total_tokens: int, eval_every_tokens: int) -> 
     Checks happen after every `eval_every_tokens` and at the end; both counts are training tokens.
     A configuration that states a rule for which this is False is refused.
     """
-    if total_tokens <= 0 or eval_every_tokens <= 0:
-        raise ValueError(
-            f"total_tokens is {total_tokens} and eval_every_tokens is {eval_every_tokens}; "
-            f"expected both > 0."
-        )
+    assert total_tokens > 0 and eval_every_tokens > 0
     grace = rule.grace(total_tokens)
-    first = -(-max(grace, 1) // eval_every_tokens) * eval_every_tokens
-    if first > total_tokens:
-        first = total_tokens
+    first = min(math.ceil(max(grace, 1) / eval_every_tokens) * eval_every_tokens, total_tokens)
     return first >= grace and total_tokens - first >= rule.window_tokens
 
 
@@ -162,58 +149,41 @@ def _check_curve(name: str, curve: Curve) -> None:
         previous = tokens
 
 
-def _gaps(baseline: Curve, run: Curve) -> list[tuple[int, float | None]]:
+def _gaps(baseline: Curve, run: Curve) -> Gaps:
     """Run minus baseline at every check of either up to the run's last; None where one has none."""
     ours, theirs = ({t: ppl for t, ppl in curve if t > 0} for curve in (run, baseline))
     checks = sorted({*ours, *(t for t in theirs if t <= max(ours, default=0))})
     return [(t, ours[t] - theirs[t] if t in ours and t in theirs else None) for t in checks]
 
 
-def _first_streak(
-    gaps: Sequence[tuple[int, float | None]], margin: float, window: int, grace: int
-) -> _Streak | None:
-    """The first streak of gaps >= margin that spans the window; inf - inf counts as not worse."""
-    streak: _Streak | None = None
+def _first_streak(rule: KillRule, gaps: Gaps, grace: int) -> list[tuple[int, float]]:
+    """The checks of the first streak of gaps >= margin that spans the window, up to the one that
+    reaches it; none without one. inf - inf counts as not worse."""
+    streak: list[tuple[int, float]] = []
     for tokens, gap in gaps:
-        if gap is None or tokens < grace or not gap >= margin:
-            streak = None
+        if gap is None or tokens < grace or not gap >= rule.margin_ppl:
+            streak = []
             continue
-        first = tokens if streak is None else streak.first
-        smallest = gap if streak is None else min(gap, streak.smallest_gap)
-        streak = _Streak(first, tokens, smallest)
-        if streak.last - streak.first >= window:
+        streak.append((tokens, gap))
+        if tokens - streak[0][0] >= rule.window_tokens:
             return streak
-    return None
+    return []
 
 
-def _kind(streak: _Streak | None, covered: bool) -> Kind:
-    if streak is not None:
-        return "kill"
-    return "keep" if covered else "none"
+def _killed(rule: KillRule, streak: Sequence[tuple[int, float]]) -> str:
+    first, last = streak[0][0], streak[-1][0]
+    return (
+        f"dev perplexity was at least {min(gap for _, gap in streak):.3f} above the baseline "
+        f"(limit {rule.margin_ppl:g}) at every check from {first:,} to {last:,} tokens, "
+        f"{last - first:,} of them (limit {rule.window_tokens:,})."
+    )
 
 
-def _reason(
-    rule: KillRule,
-    kind: Kind,
-    streak: _Streak | None,
-    gaps: Sequence[tuple[int, float | None]],
-    run: Curve,
-) -> str:
-    if streak is not None:
-        return (
-            f"dev perplexity was at least {streak.smallest_gap:.3f} above the baseline "
-            f"(limit {rule.margin_ppl:g}) at every check from {streak.first:,} to "
-            f"{streak.last:,} tokens, {streak.last - streak.first:,} of them "
-            f"(limit {rule.window_tokens:,})."
-        )
-    if kind == "keep":
-        tokens, gap = gaps[-1]
-        holes = [at for at, found in gaps if found is None]
-        told = f", and a streak ends at a hole ({len(holes)} checks are in one curve only)"
-        return (
-            f"at {tokens:,} tokens dev perplexity is {gap:+.3f} against the baseline; no streak of "
-            f">= {rule.margin_ppl:g} has lasted {rule.window_tokens:,} tokens"
-            f"{told if holes else ''}."
-        )
-    where = f"at {run[-1][0]:,} tokens" if run else "yet"
-    return f"the baseline has no dev check to compare with {where}."
+def _kept(rule: KillRule, gaps: Gaps) -> str:
+    tokens, gap = gaps[-1]
+    holes = sum(found is None for _, found in gaps)
+    told = f", and a streak ends at a hole ({holes} checks are in one curve only)" if holes else ""
+    return (
+        f"at {tokens:,} tokens dev perplexity is {gap:+.3f} against the baseline; no streak of "
+        f">= {rule.margin_ppl:g} has lasted {rule.window_tokens:,} tokens{told}."
+    )

@@ -51,26 +51,24 @@ class Key:
     csv_only: bool = False
 
 
-def _text(name: str, meaning: str, *, summary: bool = False, csv_only: bool = False) -> Key:
-    return Key(name, "text", "text", meaning, summary, csv_only)
+def _text(name: str, meaning: str, **more: bool) -> Key:
+    return Key(name, "text", "text", meaning, **more)
 
 
-def _hash(name: str, meaning: str, *, summary: bool = False) -> Key:
-    return Key(name, "text", "hex", meaning, summary)
+def _hash(name: str, meaning: str, **more: bool) -> Key:
+    return Key(name, "text", "hex", meaning, **more)
 
 
-def _flag(name: str, meaning: str, *, summary: bool = False) -> Key:
-    return Key(name, "true/false", "true/false", meaning, summary)
+def _flag(name: str, meaning: str, **more: bool) -> Key:
+    return Key(name, "true/false", "true/false", meaning, **more)
 
 
-def _count(name: str, unit: str, meaning: str, *, summary: bool = False) -> Key:
-    return Key(name, "integer", unit, meaning, summary)
+def _count(name: str, unit: str, meaning: str, **more: bool) -> Key:
+    return Key(name, "integer", unit, meaning, **more)
 
 
-def _number(
-    name: str, unit: str, meaning: str, *, summary: bool = False, csv_only: bool = False
-) -> Key:
-    return Key(name, "number", unit, meaning, summary, csv_only)
+def _number(name: str, unit: str, meaning: str, **more: bool) -> Key:
+    return Key(name, "number", unit, meaning, **more)
 
 
 def _losses(split: str, first: str) -> list[Key]:
@@ -94,19 +92,23 @@ def _outside(split: str) -> list[Key]:
     ]  # fmt: skip
 
 
-def _latency(kind: str, statistics: Mapping[str, str], what: str) -> list[Key]:
-    """One pass over L = 128 and 512 tokens, and one decoding step where `kind` has one."""
-    found = []
-    for length in (128, 512):
-        for statistic, meaning in statistics.items():
-            told = meaning.format(f"one pass over L = {length} {what}")
-            found.append(
-                _number(
-                    f"latency_{kind}ms_{statistic}_l{length}", "ms", told,
-                    summary=not kind and statistic == "p50",
-                )
-            )  # fmt: skip
-    return found
+_STATISTICS = {"p50": "median", "p95": "95th percentile"}
+
+
+def _latency(kind: str, what: str) -> list[Key]:
+    """One pass over L = 128 and 512 tokens."""
+    return [
+        _number(f"latency_{kind}ms_{name}_l{length}", "ms", f"{statistic} of one pass over L = {length} to the last token's logits{what}", summary=not kind and name == "p50")
+        for length in (128, 512)
+        for name, statistic in _STATISTICS.items()
+    ]  # fmt: skip
+
+
+def _decode(kind: str, what: str) -> list[Key]:
+    return [
+        _number(f"decode_{kind}ms_per_token_{name}", "ms/token", f"{statistic} of a {what}")
+        for name, statistic in _STATISTICS.items()
+    ]
 
 
 def _ratios(length: int) -> list[Key]:
@@ -117,18 +119,6 @@ def _ratios(length: int) -> list[Key]:
         _number(f"latency_ratio_high_l{length}", "factor", "upper end", csv_only=True),
     ]  # fmt: skip
 
-
-def _decode(kind: str, statistics: Mapping[str, str], what: str) -> list[Key]:
-    return [
-        _number(f"decode_{kind}ms_per_token_{name}", "ms/token", meaning.format(what))
-        for name, meaning in statistics.items()
-    ]
-
-
-_STATISTICS = {
-    "p50": "median of {}",
-    "p95": "95th percentile of {}",
-}
 
 SECTIONS: dict[str, tuple[Key, ...]] = {
     "who": (
@@ -209,13 +199,13 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         _count("blimp_items", "items", "scored"),
     ),
     "speed": (
-        *_latency("", _STATISTICS, "to the last token's logits"),
-        *_latency("compiled_", _STATISTICS, "to the last token's logits, compiled blocks in CUDA graphs"),
+        *_latency("", ""),
+        *_latency("compiled_", ", compiled blocks in CUDA graphs"),
         _text("latency_ratio_to", "the run that was measured in turns with this one, in one process (`latency/`)", csv_only=True),
         *_ratios(128),
         *_ratios(512),
-        *_decode("", _STATISTICS, "a decoding step"),
-        *_decode("compiled_", _STATISTICS, "a compiled decoding step in a CUDA graph"),
+        *_decode("", "decoding step"),
+        *_decode("compiled_", "compiled decoding step in a CUDA graph"),
         _number("weights_mib", "MiB", "parameters as held: float32"),
         _number("kv_cache_mib", "MiB", "keys and values of the longest L measured"),
         _number("activations_mib", "MiB", "peak of a prefill of the longest L, to the last token's logits"),
@@ -280,18 +270,14 @@ def table(keys: Iterable[Key]) -> str:
 def reading() -> str:
     """How results_summary.csv is read without a name such as 1e5 becoming a number, and what it
     holds."""
+    columns = ", ".join(f"`{name}`" for name in SUMMARY)
     texts = " ".join(name for name in KEYS if name in TEXT)
-    return "\n".join(
-        [
-            f"`results_summary.csv` has {len(SUMMARY)} columns: "
-            + ", ".join(f"`{name}`" for name in SUMMARY)
-            + ". Everything else is in `results_details.csv`, which is joined by `run`:",
-            "",
-            "```python",
-            f'texts = "{texts}"',
-            'how = {"dtype": dict.fromkeys(texts.split(), str), "keep_default_na": False, "na_values": [""]}',
-            'runs = pandas.read_csv("results_summary.csv", **how)',
-            'every = runs.merge(pandas.read_csv("results_details.csv", **how), on="run")',
-            "```",
-        ]
-    )
+    return f"""\
+`results_summary.csv` has {len(SUMMARY)} columns: {columns}. Everything else is in `results_details.csv`, which is joined by `run`:
+
+```python
+texts = "{texts}"
+how = {{"dtype": dict.fromkeys(texts.split(), str), "keep_default_na": False, "na_values": [""]}}
+runs = pandas.read_csv("results_summary.csv", **how)
+every = runs.merge(pandas.read_csv("results_details.csv", **how), on="run")
+```"""

@@ -38,10 +38,8 @@ def check(where: str, name: Any) -> None:
 
 def _is_retyped(name: str) -> bool:
     """Whether a reader of tables turns the name into something else: 007, 1e5, NA, true."""
-    if name.casefold() in ("na", "null", "none", "true", "false"):
-        return True
     try:
         float(name)  # nan, inf and 1_000 too
     except ValueError:
-        return False
+        return name.casefold() in ("na", "null", "none", "true", "false")
     return True

@@ -20,28 +20,14 @@ import yaml
 # ------------------------------------------------------------------------------------ strict YAML
 
 
-LARGEST = 100_000  # values of a file, an alias counting as all that it stands for; ours: 5,000
-
-
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars (3e-4 is a number, 010 and `no` are not numbers or
-    booleans in disguise) and merge keys, without silent duplicate keys and without aliases that
-    blow a small file up."""
+    booleans in disguise) and merge keys, without silent duplicate keys."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.sizes: dict[yaml.Node, int] = {}  # of the collections that are complete
-
-    def compose_sequence_node(self, anchor: Any) -> Any:
-        node = super().compose_sequence_node(anchor)
-        self._measure(node, node.value)
-        return node
-
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
-        self._measure(node, [part for pair in node.value for part in pair])
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
@@ -55,22 +41,6 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen[key_node.value] = line
         return node
-
-    def _measure(self, node: yaml.Node, parts: Sequence[yaml.Node]) -> None:
-        size = 1
-        for part in parts:
-            if isinstance(part, yaml.CollectionNode) and part not in self.sizes:
-                raise ValueError(
-                    f"line {part.start_mark.line + 1}: found an alias inside of what it stands "
-                    "for, expected plain values"
-                )
-            size += self.sizes.get(part, 1)
-        if size > LARGEST:
-            raise ValueError(
-                f"line {node.start_mark.line + 1}: found {size:,} values, its aliases "
-                f"written out, expected at most {LARGEST:,}"
-            )
-        self.sizes[node] = size
 
 
 def _strict_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
@@ -128,6 +98,8 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def key(default: Any, says: str, ok: Callable[[Any], bool] = lambda _: True) -> Any:
+    """A field of a section: its default (MISSING: the file has to state it), what is expected, and
+    whether a value of the annotated type is in range."""
     return field(default=default, metadata={"says": says, "ok": ok})
 
 
@@ -149,57 +121,60 @@ def known_keys(where: str, found: Mapping[str, Any], valid: Sequence[str]) -> No
             )
 
 
-def _coerce(value: Any, kind: str) -> Any:
-    """`value` as the annotated `kind`, or raises TypeError. A bool is never a number."""
-    if kind.endswith(" | None"):
-        return None if value is None else _coerce(value, kind.removesuffix(" | None"))
-    if kind == "int | str":
-        return _coerce(value, "str" if isinstance(value, str) else "int")
-    if kind == "tuple[str, ...]" and isinstance(value, list):
-        return tuple(_coerce(item, "str") for item in value)
-    if kind in ("tuple[float, ...]", "tuple[int, ...]") and isinstance(value, list):
-        return tuple(_coerce(item, kind[6:].partition(",")[0]) for item in value)
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if kind == "str" and isinstance(value, str) and value and "\0" not in value:
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        if kind in ("int", "float") and abs(value) < 2**53:
-            return int(value) if kind == "int" else float(value)
-    if kind == "float" and isinstance(value, float) and math.isfinite(value):
-        return value
-    raise TypeError
+def mapping(where: str, found: Any) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{where}: found {found!r}, expected a mapping of keys")
+    return found
 
 
-_KIND_NAMES = {
+_EXPECTED = {
     "int": "a whole number below 2^53: ",
     "float": "a finite number: ",
     "str": "text: ",
-    "bool": "",
-    "int | str": "",
-    "tuple[str, ...]": "",
     "tuple[float, ...]": "finite numbers: ",
     "tuple[int, ...]": "whole numbers: ",
 }
 
 
-def checked(where: str, spec: dataclasses.Field[Any], value: Any) -> Any:
+def _coerce(value: Any, kind: str) -> Any:
+    """`value` as the annotated `kind`, or raises TypeError. A bool is never a number."""
+    if kind.endswith(" | None"):
+        return None if value is None else _coerce(value, kind.removesuffix(" | None"))
+    if kind == "int | str":
+        kind = "str" if isinstance(value, str) else "int"
+    if kind.startswith("tuple[") and isinstance(value, list):
+        return tuple(_coerce(item, kind[6:].partition(",")[0]) for item in value)
+    if isinstance(value, bool):
+        good = kind == "bool"
+    elif isinstance(value, int):
+        good = kind in ("int", "float") and abs(value) < 2**53
+    elif isinstance(value, float):
+        good = kind == "float" and math.isfinite(value)
+    else:
+        good = kind == "str" and isinstance(value, str) and "\0" not in value
+    if not good:
+        raise TypeError
+    return float(value) if kind == "float" else value
+
+
+def _checked(where: str, spec: dataclasses.Field[Any], value: Any) -> Any:
     kind = str(spec.type)
-    expected = _KIND_NAMES[kind.removesuffix(" | None")] + spec.metadata["says"]
+    expected = _EXPECTED.get(kind.removesuffix(" | None"), "") + spec.metadata["says"]
     message = f"{where}{spec.name}: found {value!r}, expected {expected}"
     try:
         value = _coerce(value, kind)
     except TypeError:
         raise ValueError(message) from None
-    if value is not None and not spec.metadata["ok"](value):
+    if value == "" or value is not None and not spec.metadata["ok"](value):
         raise ValueError(message)
     return value
 
 
 def build(kind: type, where: str, values: Any) -> Any:
     """A dataclass `kind` from a mapping, every key known, typed and in range."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where.rstrip('.')}: found {values!r}, expected a mapping of keys")
+    values = mapping(where.rstrip("."), values)
     specs = {spec.name: spec for spec in dataclasses.fields(kind)}
     known_keys(where, values, list(specs))
-    return kind(**{name: checked(where, specs[name], value) for name, value in values.items()})
+    required = [name for name, spec in specs.items() if spec.default is dataclasses.MISSING]
+    stated = {**dict.fromkeys(required), **values}
+    return kind(**{name: _checked(where, specs[name], value) for name, value in stated.items()})

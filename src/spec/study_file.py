@@ -16,12 +16,11 @@ from src.spec.names import NAME_PATTERN
 from src.spec.strict_yaml import build, key, one_of, read_yaml
 
 SANITY = "sanity"  # phase 0's checks, as a block's phase
-# Keys by which a block builds on earlier ones; the others name an experiment file with `config`.
-_CHOSEN = ("best_of", "leader_of", "grid_of", "finalists_of")
-
-
-def _named(text: str) -> bool:
-    return NAME_PATTERN.fullmatch(text) is not None
+# Where a block's runs come from: these keys, alone or together.
+_SOURCES = (
+    ("config",), ("best_of",), ("finalists_of",), ("config", "leader_of"), ("config", "grid_of"),
+    ("leader_of", "factorised"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +36,7 @@ class Block:
         the first of them ranks the shares.
     """
 
-    name: str = key("", "letters, digits, '.', '_' or '-'", _named)
+    name: str = key("", "letters, digits, '.', '_' or '-'", NAME_PATTERN.fullmatch)
     config: str | None = key(None, "an experiment file, or null")
     phase: str = one_of("full", *PHASES, SANITY)
     experiments: tuple[str, ...] = key(("all",), "a list of experiments, or [all]", bool)
@@ -46,7 +45,7 @@ class Block:
         lambda v: v and len(set(v)) == len(v) and all(0 <= seed < 2**31 for seed in v),
     )  # fmt: skip
     overrides: tuple[str, ...] = key((), "a list of section.key=value, beside the study's")
-    folder: str = key("", "a folder below log_dir", _named)  # "": log_dir itself
+    folder: str = key("", "a folder below log_dir", NAME_PATTERN.fullmatch)  # "": log_dir itself
     best_of: str | None = key(None, "an earlier block, or null")
     leader_of: str | None = key(None, "an earlier block, or null")
     factorised: tuple[float, ...] = key(
@@ -119,24 +118,20 @@ def _blocks(where: str, found: Any) -> tuple[Block, ...]:
         raise ValueError(f"{where}blocks: found {found!r}, expected a list with a name each")
     blocks: list[Block] = []
     for number, entry in enumerate(found):
-        name = entry.get("name") if isinstance(entry, Mapping) else None
         block = build(Block, f"{where}blocks[{number}].", entry)
-        here = f"{where}blocks.{name or number}"
-        known = [earlier.name for earlier in blocks]
+        here, known = f"{where}blocks.{block.name or number}", [block.name for block in blocks]
         if not block.name or block.name in known:
-            raise ValueError(f"{here}.name: found {name!r}, expected a name of its own")
-        based_on = [getattr(block, choice) for choice in _CHOSEN if getattr(block, choice)]
-        for other in (
-            o for asked in based_on for o in ([asked] if isinstance(asked, str) else asked)
-        ):
+            found_name = block.name or None
+            raise ValueError(f"{here}.name: found {found_name!r}, expected a name of its own")
+        one = (block.best_of, block.leader_of, block.grid_of)
+        for other in (*filter(None, one), *block.finalists_of):
             if other not in known:
                 raise ValueError(
                     f"{here}: found {other!r}, expected an earlier block: {', '.join(known) or '-'}"
                 )
-        own_file = not (block.best_of or block.finalists_of or block.factorised)
-        if len(based_on) > 1 or own_file != (block.config is not None):
-            stated = ["config"] * (block.config is not None)
-            stated += [choice for choice in _CHOSEN if getattr(block, choice)]
+        keys = dict.fromkeys(key for source in _SOURCES for key in source)
+        stated = tuple(key for key in keys if getattr(block, key))
+        if stated not in _SOURCES:
             raise ValueError(
                 f"{here}: found {' and '.join(stated) or 'no source of runs'}, expected config, "
                 "best_of, finalists_of, grid_of with config, or leader_of with config or factorised"

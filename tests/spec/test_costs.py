@@ -56,7 +56,7 @@ def test_device_type_and_name_are_matched_together_in_the_order_of_the_table(tab
     [
         ("devices: [", "prices.yaml"),
         ("- 1", "expected a mapping"),
-        ("prices: {}", "prices.yaml.prices: found an unknown key"),
+        ("prices: {}", "prices.yaml: prices: found an unknown key"),
         ("currency: EUR\ndevices: {a: " + GOOD + "}", "currency: found 'EUR', expected USD"),
         ("devices: {}", "devices: found none"),
         ("as_of: x", "devices: found None"),
