@@ -123,11 +123,7 @@ def corpus_name(source: Mapping[str, Any]) -> str:
 
 def digests(config_digest: str, data: TokenData) -> dict[str, str]:
     """What a checkpoint must agree with to be resumed."""
-    return {
-        "config": config_digest,
-        "tokenizer": data.tokenizer_sha256,
-        "data": data.sha256,
-    }
+    return {"config": config_digest, "tokenizer": data.tokenizer_sha256, "data": data.sha256}
 
 
 def model_digest(answer: Allocation) -> str:

@@ -40,11 +40,7 @@ from src.storage.run_dir import write_atomic
 
 
 def score_requests(
-    model: LanguageModel,
-    requests: Sequence[Request],
-    *,
-    context: int,
-    **reading: Unpack[Reading],
+    model: LanguageModel, requests: Sequence[Request], *, context: int, **reading: Unpack[Reading]
 ) -> tuple[FloatArray, NDArray[np.bool_]]:
     """Log-probability of each continuation, and whether greedy decoding writes it.
 
