@@ -1,13 +1,73 @@
-"""Score a finished run on SmallBench: python -m src.eval_smallbench --run logs/emb35
+"""Score a finished run on SmallBench.
 
-The command of `src.evaluation.smallbench`, under the name that the study's order gives it.
+python -m src.eval_smallbench --run logs/emb35            # as the run itself was evaluated
+python -m src.eval_smallbench --run logs/emb35 --limit 20
+python -m src.eval_smallbench --run logs/emb35 --random_init
+python -m src.eval_smallbench --run logs/emb35 --full     # every row of every task
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from src.evaluation.smallbench import main
+from src.compute import runtime
+from src.data.tasks import TASKS_FILE, load_tasks
+from src.evaluation.smallbench import evaluate, random_row
+from src.evaluation.trained_run import load_run
+from src.spec import command_line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_line.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="directory of a finished run")
+    parser.add_argument("--smallbench", type=Path, help="downloaded rows (default: the run's)")
+    parser.add_argument("--tasks", type=Path, help="task list (default: the run's)")
+    parser.add_argument(
+        "--limit",
+        type=command_line.at_least(1),
+        help="at most so many items a task (default: evaluation.smallbench_limit of the run)",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="every row of every task, capped by --limit alone"
+    )
+    parser.add_argument("--random_init", action="store_true", help="the same model, untrained")
+    parser.add_argument("--items", type=Path, help="write one JSON line an item here")
+    parser.add_argument("--device", default="auto")
+    asked = parser.parse_args(arguments)
+    try:
+        found = _evaluate_run(asked)
+    except (ValueError, OSError) as error:
+        return command_line.refuse(error)
+    print(json.dumps(found, indent=2, allow_nan=False))
+    return 0
+
+
+def _evaluate_run(asked: argparse.Namespace) -> dict[str, Any]:
+    """In float32, as a run's own SmallBench is, on the items that the run was evaluated on."""
+    device = runtime.choose_device(asked.device)
+    runtime.pin_threads()
+    run = load_run(asked.run, device)
+    stated = run.evaluation
+    data_dir = asked.smallbench or Path(stated["smallbench_dir"])
+    listed = asked.tasks or Path(stated["smallbench_tasks"] or TASKS_FILE)
+    limit = asked.limit
+    if limit is None and not asked.full:
+        limit = stated.get("smallbench_limit")
+    options: dict[str, Any] = {
+        "context": run.context, "device": device, "autocast_dtype": None, "limit": limit,
+        "full": asked.full, "exclude": run.contaminated_rows(data_dir), "items_path": asked.items,
+    }  # fmt: skip
+    tasks = load_tasks(listed)
+    if asked.random_init:
+        config, seed = run.model.config, run.resolved["training"]["init_seed"]
+        return random_row(config, run.tokenizer, tasks, data_dir, seed=seed, **options)
+    return evaluate(run.model, run.tokenizer, tasks, data_dir, **options)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,10 +1,5 @@
 """SmallBench: zero-shot tasks described in YAML, scored by log-likelihood.
 
-    python -m src.eval_smallbench --run logs/emb35            # as the run itself was evaluated
-    python -m src.eval_smallbench --run logs/emb35 --limit 20
-    python -m src.eval_smallbench --run logs/emb35 --random_init
-    python -m src.eval_smallbench --run logs/emb35 --full     # every row of every task
-
 The conventions (what is tokenised with what, what is cut) are those of lm-evaluation-harness
 0.4.13, so that the exported checkpoint gets the same scores there; `tests/parity` compares them.
 docs/EVALUATION.md describes the scoring in words.
@@ -12,8 +7,6 @@ docs/EVALUATION.md describes the scoring in words.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,15 +17,12 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from src.compute import runtime
 from src.data.requests import Request, encode_requests, held_out_pairs, own_pairs
-from src.data.tasks import TASKS_FILE, Item, Task, load_items, load_tasks
+from src.data.tasks import Item, Task, load_items
 from src.evaluation.perplexity import windows
 from src.evaluation.scoring import LanguageModel, Reading, score_positions
 from src.evaluation.task_scores import UNSCORED, FloatArray, TaskScores, item_lines, units
-from src.evaluation.trained_run import load_run
 from src.models.transformer import Transformer
-from src.spec import command_line
 from src.spec.config import ModelConfig
 from src.storage.run_dir import write_atomic
 
@@ -69,7 +59,6 @@ def score_requests(
         [np.frombuffer(row, dtype=np.uint16) for row in rows],
         queries[order],
         greedy=True,
-        share_prefixes=True,
         **reading,
     )
     scores = -np.bincount(of[order], nats.astype(np.float64), len(requests))
@@ -225,53 +214,3 @@ def _score_tasks(
             )
         )
     return result
-
-
-# ------------------------------------------------------------------------------------ command line
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command_line.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="directory of a finished run")
-    parser.add_argument("--smallbench", type=Path, help="downloaded rows (default: the run's)")
-    parser.add_argument("--tasks", type=Path, help="task list (default: the run's)")
-    parser.add_argument(
-        "--limit",
-        type=command_line.at_least(1),
-        help="at most so many items a task (default: evaluation.smallbench_limit of the run)",
-    )
-    parser.add_argument(
-        "--full", action="store_true", help="every row of every task, capped by --limit alone"
-    )
-    parser.add_argument("--random_init", action="store_true", help="the same model, untrained")
-    parser.add_argument("--items", type=Path, help="write one JSON line an item here")
-    parser.add_argument("--device", default="auto")
-    asked = parser.parse_args(arguments)
-    try:
-        found = _evaluate_run(asked)
-    except (ValueError, OSError) as error:
-        return command_line.refuse(error)
-    print(json.dumps(found, indent=2, allow_nan=False))
-    return 0
-
-
-def _evaluate_run(asked: argparse.Namespace) -> dict[str, Any]:
-    """In float32, as a run's own SmallBench is, on the items that the run was evaluated on."""
-    device = runtime.choose_device(asked.device)
-    runtime.pin_threads()
-    run = load_run(asked.run, device)
-    stated = run.evaluation
-    data_dir = asked.smallbench or Path(stated["smallbench_dir"])
-    listed = asked.tasks or Path(stated["smallbench_tasks"] or TASKS_FILE)
-    limit = asked.limit
-    if limit is None and not asked.full:
-        limit = stated.get("smallbench_limit")
-    options: dict[str, Any] = {
-        "context": run.context, "device": device, "autocast_dtype": None, "limit": limit,
-        "full": asked.full, "exclude": run.contaminated_rows(data_dir), "items_path": asked.items,
-    }  # fmt: skip
-    tasks = load_tasks(listed)
-    if asked.random_init:
-        config, seed = run.model.config, run.resolved["training"]["init_seed"]
-        return random_row(config, run.tokenizer, tasks, data_dir, seed=seed, **options)
-    return evaluate(run.model, run.tokenizer, tasks, data_dir, **options)

@@ -18,8 +18,7 @@ from torch import Tensor
 from src.data import tasks as smallbench
 from src.data.requests import encode_requests
 from src.data.tasks import TASKS_FILE, Task, load_items, load_tasks, select_rows
-from src.evaluation import smallbench as eval_smallbench
-from src.evaluation.smallbench import evaluate, random_row
+from src.evaluation.smallbench import evaluate, random_row, score_requests
 from src.evaluation.task_scores import credit, matthews
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
@@ -505,9 +504,7 @@ def test_scores_are_the_models_log_probabilities(tokenizer: Tokenizer) -> None:
         ("q", 40 * "z"),
     ]
     requests = encode_requests(tokenizer, pairs)
-    scores, _ = eval_smallbench.score_requests(
-        model, requests, context=context, device="cpu", autocast_dtype=None
-    )
+    scores, _ = score_requests(model, requests, context=context, device="cpu", autocast_dtype=None)
     for request, score in zip(requests, scores, strict=True):
         expected, count = 0.0, len(request.ids)
         for target in range(request.context, count):

@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 
+from src import eval_smallbench
 from src.data.tasks import TASKS_FILE
 from src.evaluation import latency as eval_latency
-from src.evaluation import smallbench as eval_smallbench
 from src.evaluation.trained_run import load_run
 from src.models.export import export
 from src.models.transformer import Transformer
