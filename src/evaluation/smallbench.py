@@ -61,8 +61,9 @@ def score_requests(
         greedy=True,
         **reading,
     )
-    scores = -np.bincount(of[order], nats.astype(np.float64), len(requests))
-    misses = np.bincount(of[order][~greedy], minlength=len(requests))
+    scores, misses = np.zeros(len(requests)), np.zeros(len(requests), dtype=np.int64)
+    np.subtract.at(scores, of[order], nats.astype(np.float64))
+    np.add.at(misses, of[order], ~greedy)
     return scores, misses == 0
 
 

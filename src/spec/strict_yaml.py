@@ -97,7 +97,7 @@ def read_yaml(path: Path, what: str) -> Any:
 # --------------------------------------------------------------------------------- keys and types
 
 
-def key(default: Any, says: str, ok: Callable[[Any], bool] = lambda _: True) -> Any:
+def key(default: Any, says: str, ok: Callable[[Any], object] = lambda _: True) -> Any:
     """A field of a section: its default (MISSING: the file has to state it), what is expected, and
     whether a value of the annotated type is in range."""
     return field(default=default, metadata={"says": says, "ok": ok})
