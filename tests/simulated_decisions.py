@@ -89,7 +89,7 @@ def study(rng: np.random.Generator, effect: float, seeds: int, run_sd: float) ->
     truth = {name: gains[BASELINE] - gains[name] for name in finalists}
     covered = {name: one.low <= truth[name] <= one.high for name, one in against.items()}
     held = intervals.holm({name: one.p for name, one in against.items() if one.p is not None})
-    different = {name for name, one in held.items() if one.rejected}
+    different = {name for name, p in held.items() if p <= 0.05}
     untold = _not_told_apart(runs, tokens, noise)
     found = _winner(runs, tokens, untold)
     point = _winner(runs, tokens, untold, least_seeds=1)

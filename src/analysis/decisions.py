@@ -13,6 +13,11 @@ from scipy import stats
 
 from src.analysis.repeats import Noise, mean_sd
 
+IMPROVEMENT = 0.05  # PRD section 8: how far below the baseline's a winner's perplexity is at least
+# Above the baseline's latency and memory the second reading allows this much for timer noise; set
+# before any measurement.
+COST_MARGIN = 0.03
+
 # --- promotion ----------------------------------------------------------------------------------
 
 
@@ -27,24 +32,19 @@ class Promotion:
     reason: str
 
 
-def promote(
-    losses: Mapping[str, Sequence[float]],
-    noise: Noise | None,
-    killed: Collection[str] = (),
-    confidence: float = 0.95,
-) -> Promotion:
+def promote(losses: Mapping[str, Sequence[float]], noise: Noise | None) -> Promotion:
     """Promote the lowest mean dev loss, and the runner-up when the margin is thin.
 
     Thin means that the gap of the two means is below t * sd * sqrt(1/n_1 + 1/n_2), with t the
-    two-sided quantile of Student's t at `confidence` and the noise's degrees of freedom: a gap
+    two-sided 95 % quantile of Student's t at the noise's degrees of freedom: a gap
     that two equal ones would show more than one time in twenty. Without a measured noise no
     margin can be called safe, so two are promoted (PRD section 12: top 2 if margins are thin).
 
     losses: dev losses by configuration, one value per seed (nats per token, or nats per byte where
-        the tokenizers differ). killed: those the kill rule stopped; ranked nowhere.
+        the tokenizers differ); one without a value was stopped and is ranked nowhere.
     Raises ValueError when none is left.
     """
-    alive = {name: mean_sd(values) for name, values in losses.items() if name not in killed}
+    alive = {name: mean_sd(values) for name, values in losses.items() if len(values)}
     if not alive:
         raise ValueError(
             f"no configuration is left to promote: {len(losses)} given, all of them killed. Loosen "
@@ -54,15 +54,14 @@ def promote(
     best = ranking[0][0]
     if len(ranking) == 1:
         return Promotion((best,), ranking, None, None, f"{best} is the only configuration left.")
-    second = ranking[1][0]
-    gap = ranking[1][1] - ranking[0][1]
+    second, gap = ranking[1][0], ranking[1][1] - ranking[0][1]
     if noise is None:
         reason = f"{best} leads {second} by {gap:.4f}, but seed noise was not measured: two go on."
         return Promotion((best, second), ranking, gap, None, reason)
-    t = float(stats.t.ppf(0.5 + confidence / 2, noise.df))
+    t = float(stats.t.ppf(0.975, noise.df))
     threshold = t * noise.sd * math.sqrt(1 / alive[best].n + 1 / alive[second].n)
     rule = (
-        f"{threshold:.4f} = t({confidence:g}, {noise.df} df) {t:.2f} x sd {noise.sd:.4f} x "
+        f"{threshold:.4f} = t(0.95, {noise.df} df) {t:.2f} x sd {noise.sd:.4f} x "
         f"sqrt(1/{alive[best].n} + 1/{alive[second].n})"
     )
     if gap < threshold:
@@ -126,8 +125,6 @@ def winner(
     baseline: Measured,
     candidates: Sequence[Measured],
     *,
-    improvement: float = 0.05,
-    cost_margin: float = 0.03,
     ties: Collection[frozenset[str]] = (),
     least_seeds: int = 2,
 ) -> WinnerDecision:
@@ -135,23 +132,22 @@ def winner(
 
     PPL is the geometric mean over seeds (the exponential of the mean loss), so that the rule is
     mean loss difference <= ln 0.95. Strict: latency at L = 128, at L = 512 and memory each at or
-    below the baseline's. Margin: each at most 3 % above, the reading that allows for timer noise;
-    the margin was set before any measurement. What was not measured cannot qualify, and neither
-    can what rests on fewer than `least_seeds` seeds on either side: 5 % is a few times what
+    below the baseline's. Margin: each at most 3 % above. What was not measured cannot qualify, and
+    neither can what rests on fewer than `least_seeds` seeds on either side: 5 % is a few times what
     reseeding one run does.
     Among those that qualify the lowest PPL wins, but "if two configs tie on PPL, pick the faster"
     (PRD section 8): `ties` holds pairs {a, b} that were not told apart (`Equivalence.told_apart`),
     and of the best and those tied with it the fastest wins. A tie by proof, an interval inside
     +-1 %, would hardly ever be declared at the noise of three seeds (docs/SCIENCE.md).
     """
-    verdicts = [_judge(baseline, c, improvement, cost_margin, least_seeds) for c in candidates]
+    verdicts = [_judge(baseline, candidate, least_seeds) for candidate in candidates]
     by_name = {c.name: c for c in candidates}
     if len(by_name) != len(candidates) or baseline.name in by_name:
         raise ValueError("candidates must have distinct names, and none the baseline's.")
     strict, strict_why = _best([by_name[v.name] for v in verdicts if v.qualifies_strict], ties)
     margin, margin_why = _best([by_name[v.name] for v in verdicts if v.qualifies_margin], ties)
     readings = (
-        f"strict: {strict or 'no winner'}; with the {100 * cost_margin:g} % margin: "
+        f"strict: {strict or 'no winner'}; with the {100 * COST_MARGIN:g} % margin: "
         f"{margin or 'no winner'}"
     )
     reason = f"{len(candidates)} candidates against {baseline.name}"
@@ -160,17 +156,11 @@ def winner(
     return WinnerDecision(strict, margin, readings, tuple(verdicts), f"{reason}.")
 
 
-def _judge(
-    baseline: Measured,
-    candidate: Measured,
-    improvement: float,
-    cost_margin: float,
-    least_seeds: int,
-) -> CandidateVerdict:
+def _judge(baseline: Measured, candidate: Measured, least_seeds: int) -> CandidateVerdict:
     gap = mean_sd(candidate.log_perplexities).mean - mean_sd(baseline.log_perplexities).mean
-    good = gap <= math.log1p(-improvement) + 1e-12  # a ratio of exactly 0.95 passes
+    good = gap <= math.log1p(-IMPROVEMENT) + 1e-12  # a ratio of exactly 0.95 passes
     word = "at least" if good else "not"
-    reasons = [f"perplexity {math.expm1(gap):+.2%} ({word} {improvement:.0%} below the baseline)"]
+    reasons = [f"perplexity {math.expm1(gap):+.2%} ({word} {IMPROVEMENT:.0%} below the baseline)"]
     seeds = min(len(candidate.log_perplexities), len(baseline.log_perplexities))
     if seeds < least_seeds:
         good = False
@@ -187,7 +177,7 @@ def _judge(
             reasons.append(f"{label} was not measured on both")
             continue
         strict = strict and ours <= theirs
-        lenient = lenient and ours <= theirs * (1 + cost_margin)
+        lenient = lenient and ours <= theirs * (1 + COST_MARGIN)
         verdict = "not above" if ours <= theirs else "above"
         reasons.append(f"{label} {ours / theirs - 1:+.2%} ({verdict} the baseline)")
     return CandidateVerdict(candidate.name, math.exp(gap), strict, lenient, tuple(reasons))
@@ -209,7 +199,4 @@ def _best(
 
 def faster(configurations: Sequence[Measured]) -> str:
     """Name of the configuration with the lowest `latency_ms`; the first one where none is known."""
-    known = [c for c in configurations if c.latency_ms is not None]
-    if not known:
-        return configurations[0].name
-    return min(known, key=lambda c: c.latency_ms or math.inf).name
+    return min(configurations, key=lambda c: c.latency_ms or math.inf).name

@@ -7,6 +7,7 @@ Shapes: S seeds, D documents, B bootstrap draws. Pure functions.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from scipy import stats
 from src.analysis.repeats import Noise, mean_sd, need_finite
 
 Floats = NDArray[np.float64]
+LEVEL = 0.95  # of every interval
+MARGIN = 0.01  # differences of less are of no consequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,6 @@ class Interval:
     estimate: float
     low: float
     high: float
-    level: float
     p: float | None
     seeds: int
     documents: int
@@ -52,7 +54,6 @@ def paired_bootstrap(
     measure: Literal["perplexity", "bits_per_byte"] = "perplexity",
     paired_seeds: bool = True,
     noise: Noise | None = None,
-    level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
@@ -79,8 +80,7 @@ def paired_bootstrap(
     Raises ValueError for shapes that do not fit or numbers that are not finite.
     """
     a, b, w = _document_losses(nats_a, nats_b, weights, paired_seeds)
-    rng = np.random.default_rng(seed)
-    everything = np.ones((1, w.size))
+    rng, everything = np.random.default_rng(seed), np.ones((1, w.size))
     estimate = float(_contrast(everything, a, b, w, measure)[0])
     samples = np.empty(draws)
     chunk = max(1, 4_000_000 // w.size)  # bounds the count matrix to 32 MB
@@ -89,24 +89,21 @@ def paired_bootstrap(
         drawn = rng.integers(w.size, size=(rows, w.size)) + w.size * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * w.size).astype(np.float64)
         samples[start : start + rows] = _contrast(counts.reshape(rows, w.size), a, b, w, measure)
-    if w.size == 1:
-        samples[:] = estimate
     seeds = min(len(a), len(b))
     if seeds > 1:
-        sides = [_per_seed(everything, nats, w, measure)[0] for nats in (a, b)]
-        error, df = _seed_error(sides[0], sides[1], paired_seeds, noise)
+        sides = (_per_seed(everything, nats, w, measure)[0] for nats in (a, b))
+        error, df = _seed_error(*sides, paired_seeds, noise)
         if error > 0:
             samples += error * rng.standard_t(df, size=draws)
     # The outer of the two neighbouring draws, so that p <= 0.05 exactly where 0 lies outside.
-    low = np.quantile(samples, 0.5 - level / 2, method="lower")
-    high = np.quantile(samples, 0.5 + level / 2, method="higher")
+    low = np.quantile(samples, 0.5 - LEVEL / 2, method="lower")
+    high = np.quantile(samples, 0.5 + LEVEL / 2, method="higher")
     below, above = int((samples <= 0).sum()), int((samples >= 0).sum())
     p = min(1.0, 2 * (min(below, above) + 1) / (draws + 1))
     return Interval(
         estimate=estimate,
         low=float(low),
         high=float(high),
-        level=level,
         p=p if seeds > 1 else None,
         seeds=seeds,
         documents=int(w.size),
@@ -166,7 +163,6 @@ def seed_interval(
     *,
     paired_seeds: bool = True,
     noise: Noise | None = None,
-    level: float = 0.95,
 ) -> Interval:
     """t interval of mean(a) - mean(b) over seeds, for losses without their documents.
 
@@ -180,14 +176,13 @@ def seed_interval(
         raise ValueError(f"a paired interval needs equal seeds, found {len(a)} and {len(b)}.")
     estimate, seeds = mean_sd(a).mean - mean_sd(b).mean, min(len(a), len(b))
     if seeds == 1:
-        return Interval(estimate, -math.inf, math.inf, level, None, 1, 0)
+        return Interval(estimate, -math.inf, math.inf, None, 1, 0)
     error, df = _seed_error(np.asarray(a), np.asarray(b), paired_seeds, noise)
     if error == 0:
-        p = 1.0 if estimate == 0 else 0.0
-        return Interval(estimate, estimate, estimate, level, p, seeds, 0)
-    low, high = stats.t.interval(level, df, loc=estimate, scale=error)
+        return Interval(estimate, estimate, estimate, float(estimate == 0), seeds, 0)
+    low, high = stats.t.interval(LEVEL, df, loc=estimate, scale=error)
     p = float(2 * stats.t.sf(abs(estimate) / error, df))
-    return Interval(estimate, float(low), float(high), level, p, seeds, 0)
+    return Interval(estimate, float(low), float(high), p, seeds, 0)
 
 
 # --- equivalence, many comparisons --------------------------------------------------------------
@@ -195,11 +190,9 @@ def seed_interval(
 
 @dataclass(frozen=True, slots=True)
 class Equivalence:
-    """What an interval says about a margin; "no verdict" where it has fewer than two seeds."""
+    """What an interval says about `MARGIN`; "no verdict" where it has fewer than two seeds."""
 
     verdict: Literal["equivalent", "different", "undecided", "no verdict"]
-    margin: float
-    alpha: float
     statement: str
 
     @property
@@ -208,57 +201,38 @@ class Equivalence:
         return self.verdict == "different"
 
 
-def equivalence(interval: Interval, margin: float = 0.01) -> Equivalence:
+def equivalence(interval: Interval) -> Equivalence:
     """Two one-sided tests read off an interval of ln(a / b) (Schuirmann 1987).
 
-    An interval at level 1 - 2 alpha that lies inside ln(1 - margin) .. ln(1 + margin) rejects
-    both "lower by the margin or more" and "higher by the margin or more" at alpha each: a 95 %
-    interval tests at 2.5 %, stricter than the usual 90 % interval's 5 %. Equivalence is asked
-    first, because a difference can be real and still smaller than anyone cares about.
+    A 95 % interval that lies inside ln(1 - margin) .. ln(1 + margin) rejects both "lower by the
+    margin or more" and "higher by the margin or more" at 2.5 % each, stricter than the usual 90 %
+    interval's 5 %. Equivalence is asked first, because a difference can be real and still smaller
+    than anyone cares about.
     """
-    alpha = (1 - interval.level) / 2
     low, estimate, high = ((r - 1) * 100 for r in interval.ratio)
     if interval.seeds < 2:
         found = f"{estimate:+.2f} %"
         if interval.documents:
             found += f" ({low:+.2f} to {high:+.2f} %, document noise only)"
         found += f" from {interval.seeds} seed{'' if interval.seeds else 's'}"
-        text = f"no verdict: {found} says nothing of other seeds."
-        return Equivalence("no verdict", margin, alpha, text)
-    numbers = f"{estimate:+.2f} % ({interval.level:.0%} interval {low:+.2f} to {high:+.2f} %)"
-    inside = math.log1p(-margin) <= interval.low and interval.high <= math.log1p(margin)
-    if inside:
-        text = f"equivalent within +-{margin:.0%}: {numbers}, two one-sided tests at {alpha:.3f}."
-        return Equivalence("equivalent", margin, alpha, text)
+        return Equivalence("no verdict", f"no verdict: {found} says nothing of other seeds.")
+    numbers = f"{estimate:+.2f} % ({LEVEL:.0%} interval {low:+.2f} to {high:+.2f} %)"
+    if math.log1p(-MARGIN) <= interval.low and interval.high <= math.log1p(MARGIN):
+        text = f"equivalent within +-{MARGIN:.0%}: {numbers}, two one-sided tests at "
+        return Equivalence("equivalent", f"{text}{(1 - LEVEL) / 2:.3f}.")
     if interval.low > 0 or interval.high < 0:
-        text = f"different: {numbers} excludes zero."
-        return Equivalence("different", margin, alpha, text)
-    text = f"undecided: {numbers} neither excludes zero nor fits inside +-{margin:.0%}."
-    return Equivalence("undecided", margin, alpha, text)
+        return Equivalence("different", f"different: {numbers} excludes zero.")
+    text = f"undecided: {numbers} neither excludes zero nor fits inside +-{MARGIN:.0%}."
+    return Equivalence("undecided", text)
 
 
-@dataclass(frozen=True, slots=True)
-class HolmResult:
-    """One hypothesis after Holm's step-down: adjusted p, and whether it is rejected at alpha."""
-
-    p: float
-    adjusted_p: float
-    rejected: bool
-
-
-def holm(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str, HolmResult]:
-    """Holm (1979): family-wise error at most alpha over all of them, under any dependence.
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p values after Holm (1979): rejecting those of at most alpha keeps the family-wise error at
+    alpha, under any dependence.
 
     Sorted p_(1) <= ... <= p_(m), adjusted p_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)). (scipy
     has Benjamini and Hochberg's false discovery rate, which promises less.)
     """
-    for name, p in p_values.items():
-        if not 0 <= p <= 1:
-            raise ValueError(f"the p value of {name} is {p}; expected a number from 0 to 1.")
     order = sorted(p_values, key=lambda name: p_values[name])
-    adjusted: dict[str, HolmResult] = {}
-    running = 0.0
-    for rank, name in enumerate(order):
-        running = max(running, min(1.0, (len(order) - rank) * p_values[name]))
-        adjusted[name] = HolmResult(p_values[name], running, running <= alpha)
-    return {name: adjusted[name] for name in p_values}
+    steps = (min(1.0, (len(order) - rank) * p_values[name]) for rank, name in enumerate(order))
+    return dict(zip(order, itertools.accumulate(steps, max), strict=True))

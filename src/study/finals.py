@@ -152,7 +152,7 @@ class Judge:
             bounds = f"{low} to {high}" + ("" if interval.seeds > 1 else ", document noise only")
             told = f"{says.statement} {interval.seeds} seeds, {interval.documents} documents"
             if name in adjusted:
-                told += f"; p {adjusted[name].p:.4f}, {adjusted[name].adjusted_p:.4f} after Holm"
+                told += f"; p {p[name]:.4f}, {adjusted[name]:.4f} after Holm"
                 if self.noise is not None:
                     told += f"; seed noise {self.noise.sd:.4f} from all pairs ({self.noise.df} df)"
             results = [self.builder.result(o) or {} for o in (*judged[name], *self.baseline)]
@@ -237,7 +237,7 @@ class Judge:
         if not pairs.labels:  # unpaired means, and nothing follows from them
             means = [np.mean(self.builder.losses(side, self.key)) for side in (ours, theirs)]
             gap = float(means[0] - means[1])
-            return intervals.Interval(gap, -math.inf, math.inf, 0.95, None, 0, 0), pairs.left_out
+            return intervals.Interval(gap, -math.inf, math.inf, None, 0, 0), pairs.left_out
         seeds = [seed for seed, _ in pairs.labels]
         stacks = []
         for side in (ours, theirs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -57,9 +56,7 @@ def promoted(
 ) -> decisions.Promotion:
     """Who leads, by dev losses of each experiment's seeds; one without any was stopped."""
     stopped = [name for name, found in losses.items() if not found]
-    # promote() ranks what it is given; the stopped ones are named here
-    given = {name: found or [math.nan] for name, found in losses.items()}
-    promotion = decisions.promote(given, noise, killed=stopped)
+    promotion = decisions.promote(losses, noise)
     numbers = [f"{name} {loss:.4f}" for name, loss in promotion.ranking]
     numbers += [f"{name} stopped" for name in stopped]
     slopes = [f"{one.run.experiment} {_slope(builder.curve(one))}" for one in some]
@@ -194,10 +191,12 @@ def _replay_decision(builder: PlanBuilder, phase: str, some: Sequence[Configurat
         ("letter", replace(stated, grace_tokens=0)),
         ("grace", stated.in_run(baseline.run.training.tokens)),
     ):
-        found = kill_replay.replay_kills(reference, complete, rule)
+        found = [kill_replay.replay(reference, curve, rule) for curve in complete.values()]
         told.append(
-            f"{label}: {found.kills} kills, {found.false_kills} false, "
-            f"{found.tokens_saved:,} of {found.tokens_total:,} tokens saved"
+            f"{label}: {sum(one.killed_at is not None for one in found)} kills, "
+            f"{sum(one.false_kill for one in found)} false, "
+            f"{sum(one.tokens_saved for one in found):,} of "
+            f"{sum(one.budget for one in found):,} tokens saved"
         )
     builder.decide(
         phase, f"kill rule replayed, {baseline.path.name}", told, "recorded",

@@ -36,10 +36,10 @@ def test_unmeasured_noise_never_calls_a_lead_safe() -> None:
     assert promote({"a": [3.0], "b": [4.0]}, None).promoted == ("a", "b")
 
 
-def test_killed_cells_are_not_promoted_and_an_empty_field_is_refused() -> None:
-    assert promote({"a": [3.0], "b": [4.0]}, None, killed=["a"]).promoted == ("b",)
+def test_what_was_stopped_is_not_promoted_and_an_empty_field_is_refused() -> None:
+    assert promote({"a": [], "b": [4.0]}, None).promoted == ("b",)
     with pytest.raises(ValueError, match="no configuration is left"):
-        promote({"a": [3.0]}, None, killed=["a"])
+        promote({"a": []}, None)
 
 
 # --- the winner ---------------------------------------------------------------------------------
