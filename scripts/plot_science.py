@@ -1,4 +1,4 @@
-"""Draw the fits of src.analysis.science: predictions, rates, surface, kill replay."""
+"""Draw the fits of src.analysis.science: sweeps with predictions, learning rates."""
 
 import sys
 from pathlib import Path

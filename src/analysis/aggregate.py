@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from src.analysis import bundle, kill_table, report_tables
 from src.analysis.blocks import order_sentences
@@ -33,6 +32,11 @@ from src.spec.command_line import Parser, refuse
 from src.storage.files import read_json, write_atomic, write_json
 
 OUTPUT = Path("results_summary.csv")
+METRICS = [
+    prefix + name
+    for name in ("perplexity", "bits_per_byte", "word_perplexity")
+    for prefix in ("", "test_", "dev_")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,20 +60,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"the CSV to write (default: {OUTPUT}); unused with --from_csv",
     )  # fmt: skip
     parser.add_argument(
-        "--metric",
-        default="perplexity",
+        "--metric", default="perplexity", choices=METRICS, metavar="METRIC",
         help="what the two sweep figures show: perplexity (default), bits_per_byte or "
         "word_perplexity, on the test set where there is one; test_... or dev_... to insist",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--figures", type=Path, help="their folder (default: the CSV's; with --from_csv none)"
     )
     parser.add_argument("--no_figures", action="store_true", help="the CSV and the report only")
     parser.add_argument("--report", type=Path, help="fill the marked tables of this Markdown file")
     parser.add_argument("--study", type=Path, help="default: LOG_DIR/study.json")
-    parser.add_argument(
-        "--predictions", type=Path, help="results/predictions.json, for the table predictions"
-    )
     parser.add_argument("--from_csv", type=Path, help="read this CSV instead of run directories")
     parser.add_argument(
         "--check", action="store_true", help="change nothing: exit 78 if the report is out of date"
@@ -80,22 +80,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     elif options.report is None and options.figures is None:
         parser.error("--from_csv alone makes nothing: name a report with --report, or a folder "
                      "for the figures with --figures")  # fmt: skip
+    if options.check and options.report is None:
+        parser.error("--check compares a report with its tables: name it with --report")
     return options
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.check and options.report is None:
-        raise ValueError("--check compares a report with its tables: name it with --report.")
-    metrics = _metric_names()
-    if options.metric not in metrics:
-        raise ValueError(
-            f"--metric is {options.metric!r}; expected one of {', '.join(sorted(metrics))}."
-        )
     if options.report is not None and not options.report.is_file():
         raise ValueError(f"--report {options.report} is not a file: write the report first.")
-    rows = _rows_from_csv(options.from_csv) if options.from_csv else _rows_from_logs(options)
-    source = kill_table.publication(options.from_csv) if options.from_csv else kill_table.logs
-    kills = None if source is None else kill_table.judged(rows, source)
+    kills = None
+    if options.from_csv is None:
+        rows = _rows_from_logs(options)
+        kills = kill_table.judged(rows)
+    else:
+        rows = read_csv(options.from_csv)
+        published = options.from_csv.with_name(bundle.NAME)
+        if published.is_file():
+            kills = kill_table.judged(rows, read_json(published)["runs"])
     # The report first, so that a bad marker is refused before anything else.
     filled = None if options.report is None else _filled(options, rows, kills)
     status = 0
@@ -109,7 +110,13 @@ def _run(options: argparse.Namespace) -> int:
             options.figures.mkdir(parents=True, exist_ok=True)
             status = _draw(rows, options.figures, options.metric)
     if filled is not None:
-        status = _report(options.report, filled, options.check) or status
+        if options.report.read_text(encoding="utf-8") != filled:
+            if options.check:
+                raise ValueError(
+                    f"{options.report}: its tables differ from the results; run without --check."
+                )
+            write_atomic(options.report, filled.encode())
+        print(f"{options.report}: tables are up to date")
     return status
 
 
@@ -129,20 +136,6 @@ def _rows_from_logs(options: argparse.Namespace) -> list[Row]:
             "config.yaml, metrics.jsonl or metrics.json): run an experiment first."
         )
     return rows
-
-
-def _rows_from_csv(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise ValueError(f"--from_csv {path} is not a file.")
-    rows = read_csv(path)
-    if not rows or not all("run" in row and "status" in row for row in rows):
-        raise ValueError(f"--from_csv {path} has no rows with a run and a status in it.")
-    return rows
-
-
-def _metric_names() -> set[str]:
-    names = ("perplexity", "bits_per_byte", "word_perplexity")
-    return {prefix + name for prefix in ("", "test_", "dev_") for name in names}
 
 
 def _summarise(
@@ -207,12 +200,9 @@ def _draw(rows: Sequence[Row], folder: Path, metric: str) -> int:
 def _filled(
     options: argparse.Namespace, rows: Sequence[Row], kills: Sequence[kill_table.Judged] | None
 ) -> str:
-    """The report with its tables, made from the runs, the study and the predictions."""
-    study: Mapping[str, Any] | None = None
+    """The report with its tables, made from the runs and the study."""
     file = options.study or options.log_dir[0] / "study.json"
-    if options.study is not None or file.is_file():
-        study = read_json(file)
-    predictions = None if options.predictions is None else read_json(options.predictions)
+    study = read_json(file) if options.study is not None or file.is_file() else None
     text = options.report.read_text(encoding="utf-8")
     judged = study is not None and study.get("winner") is not None
     if judged and not any(f"<!-- table:{name} -->" in text for name in ("winner", "decisions")):
@@ -222,15 +212,6 @@ def _filled(
             "into it."
         )
     try:
-        return report_tables.fill(text, report_tables.tables(rows, study, kills, predictions))
+        return report_tables.fill(text, report_tables.tables(rows, study, kills))
     except ValueError as error:
         raise ValueError(f"{options.report}: {error}") from error
-
-
-def _report(path: Path, filled: str, check_only: bool) -> int:
-    if path.read_text(encoding="utf-8") != filled:
-        if check_only:
-            raise ValueError(f"{path}: its tables differ from the results; run without --check.")
-        write_atomic(path, filled.encode())
-    print(f"{path}: tables are up to date")
-    return 0

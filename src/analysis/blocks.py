@@ -35,9 +35,8 @@ class Block:
     @property
     def kind(self) -> str:
         """Full runs, 1.0 M tokens in 512 steps."""
-        kind = "Ranking runs" if self.phase == "rank" else "Full runs"
-        budget = f", {tokens_text(self.budget)} tokens" if self.budget else ""
-        return kind + budget + (f" in {self.steps:,.0f} steps" if self.steps > 0 else "")
+        steps = f" in {self.steps:,.0f} steps" if self.steps > 0 else ""
+        return kind_text(self.phase, self.budget) + steps
 
     @property
     def file(self) -> str:
@@ -57,8 +56,7 @@ class Block:
 
     @property
     def many_rates(self) -> bool:
-        """Whether some configuration was trained at several learning rates."""
-        return bool((self.runs.groupby("configuration")["learning_rate"].nunique() > 1).any())
+        return many_rates(self.runs)
 
 
 def blocks(runs: pd.DataFrame) -> list[Block]:
@@ -95,16 +93,26 @@ def each_once(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.drop_duplicates(alike)
 
 
+def many_rates(runs: pd.DataFrame) -> bool:
+    """Whether some configuration was trained at several learning rates."""
+    return bool((runs.groupby("configuration")["learning_rate"].nunique() > 1).any())
+
+
 def own_rates(runs: pd.DataFrame) -> dict[str, float]:
     """Each configuration's best learning rate: the lowest mean dev loss over the seeds that all of
     its rates have (all of its seeds where there is none such)."""
     best: dict[str, float] = {}
     for name, mine in runs.dropna(subset=["dev_loss", "learning_rate"]).groupby("configuration"):
-        counts = mine.groupby("seed")["learning_rate"].nunique()
-        common = counts.index[counts == mine["learning_rate"].nunique()]
-        judged = mine[mine["seed"].isin(common)] if len(common) else mine
+        judged = _on_common_seeds(mine, "learning_rate")
         best[str(name)] = float(judged.groupby("learning_rate")["dev_loss"].mean().idxmin())
     return best
+
+
+def _on_common_seeds(runs: pd.DataFrame, what: str) -> pd.DataFrame:
+    """The runs of the seeds that every value of this column has; all where there is none such."""
+    counts = runs.groupby("seed")[what].nunique()
+    common = runs[runs["seed"].isin(counts.index[counts == runs[what].nunique()])]
+    return runs if common.empty else common
 
 
 def at_own_rates(runs: pd.DataFrame) -> pd.DataFrame:
@@ -123,9 +131,7 @@ def shared_rate(runs: pd.DataFrame) -> float | None:
 def ranking(runs: pd.DataFrame) -> pd.Series:
     """Mean dev perplexity by configuration, or bits per byte where vocabularies differ, the best
     first, over the seeds that all have (all seeds where there is none such)."""
-    counts = runs.groupby("seed")["configuration"].nunique()
-    common = counts.index[counts == runs["configuration"].nunique()]
-    judged = runs[runs["seed"].isin(common)] if len(common) else runs
+    judged = _on_common_seeds(runs, "configuration")
     measure = "perplexity" if judged["vocab_size"].nunique() < 2 else "bits_per_byte"
     return judged.groupby("configuration")[f"dev_{measure}"].mean().dropna().sort_values()
 
@@ -171,6 +177,12 @@ def order_sentences(runs: pd.DataFrame) -> list[str]:
             same = "the same order" if first == second else "another order"
             told.append(f"{one} against {other}: {same}.")
     return told
+
+
+def kind_text(phase: str, tokens: float = 0.0) -> str:
+    """Full runs, 1.0 M tokens."""
+    kind = "Ranking runs" if phase == "rank" else "Full runs"
+    return f"{kind}, {tokens_text(tokens)} tokens" if tokens else kind
 
 
 def tokens_text(tokens: float) -> str:

@@ -39,7 +39,7 @@ def bundle(rows: Sequence[Row], log_dirs: Sequence[Path]) -> dict[str, Any]:
             for log_dir in log_dirs
             for path in sorted((log_dir / "configs").glob("*.yaml"))
         },
-        "study": portable(next((s for d in log_dirs if (s := _study(d / "study.json"))), None)),
+        "study": next((portable(s) for d in log_dirs if (s := _study(d / "study.json"))), None),
     }
 
 
@@ -75,7 +75,7 @@ def _different(runs: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]
 def _seeds(runs: Sequence[Row]) -> dict[str, dict[str, list[int]]]:
     """By experiment and phase."""
     found: dict[str, dict[str, list[int]]] = {}
-    for row in sorted((r for r in runs if isinstance(r.get("seed"), int)), key=lambda r: r["seed"]):
+    for row in sorted((row for row in runs if "seed" in row), key=lambda row: row["seed"]):
         phases = found.setdefault(str(row.get("experiment")), {})
         phases.setdefault(str(row.get("phase")), []).append(row["seed"])
     return found
@@ -85,15 +85,14 @@ def _environments(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Versions and machines as the runs' environment.json have them, each once, with its runs."""
     runs: dict[str, list[str]] = {}
     for row in rows:
-        path = Path(row["path"]) / "environment.json"
-        content = read_object(path) if path.is_file() else None
+        content = read_object(Path(row["path"]) / "environment.json")
         if content is not None:
             runs.setdefault(json.dumps(content, sort_keys=True), []).append(str(row["run"]))
     return [{**json.loads(text), "runs": sorted(names)} for text, names in sorted(runs.items())]
 
 
 def _study(path: Path) -> dict[str, Any] | None:
-    content = read_object(path) if path.is_file() else None
+    content = read_object(path)
     if content is None:
         return None
     kept = {key: value for key, value in content.items() if key != "costs"}

@@ -7,22 +7,21 @@ it was let go on (`kill_rule.action: record`), what the rule would have saved an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from src.analysis.kill_replay import ReplayedRun, replay_kills
+from src.analysis.kill_replay import Replay, replay
 from src.analysis.run_csv import Row
-from src.analysis.run_table import read_config, read_curve, read_object
+from src.analysis.run_table import read_config, read_curve
+from src.analysis.table_text import DASH, markdown
 from src.spec import kill_rule
 from src.spec.kill_rule import KillRule
 from src.spec.names import run_name
 from src.spec.run_identity import same_run
 
 Config = Mapping[str, Any]
-Source = Callable[[Row], tuple[Config, kill_rule.Curve]]
-"""A run's config.yaml and its dev checks, from wherever they are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +40,7 @@ class Judged:
     tokens: int | None
     baseline: str | None
     whole: kill_rule.Verdict | None
-    replayed: ReplayedRun | None
+    replayed: Replay | None
     budget: int
 
     @property
@@ -53,58 +52,47 @@ class Judged:
         )
 
 
-def logs(row: Row) -> tuple[Config, kill_rule.Curve]:
-    """From the run's own directory."""
-    path = Path(row["path"])
-    return read_config(path)[0], read_curve(path)
+def judged(rows: Sequence[Row], configs: Mapping[str, Config] | None = None) -> list[Judged]:
+    """Every run that a kill rule judged, in the rows' order.
 
+    configs: config.yaml by run as the bundle beside a publication has them; None: each run's own.
+    """
 
-def publication(summary: Path) -> Source | None:
-    """From what scripts/publish_results.py put beside this CSV; None where it is not there."""
-    bundle = summary.with_name("results_bundle.json")
-    if not bundle.is_file():
-        return None
-    configs = (read_object(bundle) or {}).get("runs", {})
+    def config_of(row: Row) -> Config:
+        return read_config(Path(row["path"]))[0] if configs is None else configs.get(row["run"], {})
 
-    def read(row: Row) -> tuple[Config, kill_rule.Curve]:
-        name = str(row["run"])
-        return configs.get(name, {}), read_curve(summary.parent / "runs" / name)
-
-    return read
-
-
-def judged(rows: Sequence[Row], source: Source) -> list[Judged]:
-    """Every run that a kill rule judged, in the rows' order."""
     by_name = {row["run"]: row for row in rows}
     by_content = {same_run(row): row for row in rows if _is_whole(row)}
     found = []
     for row in rows:
         if row.get("kill_verdict") is None or "path" not in row:
             continue
-        config, curve = source(row)
+        config = config_of(row)
         if not config.get("kill_rule"):  # an edited config.yaml is not read
             continue
         baseline = by_name.get(_baseline_run(row))
         if baseline is not None and not _is_whole(baseline):  # another run may stand for it
             key = same_run(baseline)
             baseline = None if key is None else by_content.get(key)
-        found.append(_judge(row, config, curve, baseline, source))
+        reference = None
+        if baseline is not None:
+            comparable = kill_rule.comparable(config, config_of(baseline))
+            reference = read_curve(Path(baseline["path"])) if comparable else []
+        found.append(_judge(row, config, baseline, reference))
     return found
 
 
 def _judge(
-    row: Row, config: Config, curve: kill_rule.Curve, baseline: Row | None, source: Source
+    row: Row, config: Config, baseline: Row | None, reference: kill_rule.Curve | None
 ) -> Judged:
-    budget = int(config["training"]["tokens"])
-    rule = KillRule(**config["kill_rule"])
+    curve = read_curve(Path(row["path"]))
+    budget, rule = int(config["training"]["tokens"]), KillRule(**config["kill_rule"])
     stopped = row["tokens"] if row["status"] == "killed" else None
     whole = replayed = None
-    if baseline is not None:
-        theirs, reference = source(baseline)
-        reference = reference if kill_rule.comparable(config, theirs) else []
+    if reference is not None:
         whole = kill_rule.verdict(rule.in_run(budget), reference, curve)
         if reference and curve and curve[-1][0] == reference[-1][0]:
-            (replayed,) = replay_kills(reference, {row["run"]: curve}, rule.in_run(budget)).runs
+            replayed = replay(reference, curve, rule.in_run(budget))
     return Judged(
         run=row["run"],
         action=rule.action,
@@ -138,29 +126,30 @@ def differences(found: Iterable[Judged]) -> list[str]:
 
 def summary(found: Sequence[Judged]) -> str:
     """What the rule saves and costs over the runs that ran to the end."""
-    complete = [(one, one.replayed) for one in found if one.replayed is not None]
-    kills = [replayed for _, replayed in complete if replayed.killed_at is not None]
+    complete = [(one.budget, one.replayed) for one in found if one.replayed is not None]
     return (
         f"{len(found)} runs judged, {sum(one.differs for one in found)} otherwise "
         f"over the whole curves. Of {len(complete)} that ran to the end the rule kills "
-        f"{len(kills)}, {sum(replayed.false_kill for replayed in kills)} of which ended no worse "
-        f"than the baseline; it saves {sum(replayed.tokens_saved for replayed in kills):,} of "
-        f"{sum(one.budget for one, _ in complete):,} tokens."
+        f"{sum(run.killed_at is not None for _, run in complete)}, "
+        f"{sum(run.false_kill for _, run in complete)} of which ended no worse "
+        f"than the baseline; it saves {sum(run.tokens_saved for _, run in complete):,} of "
+        f"{sum(budget for budget, _ in complete):,} tokens."
     )
 
 
-def table(found: Sequence[Judged]) -> tuple[str, list[list[str]]]:
-    """Head and lines, one a run."""
+def table(found: Sequence[Judged]) -> str:
+    """A line a run, and what they come to."""
     head = "run | against | action | live | whole curves | PPL above it at the end | tokens saved"
-    return head, [_line(one) for one in found]
+    made = markdown(head, [_line(one) for one in found], "no run was judged by a kill rule")
+    return f"{made}\n\n{summary(found)}" if found else made
 
 
 def _line(one: Judged) -> list[str]:
     live = _said(one.live, one.tokens)
     if one.whole is None or one.baseline is None:
-        return [one.run, "–", one.action, live, "no finished baseline", "–", "–"]
+        return [one.run, DASH, one.action, live, "no finished baseline", DASH, DASH]
     whole = f"**{_said(one.whole.kind, one.whole.tokens)}**" if one.differs else live
-    gap, saved = "–", "–"
+    gap = saved = DASH
     if one.replayed is not None:
         wrong = ", killed wrongly" if one.replayed.false_kill else ""
         gap = f"{one.replayed.final_gap_ppl:+.2f}{wrong}"

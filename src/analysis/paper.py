@@ -57,18 +57,18 @@ class Look:
 def looks(runs: pd.DataFrame) -> dict[str, Look]:
     """A look for each configuration of a whole table, baselines in black; by what was asked for
     and name, so that equal tables give equal looks."""
-    asked = runs.dropna(subset=["configuration"]).sort_values(
-        [EMBEDDING_RATIO.asked, GLU_EXPANSION.asked, "configuration"]
-    )
-    baselines = set(runs["baseline_configuration"].dropna()) & set(asked["configuration"])
-    names = asked["configuration"].drop_duplicates()
-    found: dict[str, Look] = {}
-    for place, name in enumerate(name for name in names if name in baselines):
-        found[name] = Look(BLACK, BASELINE_MARKERS[place % len(BASELINE_MARKERS)],
-                           DASHES[place % len(DASHES)])  # fmt: skip
-    for place, name in enumerate(name for name in names if name not in baselines):
-        found[name] = look(place)
-    return found
+    order = [EMBEDDING_RATIO.asked, GLU_EXPANSION.asked, "configuration"]
+    known = runs.dropna(subset=["configuration"]).sort_values(order)
+    names = known["configuration"].drop_duplicates()
+    is_base = names.isin(runs["baseline_configuration"])
+    return {name: _baseline_look(place) for place, name in enumerate(names[is_base])} | {
+        name: look(place) for place, name in enumerate(names[~is_base])
+    }
+
+
+def _baseline_look(place: int) -> Look:
+    markers, dashes = BASELINE_MARKERS, DASHES
+    return Look(BLACK, markers[place % len(markers)], dashes[place % len(dashes)])
 
 
 def look(place: int) -> Look:
@@ -98,12 +98,12 @@ def hold(ax: Axes, which: Literal["x", "y"], values: Iterable[float], *, log: bo
         room = PAD * (high - low)
         ends = min(ticks[0], low - room), max(ticks[-1], high + room)
     axis = ax.xaxis if which == "x" else ax.yaxis
-    (ax.set_xscale if which == "x" else ax.set_yscale)("log" if log else "linear")
+    ax.set(**{f"{which}scale": "log" if log else "linear"})
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
     axis.set_ticks(ticks)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    (ax.set_xlim if which == "x" else ax.set_ylim)(*ends)
+    ax.set(**{f"{which}lim": ends})
 
 
 def _steps(low: float, high: float) -> list[float]:
@@ -146,14 +146,12 @@ def draw_interval(ax: Axes, x: float, low: float, high: float, colour: str) -> b
 
 def grid(count: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
     """`count` panels: one in a column's width, more in two columns over a page's; in inches."""
-    columns = min(count, 2)
-    lines = math.ceil(count / columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(COLUMN if columns == 1 else PAGE, height * lines), squeeze=False
-    )
-    for ax in list(axes.flat)[count:]:
+    columns, lines = min(count, 2), math.ceil(count / 2)
+    size = (COLUMN if columns == 1 else PAGE, height * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for ax in axes.flat[count:]:
         ax.remove()
-    return figure, list(axes.flat)[:count]
+    return figure, list(axes.flat[:count])
 
 
 def finish(
@@ -193,11 +191,9 @@ def finish(
 
 def facts(runs: pd.DataFrame) -> str:
     """What the drawn runs share: parameters, corpus, device."""
-    sizes = (runs[TOTAL_PARAMS.built] / 1e6).dropna()
-    parts = []
-    if len(sizes):
-        low, high = f"{sizes.min():.2f}", f"{sizes.max():.2f}"
-        parts.append(f"{low} M parameters" if low == high else f"{low} to {high} M parameters")
+    ends = (runs[TOTAL_PARAMS.built] / 1e6).agg(["min", "max"]).dropna()
+    sizes = " to ".join(dict.fromkeys(f"{end:.2f}" for end in ends))
+    parts = [f"{sizes} M parameters"] if sizes else []
     for key in ("corpus", "device_name"):
         values = sorted(runs[key].dropna().astype(str).unique())
         rest = f" and {len(values) - 2} more" if len(values) > 2 else ""
@@ -243,9 +239,6 @@ def save(figure: Figure, output: Path) -> None:
 
 def words(column: str) -> str:
     """An axis' label: test_perplexity is "Test perplexity per token"."""
-    split, _, rest = (
-        column.partition("_") if column.startswith(("test_", "dev_")) else ("", "", column)
-    )
+    split, _, rest = column.partition("_")
     names = {"perplexity": "perplexity per token", "word_perplexity": "perplexity per word"}
-    text = f"{split} {names.get(rest, rest.replace('_', ' '))}".strip()
-    return text[0].upper() + text[1:]
+    return f"{split.capitalize()} {names.get(rest, rest.replace('_', ' '))}"

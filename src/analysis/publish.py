@@ -18,8 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from src.analysis import aggregate as aggregate_results
-from src.analysis.bundle import portable
+from src.analysis import aggregate, bundle
 from src.analysis.run_csv import read_csv, write_csv
 from src.analysis.run_table import read_object
 from src.spec.command_line import Parser, Refusal
@@ -27,7 +26,6 @@ from src.storage.files import workshop, write_atomic, write_json
 from src.storage.run_dir import read_rows
 
 TRAIN_ROWS = 200
-MARK = "results_bundle.json"
 WHOLE = ("study.json", "latency/*.json", "**/sanity.json", "**/learning_rates.*")
 OF_A_RUN = ("metrics.json", "documents_*.npz")
 
@@ -44,15 +42,15 @@ def main() -> None:
     for log_dir in log_dirs:
         if not log_dir.is_dir():
             raise Refusal(f"--log_dir {log_dir}: found no such directory; run a study first")
-    if output.exists() and any(output.iterdir()) and not (output / MARK).is_file():
+    if output.exists() and any(output.iterdir()) and not (output / bundle.NAME).is_file():
         raise Refusal(
-            f"--output {output}: found a folder without {MARK}, expected none, an empty one or an "
-            "earlier publication of this study; name another"
+            f"--output {output}: found a folder without {bundle.NAME}, expected none, an empty one "
+            "or an earlier publication of this study; name another"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     with workshop(output.with_name(f".{output.name}.part")) as made:  # all of it, or nothing
         gather(log_dirs, made)
-        if (output / MARK).is_file():
+        if (output / bundle.NAME).is_file():
             shutil.copytree(made, output, dirs_exist_ok=True)
         else:
             made.rename(output)  # where nothing is, or an empty folder
@@ -62,15 +60,9 @@ def main() -> None:
 def gather(log_dirs: Sequence[Path], output: Path) -> None:
     """Make the publication in `output`; leaves by SystemExit where the aggregator refuses."""
     for log_dir in log_dirs:
-        place = output / log_dir.resolve().name if len(log_dirs) > 1 else output
-        for pattern in WHOLE:
-            for path in sorted(log_dir.glob(pattern)):
-                copy = place / path.relative_to(log_dir)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+        _copy(log_dir, WHOLE, output / log_dir.resolve().name if len(log_dirs) > 1 else output)
     table = output / "results_summary.csv"
-    command = ["--log_dir", *map(str, log_dirs), "--output", str(table)]
-    if code := aggregate_results.main(command):
+    if code := aggregate.main(["--log_dir", *map(str, log_dirs), "--output", str(table)]):
         raise SystemExit(code)
     rows = read_csv(table)
     for row in rows:
@@ -78,17 +70,22 @@ def gather(log_dirs: Sequence[Path], output: Path) -> None:
             where = Path("runs", str(row["run"]))
             publish_run(Path(row["path"]), output / where)
             row["path"] = str(where)
-    write_csv([portable(row) for row in rows], table)
+    write_csv([bundle.portable(row) for row in rows], table)
+
+
+def _copy(source: Path, patterns: Sequence[str], place: Path) -> None:
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
+        copy = place / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def publish_run(run: Path, place: Path) -> None:
     """The small files of one run directory; of an unfinished one, its curve."""
     place.mkdir(parents=True, exist_ok=True)
-    for pattern in OF_A_RUN:
-        for path in sorted(run.glob(pattern)):
-            shutil.copyfile(path, place / path.name)
-    if (run / "environment.json").is_file():
-        write_json(place / "environment.json", portable(read_object(run / "environment.json")))
+    _copy(run, OF_A_RUN, place)
+    if environment := read_object(run / "environment.json"):
+        write_json(place / "environment.json", bundle.portable(environment))
     if (run / "metrics.jsonl").is_file():
         write_atomic(place / "curve.csv", curve(run / "metrics.jsonl").encode())
 

@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from src.analysis.repeats import need_finite
-
 EXACT = 8  # configurations up to which all orders are counted: 8! = 40,320
 
 
@@ -18,9 +16,8 @@ EXACT = 8  # configurations up to which all orders are counted: 8! = 40,320
 class RankAgreement:
     """Short runs against full runs over the same configurations and the same seeds.
 
-    seeds: those that every ranked configuration finished at both budgets; means are over them.
-    missing: a sentence for each run that one budget has and the other has not, or that is left
-        out because another configuration lacks its seed.
+    left_out: seeds of configurations that do not count, because one budget or another
+        configuration lacks them.
     spearman: rank correlation (ties share their mean rank), None below 3 configurations or where
         a side is constant. p: its exact one-sided permutation p up to 8 (agreement by luck).
     top1_regret: loss given up by finishing the short runs' best instead of the best (>= 0); of
@@ -30,8 +27,7 @@ class RankAgreement:
     names: tuple[str, ...]
     short: tuple[float, ...]  # mean losses in the order of names
     full: tuple[float, ...]
-    seeds: tuple[int, ...]
-    missing: tuple[str, ...]
+    left_out: int
     spearman: float | None
     p: float | None
     top1_same: bool
@@ -52,54 +48,34 @@ def rank_agreement(
     another's, so only seeds count that all have on both sides.
     Raises ValueError where no seed is left.
     """
-    both = {name: set(short.get(name, ())) & set(full.get(name, ())) for name in {**short, **full}}
+    both = {name: set(short[name]) & set(full[name]) for name in short if name in full}
     names = tuple(name for name, seeds in both.items() if seeds)
-    common = set.intersection(*(both[name] for name in names)) if names else set()
-    missing = _missing(short, full, names, common)
+    common = sorted(set.intersection(*(both[name] for name in names))) if names else []
     if not common:
         raise ValueError(
-            "no seed was run by every configuration at both budgets, so their rankings cannot be "
-            f"compared: {'; '.join(missing)}."
+            "no seed was run by every configuration at both budgets: their rankings cannot be "
+            "compared."
         )
-    seeds = tuple(sorted(common))
     x, y = (
-        np.array([np.mean([side[name][seed] for seed in seeds]) for name in names])
+        np.array([np.mean([side[name][seed] for seed in common]) for name in names])
         for side in (short, full)
     )
-    need_finite("short losses", x)
-    need_finite("full losses", y)
     rho = p = None
     if len(names) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
         rho = float(stats.spearmanr(x, y).statistic)
         p = _permutation_p(x, y) if len(names) <= EXACT else None
+    tried = sum(len({*short.get(n, ()), *full.get(n, ())}) for n in {**short, **full})
     reached, best = float(y[x == x.min()].max()), float(y.min())
     return RankAgreement(
         names=names,
         short=tuple(x.tolist()),
         full=tuple(y.tolist()),
-        seeds=seeds,
-        missing=missing,
+        left_out=tried - len(names) * len(common),
         spearman=rho,
         p=p,
         top1_same=reached == best,
         top1_regret=reached - best,
     )
-
-
-def _missing(
-    short: Mapping[str, Mapping[int, float]],
-    full: Mapping[str, Mapping[int, float]],
-    names: Sequence[str],
-    common: set[int],
-) -> tuple[str, ...]:
-    told = []
-    for name in {**short, **full}:
-        a, b = set(short.get(name, ())), set(full.get(name, ()))
-        told += [f"{name} seed {seed}: no full run" for seed in sorted(a - b)]
-        told += [f"{name} seed {seed}: no short run" for seed in sorted(b - a)]
-        left = (a & b) - common if name in names else set()
-        told += [f"{name} seed {seed}: not run by all" for seed in sorted(left)]
-    return tuple(told)
 
 
 def _permutation_p(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
@@ -116,15 +92,13 @@ def _permutation_p(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     return float(found.pvalue)
 
 
-def log_slope(curve: Sequence[tuple[int, float]], fraction: float = 0.5) -> float | None:
-    """Slope d ln PPL / d ln tokens by least squares over the curve's last `fraction` of tokens.
+def log_slope(curve: Sequence[tuple[int, float]]) -> float | None:
+    """Slope d ln PPL / d ln tokens by least squares over the second half of the curve's tokens.
 
     The "dev PPL slope" of the ranking runs: -0.1 means that doubling the tokens lowers perplexity
     by about 7 %. None with fewer than two checks there.
     """
-    points = [(t, p) for t, p in curve if t > 0]
-    if points:
-        points = [(t, p) for t, p in points if t >= points[-1][0] * (1 - fraction)]
+    points = [(t, p) for t, p in curve if t > 0 and t >= curve[-1][0] / 2]
     if len(points) < 2:
         return None
     tokens, ppl = np.log(np.array(points, dtype=np.float64)).T

@@ -2,8 +2,7 @@
 
 A table named NAME stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; everything
 outside the markers is a person's prose and is never touched. `decisions` and `winner` come from
-study.json, `kill-rule` from the runs' curves, `predictions` from results/predictions.json, every
-other table from the CSV.
+study.json, `kill-rule` from the runs' curves, every other table from the CSV.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ import pandas as pd
 
 from src.analysis import intervals, kill_table
 from src.analysis.blocks import Block, at_own_rates, blocks, order_sentences, own_rates, tokens_text
-from src.analysis.prediction_table import predictions_table
 from src.analysis.run_csv import Row, table
-from src.analysis.run_joins import STATUSES
 from src.analysis.table_text import DASH, field, fixed, markdown, mean_sd, total, whole
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, Request
 from src.spec.rates import spelled
@@ -28,7 +25,6 @@ _OPEN = re.compile(r"<!-- table:([\w-]+) -->")
 _NEEDS = {
     "decisions": " (decisions needs the study's study.json)",
     "winner": " (winner needs the study's study.json)",
-    "predictions": " (predictions needs --predictions results/predictions.json)",
     "kill-rule": " (kill-rule needs the runs, or what was published with them beside the CSV)",
 }
 
@@ -37,9 +33,8 @@ def tables(
     rows: Sequence[Row],
     study: Mapping[str, Any] | None = None,
     kills: Sequence[kill_table.Judged] | None = None,
-    predictions: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Every table by name; those of a study, of curves and of predictions where there are any."""
+    """Every table by name; those of a study and of curves where there are any."""
     runs = table(rows)
     told = [*order_sentences(runs), *processors_differ(runs)]
     made = {
@@ -49,16 +44,12 @@ def tables(
         "metrics": metrics_table(runs),
         "metrics-rank": metrics_table(runs[runs["phase"] == "rank"]),
         "metrics-full": metrics_table(runs[runs["phase"] != "rank"]),
-        "runs": runs_table(runs),
         "cost": cost_table(runs),
     }
     if study is not None:
         made |= {"decisions": decisions_table(study), "winner": winner_table(study)}
-    if predictions is not None:
-        made["predictions"] = predictions_table(runs, predictions)
     if kills is not None:
-        made["kill-rule"] = markdown(*kill_table.table(kills), "no run was judged by a kill rule")
-        made["kill-rule"] += f"\n\n{kill_table.summary(kills)}" if kills else ""
+        made["kill-rule"] = kill_table.table(kills)
     return made
 
 
@@ -104,15 +95,13 @@ def _compared(block: Block, split: str) -> list[list[str]]:
     order = best.groupby("configuration")[EMBEDDING_RATIO.built].mean().sort_values()
     for name in order.index:
         group = best[best["configuration"] == name]
-        first = group.iloc[0]
-        mark = " **(baseline)**" if name == block.baseline else ""
-        rate = first["learning_rate"]
+        first, mark = group.iloc[0], " **(baseline)**" if name == block.baseline else ""
         body.append(
             [
                 f"{field(name)}{mark}",
                 fixed(100 * first[EMBEDDING_RATIO.built], 1, " %"),
                 whole(first["n_layers"]),
-                DASH if pd.isna(rate) else spelled(rate),
+                DASH if pd.isna(first["learning_rate"]) else spelled(first["learning_rate"]),
                 str(len(group)),
                 mean_sd(group[f"{split}_perplexity"], 1),
                 DASH if mark else _against(group.set_index("seed"), base, f"{split}_loss"),
@@ -128,10 +117,9 @@ def _against(ours: pd.DataFrame, base: pd.DataFrame, key: str) -> str:
     if a.empty or b.empty:
         return DASH
     programs = pd.concat([ours["program_digest"], base["program_digest"]])
-    paired = set(a.index) == set(b.index) and programs.nunique(dropna=False) == 1
-    paired = paired and bool(programs.notna().all())
+    paired = set(a.index) == set(b.index) and programs.notna().all() and programs.nunique() == 1
     b = b.reindex(a.index) if paired else b
-    found = intervals.seed_interval(a.tolist(), b.tolist(), paired_seeds=paired)
+    found = intervals.seed_interval(a.tolist(), b.tolist(), paired_seeds=bool(paired))
     low, ratio, high = (f"{100 * (value - 1):+.1f}" for value in found.ratio)
     if found.seeds < 2:
         return f"{ratio} %"
@@ -164,11 +152,11 @@ def processors_differ(runs: pd.DataFrame) -> list[str]:
     programs: they stand beside each other all the same."""
     told = []
     for block in blocks(runs):
-        programs = block.runs["program_digest"].dropna()
+        programs = block.runs["program_digest"].nunique()
         counts = block.runs["processors"].value_counts().sort_index()
-        if programs.nunique() > 1:
+        if programs > 1:
             told.append(
-                f"{block.title}: computed by {programs.nunique()} programs (code, versions or "
+                f"{block.title}: computed by {programs} programs (code, versions or "
                 "settings, program_digest): a difference between such runs may come from that."
             )
         elif len(counts) > 1:
@@ -193,49 +181,49 @@ def metrics_table(runs: pd.DataFrame) -> str:
         "test PPL | dev PPL | test bits/byte | SmallBench % (chance, untrained) | latency L=128 | "
         "latency L=512 | peak MiB | USD"
     )
-    body = [
-        [
-            field(group["phase"].iloc[0]),
-            field(group["experiment"].iloc[0])
-            + (" **(baseline)**" if group["baseline"].iloc[0] else ""),
-            whole(group["vocab_size"].iloc[0]),
-            _built(group, EMBEDDING_RATIO, lambda value: f"{100 * value:.1f} %"),
-            _built(group, GLU_EXPANSION, lambda value: f"{value:.2f}"),
-            whole(group["n_layers"].iloc[0]),
-            _tokens(group["tokens"].iloc[0]),
-            str(len(group)),
-            mean_sd(group["test_perplexity"], 2),
-            mean_sd(group["dev_perplexity"], 2),
-            mean_sd(group["test_bits_per_byte"], 4),
-            _smallbench(group),
-            _latency(group, 128),
-            _latency(group, 512),
-            mean_sd(group["peak_memory_mib"], 1),
-            total(group["cost_usd"], 2),
-        ]
-        for group in _configurations(runs[runs["status"] == "finished"])
-    ]
+    body = []
+    for group in _configurations(runs[runs["status"] == "finished"]):
+        first = group.iloc[0]
+        body.append(
+            [
+                field(first["phase"]),
+                field(first["experiment"]) + (" **(baseline)**" if first["baseline"] else ""),
+                whole(first["vocab_size"]),
+                _built(first, EMBEDDING_RATIO, lambda value: f"{100 * value:.1f} %"),
+                _built(first, GLU_EXPANSION, lambda value: f"{value:.2f}"),
+                whole(first["n_layers"]),
+                _tokens(first["tokens"]),
+                str(len(group)),
+                mean_sd(group["test_perplexity"], 2),
+                mean_sd(group["dev_perplexity"], 2),
+                mean_sd(group["test_bits_per_byte"], 4),
+                _smallbench(group),
+                _latency(group, 128),
+                _latency(group, 512),
+                mean_sd(group["peak_memory_mib"], 1),
+                total(group["cost_usd"], 2),
+            ]
+        )
     return markdown(head, body, "no finished run")
 
 
 def _configurations(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """Runs that differ only by seed, ranking runs first, in the sweep's order of asked values."""
     keys = [
-        (runs["phase"] != "rank"),
+        runs["phase"] != "rank",
+        runs["sweep"].fillna("None"),
         *(runs[q.asked].fillna(0.0) for q in (EMBEDDING_RATIO, GLU_EXPANSION)),
-        *(runs[key].fillna("None") for key in ("sweep", "experiment")),
+        runs["experiment"].fillna("None"),
         *(runs[key].fillna(0.0) for key in ("budget", "learning_rate", "batch_size")),
     ]
-    order = [0, 3, 1, 2, 4, 5, 6, 7]
-    return [group for _, group in runs.groupby([keys[place] for place in order])]
+    return [group for _, group in runs.groupby(keys)]
 
 
 def _smallbench(group: pd.DataFrame) -> str:
     """Beside it what guessing and the same model untrained get: at this size that is not far."""
-    accuracy = mean_sd(100 * group["smallbench_accuracy"], 1)
+    accuracy, first = mean_sd(100 * group["smallbench_accuracy"], 1), group.iloc[0]
     beside = [
-        fixed(100 * group[f"smallbench_{name}"].iloc[0], 1)
-        for name in ("chance", "untrained_accuracy")
+        fixed(100 * first[f"smallbench_{name}"], 1) for name in ("chance", "untrained_accuracy")
     ]
     return accuracy if beside == [DASH, DASH] else f"{accuracy} ({', '.join(beside)})"
 
@@ -243,22 +231,22 @@ def _smallbench(group: pd.DataFrame) -> str:
 def _latency(group: pd.DataFrame, length: int) -> str:
     """The ratio to the baseline, interleaved; else how far the seeds' own milliseconds go, which
     what else the computer did has part in."""
-    measured = group[group[f"latency_ratio_l{length}"].notna()]
+    measured = group.dropna(subset=[f"latency_ratio_l{length}"])
     if len(measured):
         ratio, low, high = (
             measured[f"latency_ratio{end}_l{length}"].iloc[0] for end in ("", "_low", "_high")
         )
         interval = "" if pd.isna(low) or pd.isna(high) else f" ({low:.2f} to {high:.2f})"
         return f"x {ratio:.2f}{interval}"
-    found = group[f"latency_ms_p50_l{length}"].dropna()
-    if found.empty:
+    found = group[f"latency_ms_p50_l{length}"]
+    if found.isna().all():
         return DASH
     least, most = f"{found.min():.1f}", f"{found.max():.1f}"
     return f"{least} ms" if least == most else f"{least} to {most} ms"
 
 
-def _built(group: pd.DataFrame, quantity: Request, write: Callable[[float], str]) -> str:
-    built, asked = group[quantity.built].iloc[0], group[quantity.asked].iloc[0]
+def _built(run: pd.Series, quantity: Request, write: Callable[[float], str]) -> str:
+    built, asked = run[quantity.built], run[quantity.asked]
     if pd.isna(built):
         return DASH
     return write(built) if pd.isna(asked) else f"{write(built)} ({write(asked)})"
@@ -268,27 +256,6 @@ def _tokens(tokens: float) -> str:
     if pd.isna(tokens):
         return DASH
     return f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else tokens_text(tokens)
-
-
-def runs_table(runs: pd.DataFrame) -> str:
-    """A line a run, the ones that did not finish with their reason; nothing is left out."""
-    order = {status: place for place, status in enumerate(STATUSES)}
-    ranked = runs.assign(
-        place=runs["status"].map(order).fillna(9), file=runs["sweep"].fillna("None")
-    )
-    body = [
-        [
-            *(field(row[key]) for key in ("status", "run", "sweep")),
-            whole(row["seed"]),
-            _tokens(row["tokens"]),
-            fixed(row["test_perplexity"], 2),
-            fixed(row["dev_perplexity"], 2),
-            field(row["reason"]),
-        ]
-        for row in ranked.sort_values(["place", "file", "run"]).to_dict("records")
-    ]
-    head = "status | run | sweep | seed | tokens | test PPL | dev PPL | reason"
-    return markdown(head, body, "no run")
 
 
 def cost_table(runs: pd.DataFrame) -> str:
@@ -303,12 +270,7 @@ def cost_table(runs: pd.DataFrame) -> str:
 
 def _costs(group: pd.DataFrame) -> list[str]:
     hours = group["wall_seconds"] / 3600
-    return [
-        str(len(group)),
-        total(hours, 2),
-        total(group["gpu_hours"], 2),
-        total(group["cost_usd"], 2),
-    ]
+    return [str(len(group)), *(total(x, 2) for x in (hours, group["gpu_hours"], group["cost_usd"]))]
 
 
 # --- of the study ---------------------------------------------------------------------------------
@@ -316,11 +278,7 @@ def _costs(group: pd.DataFrame) -> list[str]:
 
 def decisions_table(study: Mapping[str, Any]) -> str:
     """`study["decisions"]`: a list of flat objects, tabulated under all their keys."""
-    decisions = study.get("decisions")
-    if not isinstance(decisions, list) or not all(isinstance(d, dict) for d in decisions):
-        raise ValueError(
-            "study.json has no list of objects under `decisions`; expected one object a decision."
-        )
+    decisions = study.get("decisions", [])
     keys = list(dict.fromkeys(key for decision in decisions for key in decision))
     body = [[_decision(decision.get(key)) for key in keys] for decision in decisions]
     return markdown(" | ".join(key.replace("_", " ") for key in keys), body, "no decision yet")

@@ -29,19 +29,16 @@ def table(rows: Iterable[Row]) -> pd.DataFrame:
     `budget`: trained tokens to two digits, which the runs of one comparison share.
     """
     found = pd.DataFrame(list(rows), dtype=object)
-    columns = {
-        name: found.get(name, pd.Series(index=found.index, dtype=object))
-        for name in [*KEYS, *found]
-    }
+    columns = dict(found.reindex(columns=list({**KEYS, **found})).astype(object))
     for name, key in KEYS.items():
         if key.kind in ("number", "integer"):
             numbers = pd.to_numeric(columns[name], errors="coerce").astype(float)
             columns[name] = numbers.where(np.isfinite(numbers))
     columns["baseline"] = columns["baseline"].eq(True)
-    for name, source in (
-        ("configuration", "experiment"), ("baseline_configuration", "baseline_name"),
-    ):  # fmt: skip
-        columns[name] = columns[source].map(configuration, na_action="ignore")
+    columns["configuration"], columns["baseline_configuration"] = (
+        columns[name].map(configuration, na_action="ignore")
+        for name in ("experiment", "baseline_name")
+    )
     columns["budget"] = columns["tokens"].map(lambda tokens: float(f"{tokens:.1e}"))
     return pd.DataFrame(columns)
 
@@ -97,8 +94,8 @@ def _read(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
     except ValueError as error:
         raise ValueError(f"{path}: found no table of runs ({error})") from error
-    if not {"run", "status"} & set(frame.columns):
-        raise ValueError(f"{path}: found no column run or status, expected a table of runs")
+    if "run" not in frame.columns:
+        raise ValueError(f"{path}: found no column run, expected a table of runs")
     rest = [column for column in frame.columns if column not in KEYS]
     return frame.assign(**{column: frame[column].convert_dtypes() for column in rest})
 

@@ -31,11 +31,10 @@ class Sweeps:
 
     def add(self, config: Mapping[str, Any]) -> None:
         sweep = config.get("sweep")
-        if not isinstance(sweep, dict) or not isinstance(sweep.get("file"), str):
+        if not isinstance(sweep, dict) or "file" not in sweep:
             return
-        phase = sweep.get("phase")
-        planned = isinstance(phase, str) and phase == config.get("phase") and _seeds(sweep)
-        key = (sweep["file"], phase if planned else None)
+        planned = sweep.get("seeds") and sweep.get("phase") == config.get("phase")
+        key = (sweep["file"], sweep.get("phase") if planned else None)
         if _size(sweep) > _size(self._found.setdefault(key, sweep)):
             self._found[key] = sweep
 
@@ -54,20 +53,21 @@ class Sweeps:
     def _listed(self, rows: Sequence[Row]) -> Iterator[Row]:
         who = ("sweep", "phase", "experiment", "seed")
         begun = {tuple(row.get(key) for key in who) for row in rows}
-        named = {(row.get("sweep"), row.get("experiment")) for row in rows}
+        named = {(file, name) for file, _, name, _ in begun}
         planned = {file for file, phase in self._found if phase is not None}
         for (file, phase), sweep in sorted(self._found.items(), key=lambda item: str(item[0])):
-            for name in _names(sweep):
+            seeds = {s for f, p, _, s in begun if (f, p) == (file, phase) and s is not None}
+            for name in sweep["experiments"]:
+                row = _missing(sweep, name)
                 if phase is None:
                     if file not in planned and (file, name) not in named:
-                        yield _missing(file, sweep, name) | {"run": name}
+                        yield row | {"run": name}
                     continue
-                planned_seeds = _seeds(sweep)
-                for seed in sorted({*planned_seeds, *_begun_seeds(begun, file, phase)}):
+                for seed in sorted({*sweep["seeds"], *seeds}):
                     if (file, phase, name, seed) not in begun:
                         own = {"run": run_name(name, phase, seed), "phase": phase, "seed": seed}
-                        status = "missing" if seed in planned_seeds else UNPLANNED
-                        yield _missing(file, sweep, name) | own | {"status": status}
+                        status = "missing" if seed in sweep["seeds"] else UNPLANNED
+                        yield row | own | {"status": status}
 
 
 def each_once(rows: Iterable[Row]) -> list[Row]:
@@ -133,33 +133,17 @@ def _data_of(row: Row, rows: Sequence[Row]) -> Row:
     return dict(zip(DATA, found.pop(), strict=True)) if len(found) == 1 else {}
 
 
-def _missing(file: str, sweep: Sweep, name: str) -> Row:
-    built = sweep.get("built")
-    facts = built.get(name) if isinstance(built, dict) else None
+def _missing(sweep: Sweep, name: str) -> Row:
     return {
-        **(facts if isinstance(facts, dict) else {}),
+        **(sweep.get("built") or {}).get(name, {}),
         "status": "missing",
-        "reason": f"named in {file}, but no run of it was begun and none is the same",
+        "reason": f"named in {sweep['file']}, but no run of it was begun and none is the same",
         "experiment": name,
-        "sweep": file,
+        "sweep": sweep["file"],
         "baseline": name == sweep.get("baseline"),
         "baseline_name": sweep.get("baseline"),
     }
 
 
-def _begun_seeds(begun: Iterable[tuple[Any, ...]], file: str, phase: str) -> set[int]:
-    return {row[3] for row in begun if row[:2] == (file, phase) and isinstance(row[3], int)}
-
-
-def _names(sweep: Sweep) -> list[str]:
-    names = sweep.get("experiments")
-    return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def _seeds(sweep: Sweep) -> list[int]:
-    seeds = sweep.get("seeds")
-    return [seed for seed in seeds if isinstance(seed, int)] if isinstance(seeds, list) else []
-
-
 def _size(sweep: Sweep) -> int:
-    return len(_names(sweep)) * max(1, len(_seeds(sweep)))
+    return len(sweep["experiments"]) * max(1, len(sweep.get("seeds") or ()))

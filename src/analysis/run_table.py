@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from src.spec.metric_keys import KEYS, SMALLBENCH
 from src.storage import run_dir
 
 Curve = list[tuple[int, float]]
-LENGTHS = (128, 512)
+LENGTHS = ("l128", "l512")  # prompts of the table
 _MARKS = ("config.yaml", "metrics.json", "metrics.jsonl", "failure.json", "checkpoints")
 
 
@@ -69,13 +70,11 @@ def _read(log_dir: Path, prefix: str) -> tuple[list[Row], Sweeps, Mapping[str, A
     for path in find_runs(log_dir):
         config, problem = read_config(path)
         sweeps.add(config)
-        name = path.relative_to(log_dir).as_posix()
-        row = _read_run(path, path.name if name == "." else name, config)
-        row = computed(path) | row | ratios.get(row["run"], {})
+        name = path.name if path == log_dir else path.relative_to(log_dir).as_posix()
+        row = computed(path) | _read_run(path, config) | ratios.get(name, {})
         row |= {} if problem is None else {"reason": and_also(row, problem)}
-        rows.append(row | {"run": f"{prefix}{row['run']}"})
-    file = log_dir / "study.json"
-    return rows, sweeps, (read_object(file) or {}) if file.exists() else {}
+        rows.append(row | {"run": f"{prefix}{name}", "path": str(path)})
+    return rows, sweeps, read_object(log_dir / "study.json") or {}
 
 
 def _is_planned(row: Row, study: Mapping[str, Any], prefix: str) -> bool:
@@ -87,31 +86,30 @@ def _is_planned(row: Row, study: Mapping[str, Any], prefix: str) -> bool:
     return any(run["run"] == name and run["state"] != "assumed" for run in study.get("runs", []))
 
 
-def _read_run(path: Path, name: str, config: Mapping[str, Any]) -> Row:
-    where = {"run": name, "path": str(path)}
-    row = _from_config(config) | where
-    metrics_file, failure_file = path / "metrics.json", path / "failure.json"
-    if metrics_file.exists():
-        metrics = read_object(metrics_file)
+def _read_run(path: Path, config: Mapping[str, Any]) -> Row:
+    """What the run's directory says of it, but for its name and place."""
+    asked = _from_config(config)
+
+    def failed(reason: str) -> Row:
+        return asked | {"status": "failed", "reason": reason}
+
+    if (path / "metrics.json").exists():
+        metrics = read_object(path / "metrics.json")
         if metrics is None:
-            return row | {"status": "failed", "reason": "metrics.json is not a JSON object"}
-        row |= {key: value for key, value in _flatten(metrics).items() if value is not None}
-        lacks = [key for key in ("experiment", "phase", "seed") if row.get(key) is None]
-        if lacks:
-            reason = f"metrics.json is of no run of this project: no {', '.join(lacks)}"
-            return _from_config(config) | where | {"status": "failed", "reason": reason}
+            return failed("metrics.json is not a JSON object")
+        row = asked | {key: value for key, value in _flatten(metrics).items() if value is not None}
+        if lacks := [key for key in ("experiment", "phase", "seed") if row.get(key) is None]:
+            return failed(f"metrics.json is of no run of this project: no {', '.join(lacks)}")
         if row.get("status") not in ("finished", "killed"):
             row |= {"status": "failed", "reason": f"metrics.json says status {row.get('status')!r}"}
-        return row | where
-    last = _last_row(path)
-    row |= {key: last[key] for key in ("steps", "tokens") if key in last}
-    if failure_file.exists():
-        failure = read_object(failure_file) or {}
-        told = [failure[key] for key in ("kind", "reason", "message") if failure.get(key)]
-        reason = ": ".join(str(part) for part in told) or "failure.json gives no reason"
-        return row | {"status": "failed", "reason": reason}
+        return row
+    asked |= (last := _last_row(path))
+    if (path / "failure.json").exists():
+        failure = read_object(path / "failure.json") or {}
+        told = [str(failure[key]) for key in ("kind", "reason", "message") if failure.get(key)]
+        return failed(": ".join(told) or "failure.json gives no reason")
     at = f"step {last['steps']:,}" if last else "before its first row"
-    return row | {"status": "unfinished", "reason": f"stopped at {at}, no metrics.json yet"}
+    return asked | {"status": "unfinished", "reason": f"stopped at {at}, no metrics.json yet"}
 
 
 def _from_config(config: Mapping[str, Any]) -> Row:
@@ -121,14 +119,12 @@ def _from_config(config: Mapping[str, Any]) -> Row:
         for name in ("asked", "model", "training", "built", "params", "sweep")
     )
     experiment, baseline = config.get("experiment"), config.get("baseline")
-    own = sweep.get("built")
-    own = own.get(experiment) if isinstance(own, dict) else None
     known = {
         **config,
         "sweep": sweep.get("file"),
         "baseline": None if experiment is None or baseline is None else experiment == baseline,
         "baseline_name": baseline,
-        **(own if isinstance(own, dict) else {}),
+        **(sweep.get("built") or {}).get(experiment, {}),
         **asked, **built, **model,
         **{f"params_{block}": count for block, count in params.items()},
         **{key: training.get(key) for key in ("batch_size", "seq_len", "learning_rate")},
@@ -146,15 +142,14 @@ def _last_row(path: Path) -> dict[str, int]:
         rows = run_dir.read_rows(path / "metrics.jsonl")
     except ValueError:
         return {}
-    last = next((row for row in reversed(rows) if "step" in row and "tokens" in row), None)
-    return {} if last is None else {"steps": last["step"], "tokens": last["tokens"]}
+    told = [row for row in rows if "step" in row and "tokens" in row]
+    return {"steps": told[-1]["step"], "tokens": told[-1]["tokens"]} if told else {}
 
 
 def computed(path: Path) -> Row:
     """What environment.json says of the program and the processors that computed a run, for those
     whose metrics.json is older than these keys; nothing where it does not say."""
-    file = path / "environment.json"
-    found = (read_object(file) or {}).get("computed") if file.is_file() else None
+    found = (read_object(path / "environment.json") or {}).get("computed")
     if not found or not all(isinstance(one, dict) and one for one in found):
         return {}
     return {
@@ -168,11 +163,8 @@ def read_curve(path: Path) -> Curve:
     the curve.csv that was published of it; empty without a readable one."""
     published = path / "curve.csv"
     if published.is_file():
-        losses = pd.read_csv(published).dropna(subset=["dev_loss"])
-        return [
-            (int(t), math.exp(loss))
-            for t, loss in zip(losses["tokens"], losses["dev_loss"], strict=True)
-        ]
+        losses = pd.read_csv(published, usecols=["tokens", "dev_loss"]).dropna()
+        return [(int(tokens), math.exp(loss)) for tokens, loss in losses.itertuples(index=False)]
     try:
         return run_dir.read_curve(path)
     except ValueError:
@@ -213,10 +205,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where the file holds something else."""
+    """A JSON object, or None where there is no such file or it holds something else."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -234,28 +226,19 @@ def read_ratios(log_dir: Path) -> dict[str, dict[str, Any]]:
     baseline of most comparisons counts.
     """
     files = sorted((log_dir / "latency").glob("*.json"))
-    found = [one for file in files if _is_comparison(one := read_object(file) or {})]
-    baselines = [one["baseline"] for one in found]
+    found = [one for file in files if "comparison" in (one := read_object(file) or {})]
+    counts = Counter(one["baseline"] for one in found)
     ratios: dict[str, dict[str, Any]] = {}
-    for one in sorted(found, key=lambda one: baselines.count(one["baseline"])):
+    for one in sorted(found, key=lambda one: counts[one["baseline"]]):
         to = {"latency_ratio_to": one["baseline"]}
+        rows = {key: one["comparison"][key] for key in LENGTHS if key in one["comparison"]}
         ratios[one["ours"]] = to | {
-            f"latency_{name}_l{length}": one["comparison"][f"l{length}"][name]
-            for length in LENGTHS
+            f"latency_{name}_{key}": row[name]
+            for key, row in rows.items()
             for name in ("ratio", "ratio_low", "ratio_high")
         }
-        ratios[one["baseline"]] = to | {f"latency_ratio_l{length}": 1.0 for length in LENGTHS}
+        ratios[one["baseline"]] = to | {f"latency_ratio_{key}": 1.0 for key in rows}
     return ratios
-
-
-def _is_comparison(content: Mapping[str, Any]) -> bool:
-    """Whether it is a file of that command, of these prompt lengths."""
-    try:
-        rows = [content["comparison"][f"l{length}"] for length in LENGTHS]
-        sound = all({"ratio", "ratio_low", "ratio_high"} <= set(row) for row in rows)
-    except (KeyError, TypeError):
-        return False
-    return sound and {"ours", "baseline"} <= set(content)
 
 
 def read_curves(rows: Sequence[Row]) -> dict[str, Curve]:

@@ -7,7 +7,7 @@ token perplexities of different tokenizers never share a figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from src.analysis.blocks import Block, at_own_rates, blocks
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, Request
 from src.spec.rates import spelled
 
+Styles = Mapping[str, paper.Look]
 BAR = 0.95  # PRD section 8: a winner's perplexity is at least 5 % below the baseline's
 
 
@@ -80,8 +81,7 @@ def refuse_mixed_tokenizers(runs: pd.DataFrame, metric: str) -> None:
     names = runs.groupby("tokenizer_sha256")["run"].agg(sorted)
     if len(names) > 1:
         told = "; ".join(
-            f"{key[:12]}: {', '.join(some[:4])}"
-            + (f" and {len(some) - 4} more" if len(some) > 4 else "")
+            f"{key[:12]}: {', '.join(some[:4])}{' ...' * (len(some) > 4)}"
             for key, some in names.items()
         )
         raise MixedTokenizers(
@@ -100,9 +100,7 @@ def column_of(metric: str, runs: pd.DataFrame) -> str:
 # --- drawing ------------------------------------------------------------------------------------
 
 
-def sweep_figure(
-    runs: pd.DataFrame, axis: Axis, metric: str, styles: Mapping[str, paper.Look], output: Path
-) -> bool:
+def sweep_figure(runs: pd.DataFrame, axis: Axis, metric: str, styles: Styles, output: Path) -> bool:
     """A panel for each block of these runs: seeds, means, intervals, baseline, kills; False where
     no finished run has the metric, and then nothing is drawn."""
     refuse_mixed_tokenizers(runs, metric)
@@ -123,31 +121,27 @@ def sweep_figure(
     return True
 
 
-def _draw(
-    ax: Axes, block: Block, axis: Axis, column: str, styles: Mapping[str, paper.Look]
-) -> list[Any]:
+def _draw(ax: Axes, block: Block, axis: Axis, column: str, styles: Styles) -> list[Any]:
     """Draw one block; returns the legend entries of what it shows."""
     runs = block.runs.dropna(subset=[column])
     best = at_own_rates(runs)
     others = runs.drop(best.index)
-    series = _series(best, axis, block.many_rates)
-    points = _points(best, series, axis, column)
+    best = best.assign(series=_series(best, axis, block.many_rates))
+    points = _points(best, axis, column)
     base = best[best["configuration"] == block.baseline]
     bar = bar_of(base, column)
     low, high = best[column].min(), best[column].max()
     room = (high - low) or 0.05 * high
     near = others[column][others[column] <= high + 1.5 * room]
     held = [low, high, *near, *([] if bar is None else [bar])]
-    held += [
-        min(max(end, low - room), high + room)
-        for end in [*points["low"].dropna(), *points["high"].dropna()]
-    ]
+    ends = pd.concat([points["low"], points["high"]]).dropna()
+    held += [*ends.clip(low - room, high + room)]
     if len(block.killed):
         held.append(max(held) + 0.2 * (max(held) - min(held) or room))
     paper.hold(ax, "y", held)
     paper.hold(ax, "x", axis.scale * pd.concat([runs, block.killed])[axis.quantity.built])
     handles = _draw_rates(ax, others, axis, column, styles) if len(others) else []
-    handles += _draw_points(ax, points, best, series, axis, column, styles)
+    handles += _draw_points(ax, points, best, column, styles)
     handles += paper.named(points["configuration"], styles, [block.baseline or ""])
     if bar is not None:
         ax.axhline(bar, color="#444444", linestyle=paper.BAR_DASH, linewidth=0.9, zorder=1.5)
@@ -164,9 +158,9 @@ def _draw(
 def _title(
     block: Block, runs: pd.DataFrame, best: pd.DataFrame, base: pd.DataFrame, column: str
 ) -> str:
-    seeds = sorted(best.groupby("configuration")["seed"].nunique().unique())
-    told = [f"{seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")]
-    told[0] += " seed" if seeds == [1] else " seeds"
+    seeds = best.groupby("configuration")["seed"].nunique()
+    least, most = seeds.min(), seeds.max()
+    told = [f"{least if least == most else f'{least} to {most}'} seed{'s' * bool(most > 1)}"]
     if base.empty and block.baseline is not None:
         gone = (block.killed["configuration"] == block.baseline).any()
         told.append(f"baseline {block.baseline} {'was killed' if gone else 'is not finished'}")
@@ -177,7 +171,8 @@ def _title(
 
 def _series(best: pd.DataFrame, axis: Axis, many_rates: bool) -> pd.Series:
     """What else differs between runs, in words: each such kind is a line of its own."""
-    names = {
+    names: dict[str, Callable[[Any], str]] = {
+        "table": str,
         axis.other.asked: lambda v: f"share {100 * v:.3g} %" if axis is GLU else f"GLU {v:.3g}",
         "vocab_size": lambda v: f"V = {v:,.0f}",
         "tie_embeddings": lambda v: "tied" if v else "untied",
@@ -185,42 +180,30 @@ def _series(best: pd.DataFrame, axis: Axis, many_rates: bool) -> pd.Series:
     }
     if not many_rates:
         names["learning_rate"] = lambda v: f"rate {v:g}"
-    label = best["embedding_dim"].notna().map({True: "factorised table", False: "whole table"})
-    label = label if label.nunique() > 1 else label.map(lambda _: "")
+    table = best["embedding_dim"].notna().map({True: "factorised table", False: "whole table"})
+    told, label = best.assign(table=table), pd.Series("", index=best.index)
     for key, write in names.items():
-        if best[key].nunique() > 1:
-            label = label + best[key].map(
-                lambda v, write=write: "" if pd.isna(v) else f", {write(v)}"
-            )
+        if told[key].nunique() > 1:
+            label += told[key].map(lambda v, write=write: "" if pd.isna(v) else f", {write(v)}")
     return label.str.removeprefix(", ")
 
 
-def _points(best: pd.DataFrame, series: pd.Series, axis: Axis, column: str) -> pd.DataFrame:
+def _points(best: pd.DataFrame, axis: Axis, column: str) -> pd.DataFrame:
     """A row a configuration and series: x, the mean over seeds and its 95 % t interval."""
-    grouped = best.groupby([series.rename("series"), "configuration"])
-    found = grouped.agg(
-        x=(axis.quantity.built, "mean"),
-        mean=(column, "mean"),
-        sd=(column, "std"),
-        n=(column, "size"),
-    ).reset_index()
+    grouped, x = best.groupby(["series", "configuration"]), (axis.quantity.built, "mean")
+    found = grouped.agg(x=x, **{how: (column, how) for how in ("mean", "std", "size")})
+    found = found.rename(columns={"std": "sd", "size": "n"}).reset_index()
     found["x"] *= axis.scale
     half = stats.t.ppf(0.975, (found["n"] - 1).clip(lower=1)) * found["sd"] / found["n"] ** 0.5
     return found.assign(low=found["mean"] - half, high=found["mean"] + half)
 
 
 def _draw_points(
-    ax: Axes,
-    points: pd.DataFrame,
-    best: pd.DataFrame,
-    series: pd.Series,
-    axis: Axis,
-    column: str,
-    styles: Mapping[str, paper.Look],
+    ax: Axes, points: pd.DataFrame, best: pd.DataFrame, column: str, styles: Styles
 ) -> list[Any]:
     handles = []
     many = points["series"].nunique() > 1
-    left, right = ax.get_xlim()
+    aside = 0.018 * (ax.get_xlim()[1] - ax.get_xlim()[0])
     for place, (label, mine) in enumerate(points.groupby("series")):
         how = {"color": paper.GREY, "lw": 0.8, "ls": paper.DASHES[place % len(paper.DASHES)]}
         mine = mine.sort_values("x")
@@ -230,14 +213,13 @@ def _draw_points(
         for point in mine.itertuples():
             look = styles[point.configuration]
             if point.n > 1:
-                own = best[(best["configuration"] == point.configuration) & (series == label)]
-                beside = point.x - 0.018 * (
-                    right - left
-                )  # else the mean would hide the middle seed
-                ax.plot([beside] * len(own), own[column], "o", ms=3.5, mfc="none",
-                        color=look.colour, mew=0.7, zorder=4)  # fmt: skip
+                own = best[(best["configuration"] == point.configuration)
+                           & (best["series"] == label)][column]  # fmt: skip
+                beside = [point.x - aside] * len(own)  # else the mean would hide the middle seed
+                ring = {"ms": 3.5, "mfc": "none", "mew": 0.7}
+                ax.plot(beside, own, "o", color=look.colour, zorder=4, **ring)
                 leaves = paper.draw_interval(ax, point.x, point.low, point.high, look.colour)
-                handles.append(paper.point("one seed", "o", mfc="none", ms=3.5, mew=0.7))
+                handles.append(paper.point("one seed", "o", **ring))
                 handles.append(paper.point("mean, 95 % t interval", "_", ms=8))
                 if leaves:
                     handles.append(paper.point("interval leaves the panel", "^", ms=3.5))
@@ -246,7 +228,7 @@ def _draw_points(
 
 
 def _draw_rates(
-    ax: Axes, others: pd.DataFrame, axis: Axis, column: str, styles: Mapping[str, paper.Look]
+    ax: Axes, others: pd.DataFrame, axis: Axis, column: str, styles: Styles
 ) -> list[Any]:
     """Means at the rates that are not a configuration's best; above the panel, at its frame."""
     handles: list[Any] = [paper.line("each at its own best rate", lw=0.8)]

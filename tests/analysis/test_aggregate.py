@@ -347,7 +347,7 @@ def test_a_vocabulary_sweep_alone_cannot_be_a_perplexity_figure(tmp_path: Path) 
 
 REPORT = (
     "# Report\n\nProse before.\n\n<!-- table:metrics-full -->\nold\n<!-- /table:metrics-full -->\n"
-    "\nProse between.\n<!-- table:runs -->\n<!-- /table:runs -->\n<!-- table:cost -->"
+    "\nProse between.\n<!-- table:cost -->"
     "<!-- /table:cost -->\n<!-- table:summary --><!-- /table:summary -->\nProse after.\n"
 )
 
@@ -373,8 +373,8 @@ def test_the_report_gets_its_tables_and_keeps_its_prose(study: Path, tmp_path: P
     assert f"| 3 | {mean:.2f} ± {sd:.2f} |" in line
     assert "(25.0 %)" in line
     assert "**(baseline)**" in full and "-rank" not in full
-    runs = text[text.index("table:runs") : text.index("/table:runs")]
-    assert "| missing | emb15 |" in runs and "| killed | emb45-rank |" in runs
+    cost = text[text.index("table:cost") : text.index("/table:cost")]
+    assert "| rank | killed | 1 |" in cost and "missing" not in cost
     assert "| 1 | emb25 | 0.01235 |" in text
 
 

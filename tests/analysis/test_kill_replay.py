@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import pytest
 
-from src.analysis.kill_replay import replay_kills
+from src.analysis.kill_replay import replay
 from src.spec.config import KillRule
+
+BASE = [(1, 50.0), (2, 40.0), (3, 30.0), (4, 25.0)]
 
 
 def above(margin: float, window: int = 1) -> KillRule:
     return KillRule(margin_ppl=margin, window_tokens=window, grace_tokens=0)
 
 
-def test_replay_counts_false_kills_and_tokens_saved() -> None:
-    base = [(1, 50.0), (2, 40.0), (3, 30.0), (4, 25.0)]
-    runs = {
-        "bad": [(1, 60.0), (2, 50.0), (3, 40.0), (4, 35.0)],
-        "late": [(1, 60.0), (2, 46.0), (3, 29.0), (4, 24.0)],  # starts badly, ends best
-        "good": [(1, 50.0), (2, 40.0), (3, 30.0), (4, 24.5)],
-    }
-    replay = replay_kills(base, runs, above(5.0))
-    assert (replay.kills, replay.false_kills, replay.best_killed) == (2, 1, True)
-    assert (replay.tokens_saved, replay.tokens_total) == (4, 12)
-    gentle = replay_kills(base, runs, above(100.0))
-    assert (gentle.kills, gentle.false_kills, gentle.best_killed, gentle.tokens_saved) == (
-        0,
-        0,
-        False,
-        0,
-    )
+@pytest.mark.parametrize(
+    ("perplexities", "margin", "killed_at", "false", "saved"),
+    [
+        ((60.0, 50.0, 40.0, 35.0), 5.0, 2, False, 2),
+        ((60.0, 46.0, 29.0, 24.0), 5.0, 2, True, 2),  # starts badly, ends best
+        ((50.0, 40.0, 30.0, 24.5), 5.0, None, False, 0),
+        ((60.0, 50.0, 40.0, 35.0), 100.0, None, False, 0),
+    ],
+)
+def test_a_replay_tells_false_kills_and_tokens_saved(
+    perplexities: tuple[float, ...], margin: float, killed_at: int | None, false: bool, saved: int
+) -> None:
+    run = list(zip((1, 2, 3, 4), perplexities, strict=True))
+    found = replay(BASE, run, above(margin))
+    assert (found.killed_at, found.false_kill, found.tokens_saved) == (killed_at, false, saved)
+    assert (found.final_gap_ppl, found.budget) == (perplexities[-1] - 25.0, 4)
 
 
-def test_replay_of_an_incomplete_curve_is_refused() -> None:
+@pytest.mark.parametrize("cut", [[(1, 5.0)], []])
+def test_a_replay_of_an_incomplete_curve_is_refused(cut: list[tuple[int, float]]) -> None:
     with pytest.raises(ValueError, match="complete curves"):
-        replay_kills([(1, 5.0), (2, 4.0)], {"cut": [(1, 5.0)]}, above(1.0))
+        replay([(1, 5.0), (2, 4.0)], cut, above(1.0))

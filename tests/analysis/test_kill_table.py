@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from src.analysis import aggregate, kill_table
-from src.spec.kill_rule import Curve
 
 TOKENS = (10, 20, 30, 40)
 BASE = (50.0, 40.0, 30.0, 25.0)
@@ -118,9 +117,6 @@ def test_an_unfinished_baseline_is_no_whole_curve() -> None:
     row = {"run": "a", "path": "a", "status": "finished", "phase": "full", "seed": 0,
            "baseline_name": "base", "kill_verdict": "keep", "tokens": 40}  # fmt: skip
     base = {"run": "base", "path": "base", "status": "unfinished"}
-
-    def source(row: dict[str, Any]) -> tuple[dict[str, Any], Curve]:
-        return {"kill_rule": {"margin_ppl": 1.0}, "training": {"tokens": 40}}, [(10, 1.0)]
-
-    (found,) = kill_table.judged([row, base], source)
+    config = {"kill_rule": {"margin_ppl": 1.0}, "training": {"tokens": 40}}
+    (found,) = kill_table.judged([row, base], {"a": config})
     assert (found.baseline, found.whole, found.replayed) == (None, None, None)

@@ -238,9 +238,8 @@ def kills() -> Iterator[str]:
         f"at the end {theirs[budget] - twin[budget]:.1f} ahead"
     )
     yield f"0.5 PPL is {0.5 / perplexity(EMB45):.1%} at these perplexities".replace("%", " %")
-    source = kill_table.publication(STUDY / "results_summary.csv")
-    assert source is not None
-    found = kill_table.judged(list(rows(STUDY).values()), source)
+    configs = content(STUDY / "results_bundle.json")["runs"]
+    found = kill_table.judged(list(rows(STUDY).values()), configs)
     late = [(one.live, one.whole) for one in found if one.differs]
     assert {(live, whole.kind) for live, whole in late} == {("none", "kill")} and len(late) == 2
     yield f"kills both at {late[0][1].tokens:,} tokens"

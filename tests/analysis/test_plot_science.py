@@ -43,7 +43,7 @@ def test_every_figure_of_a_whole_study_is_made(found, tmp_path, capsys):
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made == {f"{name}.png" for name in plot_science.FIGURES}
     assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in made)
-    assert "kill_replay.png" in capsys.readouterr().out
+    assert "learning_rates.png" in capsys.readouterr().out
 
 
 def test_share_arms_draws_means_fit_optimum_and_both_laws(found, figures, tmp_path):
@@ -76,20 +76,8 @@ def test_markers_of_the_arms_are_inside_their_panels(found, figures, tmp_path):
                     assert ticks[0] <= min(line.get_ydata()) and max(line.get_ydata()) <= ticks[-1]
 
 
-def test_kill_cells_say_saved_tokens_and_false_kills(found, figures, tmp_path):
-    assert plot_science.kill_replay(found, tmp_path / "kill_replay.png")
-    figure = figures["kill_replay.png"]
-    for ax, replay in zip(figure.axes, found["kill_replay"], strict=False):
-        texts = [text.get_text() for text in ax.texts]
-        assert len(texts) == len(replay["grid"])
-        for cell in replay["grid"]:
-            saved = f"{cell['saved']:.0%}"
-            told = f"\n{cell['false_kills']}/{cell['innocent']}" if cell["kills"] else ""
-            assert saved + told in texts
-
-
 def test_nothing_to_draw_and_what_is_no_science(tmp_path, capsys):
-    empty = {name: [] for name in ("arms", "learning_rates", "kill_replay")}
+    empty = {name: [] for name in ("arms", "learning_rates")}
     file = tmp_path / "science.json"
     file.write_text(json.dumps(empty))
     command = ["--science", str(file), "--output", str(tmp_path / "out")]

@@ -17,7 +17,7 @@ def test_rank_agreement_on_known_orders() -> None:
     short = at_seed_0(a=3.0, b=3.1, c=3.2, d=3.3)
     same = rank_agreement(short, at_seed_0(a=2.0, b=2.1, c=2.2, d=2.3))
     assert (same.spearman, same.top1_same, same.top1_regret) == (pytest.approx(1.0), True, 0.0)
-    assert same.p == pytest.approx(1 / 24) and same.missing == ()
+    assert same.p == pytest.approx(1 / 24) and same.left_out == 0
     reversed_ = rank_agreement(short, at_seed_0(a=2.3, b=2.2, c=2.1, d=2.0))
     assert reversed_.spearman == pytest.approx(-1.0)
     assert reversed_.top1_regret == pytest.approx(0.3)
@@ -36,13 +36,12 @@ def test_leaders_that_tie_cost_what_the_worse_of_them_costs() -> None:
     assert not found.top1_same and found.top1_regret == pytest.approx(0.2)
 
 
-def test_rank_agreement_compares_equal_seeds_and_names_the_missing() -> None:
+def test_rank_agreement_compares_equal_seeds_and_counts_the_others() -> None:
     """b's bad seed 1 was stopped in the full phase: its good seed is not compared with a's mean."""
     short = {"a": {0: 3.0, 1: 3.2}, "b": {0: 2.9, 1: 3.5}}
     full = {"a": {0: 2.0, 1: 2.2}, "b": {0: 2.1}}
     found = rank_agreement(short, full)
-    assert (found.names, found.seeds) == (("a", "b"), (0,))
-    assert found.missing == ("a seed 1: not run by all", "b seed 1: no full run")
+    assert (found.names, found.short, found.left_out) == (("a", "b"), (3.0, 2.9), 2)
     assert not found.top1_same and found.top1_regret == pytest.approx(0.1)
 
 
@@ -50,7 +49,7 @@ def test_rank_agreement_leaves_out_what_one_budget_lacks() -> None:
     short, full = at_seed_0(a=3.0, b=3.1, x=1.0), at_seed_0(a=2.1, b=2.0, y=1.0)
     found = rank_agreement(short, full)
     assert (found.n, found.spearman, found.top1_same) == (2, None, False)
-    assert found.missing == ("x seed 0: no full run", "y seed 0: no short run")
+    assert found.left_out == 2
     apart = {"a": {0: 1.0}, "b": {1: 1.0}}
     for short, full in (
         (at_seed_0(a=1.0), at_seed_0(b=1.0)),

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.recipe import REMEDIES, measure
-from src.analysis.run_figures import jump_tokens
 from src.evaluation.stability import Stability
 
 
@@ -55,19 +54,6 @@ def test_a_rise_across_a_cut_counts():
         resumed.see(step, losses[step - 1], losses[step - 1])
     assert resumed.state() == whole.state()
     assert resumed.metrics()["loss_largest_rise_step"] == 3
-
-
-def test_a_jump_is_marked_where_it_was():
-    """Step 3 of 32 tokens; a rise below 1 nat has no mark."""
-    row = {
-        "loss_largest_rise_nats": 2.5,
-        "loss_largest_rise_step": 3,
-        "batch_size": 4,
-        "seq_len": 8,
-    }
-    assert jump_tokens(row) == 96
-    assert jump_tokens(row | {"loss_largest_rise_nats": 0.9}) is None
-    assert jump_tokens({}) is None
 
 
 def test_the_benchmark_of_remedies_trains_what_it_names(tiny_sweep: Path):

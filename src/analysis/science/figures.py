@@ -1,17 +1,15 @@
-"""Draw the fits of src.analysis.science: arms with predictions, rates, kill replay.
+"""Draw the fits of src.analysis.science: sweeps with predictions, learning rates.
 
     python scripts/plot_science.py --science results/science/science.json --output results/science
 
-Makes share_arms.png, glu_arms.png, learning_rates.png and kill_replay.png, each only where
-science.json has something to draw. Exit codes: 0, 78 bad input, 74 could not read or write.
+Makes share_arms.png, glu_arms.png and learning_rates.png, each only where science.json has
+something to draw. Exit codes: 0, 78 bad input, 74 could not read or write.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from src.analysis import paper
-from src.analysis.blocks import tokens_text
-from src.spec.command_line import BAD_INPUT, IO_FAILED, Parser
+from src.analysis.blocks import kind_text
+from src.spec.command_line import Parser, refuse
 from src.spec.metric_keys import TOTAL_PARAMS
 from src.spec.rates import spelled
 
@@ -32,7 +30,15 @@ PREDICTION = "#8B5A2B"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+    parser = Parser(
+        __doc__.split("\n\n")[0],
+        example="python scripts/plot_science.py --science results/science/science.json --output .",
+    )
+    parser.add_argument(
+        "--science", type=Path, required=True, help="what src/analysis/science/report.py wrote"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the folder for the figures")
+    options = parser.parse_args(arguments)
     try:
         found = json.loads(options.science.read_bytes())
         options.output.mkdir(parents=True, exist_ok=True)
@@ -43,29 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if draw(found, path := options.output / f"{name}.png")
             ]
     except OSError as error:
-        print(f"plot_science: could not read or write {error}", file=sys.stderr)
-        return IO_FAILED
+        return refuse(error)
     except (ValueError, KeyError, TypeError) as error:
-        print(
-            f"plot_science: {options.science}: found {type(error).__name__} ({error}), expected "
-            "the science.json of python -m src.analysis.science.report",
-            file=sys.stderr,
+        return refuse(
+            ValueError(
+                f"{options.science}: found {type(error).__name__} ({error}), expected the "
+                "science.json of python -m src.analysis.science.report"
+            )
         )
-        return BAD_INPUT
     print("\n".join(map(str, drawn)) or "nothing to draw yet")
     return 0
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        __doc__.split("\n\n")[0],
-        example="python scripts/plot_science.py --science results/science/science.json --output .",
-    )
-    parser.add_argument(
-        "--science", type=Path, required=True, help="what src/analysis/science/report.py wrote"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="the folder for the figures")
-    return parser.parse_args(arguments)
 
 
 def _finish(
@@ -78,12 +71,6 @@ def _finish(
     paper.finish(figure, handles, title, runs, {}, note)
     paper.save(figure, path)
     return True
-
-
-def _kind(part: Found) -> str:
-    """Full runs, 50.0 M tokens."""
-    kind = "Ranking runs" if part["phase"] == "rank" else "Full runs"
-    return f"{kind}, {tokens_text(part['tokens'])} tokens"
 
 
 # --- arms, fits and depth -----------------------------------------------------------------------
@@ -115,22 +102,25 @@ def _arms(found: Found, axis: str, label: str, path: Path) -> bool:
     )
     handles: list[Any] = []
     for (top, bottom), arms in zip(axes.T, studies.values(), strict=True):
-        handles += _draw_arms(top, axis, arms, looks)
+        told = [arm for arm in arms if arm["prediction"] and axis == "share"]
         cells = [cell for arm in arms for cell in arm["cells"]]
         paper.hold(bottom, "y", [cell["n_layers"] for cell in cells])
+        x = [cell[axis] for cell in cells]
+        if told:
+            x += [told[0]["prediction"][f"{law}_best_share"] for law in ("tao", "levine")]
         for ax in (top, bottom):
-            told = (
-                [arm["prediction"] for arm in arms if arm["prediction"]] if axis == "share" else []
-            )
-            best = [told[0][key] for key in ("tao_best_share", "levine_best_share")] if told else []
-            paper.hold(ax, "x", [*(cell[axis] for cell in cells), *best])
+            paper.hold(ax, "x", x)
+        handles += _draw_arms(top, axis, arms, looks, {_name(arm): _predicted(arm) for arm in told})
+        if told:
+            handles += _draw_best_shares(top, told[0]["prediction"])
         for arm in arms:
             look = looks[_name(arm)]
             line = sorted((cell[axis], cell["n_layers"]) for cell in arm["cells"])
             bottom.plot(*zip(*line, strict=True), color=look.colour, marker=look.marker, lw=0.8)
         top.set_ylabel(f"{arms[0]['split'].capitalize()} bits per byte")
-        paper.title(top, f"{_kind(arms[0])}, {arms[0][TOTAL_PARAMS.asked] / 1e6:.1f} M",
-                    92 // max(2, len(studies)))  # fmt: skip
+        kind = kind_text(arms[0]["phase"], arms[0]["tokens"])
+        size = f"{arms[0][TOTAL_PARAMS.asked] / 1e6:.1f} M"
+        paper.title(top, f"{kind}, {size}", 92 // max(2, len(studies)))
         bottom.set_ylabel("Layers")
         bottom.set_xlabel(label)
     parts = [arm for arms in studies.values() for arm in arms]
@@ -144,11 +134,14 @@ def _name(arm: Found) -> str:
 
 
 def _draw_arms(
-    ax: Axes, axis: str, arms: Sequence[Found], looks: Mapping[str, paper.Look]
+    ax: Axes,
+    axis: str,
+    arms: Sequence[Found],
+    looks: Mapping[str, paper.Look],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
 ) -> list[Any]:
     """Seeds as rings, means as filled markers, the fitted curve with its band and optimum, and
-    what Tao et al. predict through each baseline; returns the legend's entries."""
-    lines = {id(arm): _predicted(arm) for arm in arms if axis == "share" and arm["prediction"]}
+    what Tao et al. predict through each baseline (lines); returns the legend's entries."""
     values = [math.exp(v) for arm in arms for cell in arm["cells"] for v in cell["ln_bpb"]]
     values += [y for line in lines.values() for _, y in line]
     values.append(min(values) - 0.06 * len(arms) * (max(values) - min(values)))  # for the bars
@@ -158,36 +151,34 @@ def _draw_arms(
         look, fit = looks[_name(arm)], arm["curves"].get(f"ln {axis}", {})
         _draw_fit(ax, fit, look.colour, place)
         for cell in arm["cells"]:
-            seeds, x = [math.exp(v) for v in cell["ln_bpb"]], cell[axis]
+            seeds, x = np.exp(cell["ln_bpb"]), cell[axis]
             if len(seeds) > 1:
-                ax.plot(
-                    [x] * len(seeds), seeds, "o", mfc="none", color=look.colour, ms=3.5, mew=0.7
-                )
-                handles.append(paper.point("one seed", "o", mfc="none", ms=3.5, mew=0.7))
+                ring = {"mfc": "none", "ms": 3.5, "mew": 0.7}
+                ax.plot([x] * len(seeds), seeds, "o", color=look.colour, **ring)
+                handles.append(paper.point("one seed", "o", **ring))
             face = paper.BLACK if cell["baseline"] else look.colour
             ax.plot([x], [math.exp(np.mean(cell["ln_bpb"]))], look.marker, color=face, zorder=4)
         handles.append(paper.line(_name(arm), color=look.colour, marker=look.marker))
         handles.append(paper.point("black: the baseline", "o", color=paper.BLACK))
-        if id(arm) in lines:
-            ax.plot(*zip(*lines[id(arm)], strict=True), color=PREDICTION, ls=paper.BAR_DASH)
-    if lines:
-        told = next(arm["prediction"] for arm in arms if id(arm) in lines)
-        ax.axvline(told["tao_best_share"], color=PREDICTION, ls="--", lw=0.9, zorder=1)
-        ax.axvline(told["levine_best_share"], color=PREDICTION, ls=":", lw=0.9, zorder=1)
-        handles += [
-            paper.line(f"Tao et al., {told['date']}", color=PREDICTION, ls=paper.BAR_DASH),
-            paper.line("their best share", color=PREDICTION, ls="--", lw=0.9),
-            paper.line("Levine et al.'s", color=PREDICTION, ls=":", lw=0.9),
-        ]
+        if _name(arm) in lines:
+            ax.plot(*zip(*lines[_name(arm)], strict=True), color=PREDICTION, ls=paper.BAR_DASH)
+    return handles
+
+
+def _draw_best_shares(ax: Axes, told: Found) -> list[Any]:
+    """Where the published laws put the best share; also the entry of the predicted curve."""
+    handles = [paper.line(f"Tao et al., {told['date']}", color=PREDICTION, ls=paper.BAR_DASH)]
+    for law, label, dash in (("tao", "their best share", "--"), ("levine", "Levine et al.'s", ":")):
+        how = {"color": PREDICTION, "ls": dash, "lw": 0.9}
+        ax.axvline(told[f"{law}_best_share"], zorder=1, **how)
+        handles.append(paper.line(label, **how))
     return handles
 
 
 def _predicted(arm: Found) -> list[tuple[float, float]]:
     """Tao et al.'s bits per byte by share, through the sweep's baseline; in order of share."""
     told = arm["prediction"]["cells"]
-    level = next((np.mean(c["ln_bpb"]) for c in arm["cells"] if c["baseline"]), None)
-    if level is None:
-        return []
+    level = next(np.mean(c["ln_bpb"]) for c in arm["cells"] if c["baseline"])
     return sorted(
         (c["share"], math.exp(level + math.log1p(told[c["label"]] / arm["reference_loss"])))
         for c in arm["cells"]
@@ -244,44 +235,10 @@ def learning_rates(found: Found, path: Path) -> bool:
             handles.append(paper.line("best shared rate", color=paper.BLACK, ls=":"))
         ax.set_xlabel("Peak learning rate")
         ax.set_ylabel("Dev bits per byte")
-        paper.title(ax, f"{_kind(arm)}\n{Path(arm['sweep']).stem}")
+        kind = kind_text(arm["phase"], arm["tokens"])
+        paper.title(ax, f"{kind}\n{Path(arm['sweep']).stem}")
     note = "bar: 95 % interval of the best rate, hollow: not inside the tried range"
     return _finish(figure, handles, "Learning rate by configuration", arms, note, path)
 
 
-# --- the kill rule ------------------------------------------------------------------------------
-
-
-def kill_replay(found: Found, path: Path) -> bool:
-    """Tokens saved (shade) and false kills (text) over grace and margin."""
-    replays = found["kill_replay"]
-    if not replays:
-        return False
-    figure, axes = paper.grid(len(replays))
-    for ax, replay in zip(axes, replays, strict=True):
-        grid = pd.DataFrame(replay["grid"]).set_index(["margin", "grace"])
-        saved = grid["saved"].unstack()
-        ax.imshow(saved, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-        for (margin, grace), cell in grid.iterrows():
-            at = saved.columns.get_loc(grace), saved.index.get_loc(margin)
-            text, bad = f"{cell['saved']:.0%}", cell["false_kills"] > 0
-            if cell["kills"]:
-                text += f"\n{cell['false_kills']:.0f}/{cell['innocent']:.0f}"
-            colour = "white" if cell["saved"] > 0.55 else "#D55E00" if bad else "#222222"
-            ax.text(*at, text, ha="center", va="center", size=5.5, color=colour,
-                    weight="bold" if bad else "normal")  # fmt: skip
-        ax.set_xticks(range(saved.shape[1]), [f"{grace:.0%}" for grace in saved.columns])
-        ax.set_yticks(range(saved.shape[0]), [f"{margin:g}" for margin in saved.index])
-        ax.set_xlabel("Grace, share of the budget")
-        ax.set_ylabel("Margin (PPL)")
-        ax.grid(False)
-        runs = replay["grid"][0]["runs"]
-        paper.title(ax, f"{_kind(replay)}, n = {runs}\n{Path(replay['sweep']).stem}")
-    note = (
-        f"Window {replays[0]['window_fraction']:.0%} of the budget; shade and %: tokens saved; "
-        "k/n: false kills among runs that end no worse than the baseline"
-    )
-    return _finish(figure, [], "Kill rule replayed on complete runs", replays, note, path)
-
-
-FIGURES = {draw.__name__: draw for draw in (share_arms, glu_arms, learning_rates, kill_replay)}
+FIGURES = {draw.__name__: draw for draw in (share_arms, glu_arms, learning_rates)}

@@ -19,6 +19,7 @@ from scipy import stats
 from src.analysis.repeats import Noise
 
 Floats = NDArray[np.float64]
+LEVEL = 0.95  # of every interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,31 +27,48 @@ class Estimate:
     """A value with its interval; None for both ends where the points leave no degree of freedom."""
 
     value: float
-    low: float | None
-    high: float | None
-    level: float
+    low: float | None = None
+    high: float | None = None
+    level: float = LEVEL
 
     def map(self, function: Callable[[float], float]) -> Estimate:
         """The same estimate on an increasing scale, exp of a logarithm say."""
         low, high = (None if end is None else function(end) for end in (self.low, self.high))
-        return Estimate(function(self.value), low, high, self.level)
+        return Estimate(function(self.value), low, high)
 
 
 # --- least squares ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class _Fit:
     """Ordinary least squares of y (n) on a design (n, p) of full rank."""
 
     coefficients: Floats  # (p)
     spread: Floats  # (p, p): covariance of the coefficients over the errors' variance
     sd: float  # of the errors; nan without degrees of freedom
     df: int
-    residuals: Floats  # (n)
+
+    def combined(self, *weights: float) -> Estimate:
+        """The sum of the first coefficients times these weights, with its t interval."""
+        direction = np.zeros(len(self.coefficients))
+        direction[: len(weights)] = weights
+        value = float(direction @ self.coefficients)
+        if not self.df:
+            return Estimate(value)
+        t = float(stats.t.ppf(0.5 + LEVEL / 2, self.df))
+        half = t * self.sd * math.sqrt(float(direction @ self.spread @ direction))
+        return Estimate(value, value - half, value + half)
+
+    def sampled(self, draws: int, rng: np.random.Generator) -> Floats:
+        """Coefficients (B, p) of the parametric bootstrap: a multivariate t around the estimate."""
+        root = np.linalg.cholesky(self.spread)
+        normal = rng.standard_normal((draws, len(self.coefficients))) @ root.T
+        scale = np.sqrt(self.df / rng.chisquare(self.df, (draws, 1)))
+        return self.coefficients + self.sd * scale * normal
 
 
-def least_squares(design: Floats, y: Floats, noise: Noise | None) -> Fit:
+def _least_squares(design: Floats, y: Floats, noise: Noise | None) -> _Fit:
     q, r = np.linalg.qr(design)
     inverse = np.linalg.inv(r)
     coefficients = inverse @ (q.T @ y)
@@ -59,17 +77,7 @@ def least_squares(design: Floats, y: Floats, noise: Noise | None) -> Fit:
     sd = math.sqrt(float(residuals @ residuals) / df) if df else math.nan
     if noise is not None:
         sd, df = noise.sd, noise.df
-    return Fit(coefficients, inverse @ inverse.T, sd, df, residuals)
-
-
-def interval(fit: Fit, direction: Floats, level: float) -> Estimate:
-    """The combination direction (p) @ coefficients with its t interval."""
-    value = float(direction @ fit.coefficients)
-    if not fit.df:
-        return Estimate(value, None, None, level)
-    t = float(stats.t.ppf(0.5 + level / 2, fit.df))
-    half = t * fit.sd * math.sqrt(float(direction @ fit.spread @ direction))
-    return Estimate(value, value - half, value + half, level)
+    return _Fit(coefficients, inverse @ inverse.T, sd, df)
 
 
 # --- a curve with an optimum --------------------------------------------------------------------
@@ -106,7 +114,6 @@ def quadratic(
     log: bool = False,
     blocks: Sequence[Hashable] | None = None,
     noise: Noise | None = None,
-    level: float = 0.95,
     draws: int = 4000,
     seed: int = 0,
 ) -> CurveFit:
@@ -118,7 +125,7 @@ def quadratic(
         block gets an offset of its own, so that it does not count as noise.
     noise: known from repeats elsewhere; None: the residuals', which hold the curve's lack of
         fit too.
-    The optimum's interval holds the middle `level` of its values over B bootstrap draws of the
+    The optimum's interval holds the middle 95 % of its values over B bootstrap draws of the
     coefficients: normal errors of the fitted size, divided by sqrt(chi2 / df) so that few degrees
     of freedom widen it as they widen a t interval. Plain percentiles of resampled residuals hold
     the truth in 85 % instead of 95 % of six-point curves (1,500 simulated); scaled like this they
@@ -127,7 +134,7 @@ def quadratic(
     Raises ValueError for shapes that do not fit, numbers that are not finite, or fewer than three
     different x.
     """
-    xs, ys = points_of(x, y)
+    xs, ys = _points_of(x, y)
     if log and (xs <= 0).any():
         raise ValueError(f"x must be above 0 for a logarithm, found {xs.min():g}.")
     back: Callable[[float], float] = math.exp if log else float
@@ -142,32 +149,29 @@ def quadratic(
     design = np.column_stack([np.ones_like(z), z, z**2, offsets])
     if np.linalg.matrix_rank(design) < design.shape[1]:
         raise ValueError("the blocks leave nothing to fit: some block holds points of one x alone.")
-    fit = least_squares(design, ys, noise)
-    best = float(lowest_place(fit.coefficients[None, :])[0])
-    value = _quadratic_at(fit.coefficients[None, :], np.array([best]))[0]
-    ends: tuple[float | None, float | None] = (None, None)
-    depth: tuple[float | None, float | None] = (None, None)
+    fit = _least_squares(design, ys, noise)
+    best = _lowest_place(fit.coefficients[None, :])
+    ends: tuple[float, ...] = ()  # of the optimum's interval, and of the lowest value's
+    depth: tuple[float, ...] = ()
     if fit.df:
-        drawn = sampled(fit, draws, np.random.default_rng(seed))
-        tail = [50 * (1 - level), 50 * (1 + level)]
-        places = lowest_place(drawn)
+        drawn = fit.sampled(draws, np.random.default_rng(seed))
+        tail = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
+        places = _lowest_place(drawn)
         ends = tuple(np.percentile(places, tail))
         depth = tuple(np.percentile(_quadratic_at(drawn, places), tail))
-    verdict = _verdict(best, ends)
-    optimum = Estimate(best, *ends, level).map(lambda at: back(middle + half * float(at)))
-    curvature = interval(fit, unit(2, design.shape[1]), level).map(lambda c: c / half**2)
+    place = Estimate(float(best[0]), *ends)
+    verdict = _verdict(place)
+    optimum = place.map(lambda at: back(middle + half * float(at)))
     band = []
     for at in np.linspace(-1, 1, 41):
-        direction = np.zeros(design.shape[1])
-        direction[:3] = 1.0, at, at**2
-        here = interval(fit, direction, level)
+        here = fit.combined(1.0, at, at**2)
         band.append((back(middle + half * float(at)), here.value, here.low, here.high))
     return CurveFit(
         optimum=optimum,
-        minimum=Estimate(float(value), *depth, level),
-        curvature=curvature,
+        minimum=Estimate(float(_quadratic_at(fit.coefficients[None, :], best)[0]), *depth),
+        curvature=fit.combined(0.0, 0.0, 1.0).map(lambda c: c / half**2),
         verdict=verdict,
-        statement=_curve_statement(verdict, optimum, back(low), back(high), best, fit.df),
+        statement=_statement(verdict, optimum, back(low), back(high), place.value < 0),
         sd=fit.sd if fit.df else None,
         df=fit.df,
         points=len(xs),
@@ -176,13 +180,9 @@ def quadratic(
     )
 
 
-def points_of(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
+def _points_of(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
     xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if (
-        xs.ndim != 1
-        or xs.shape != ys.shape
-        or not (np.isfinite(xs).all() and np.isfinite(ys).all())
-    ):
+    if xs.ndim != 1 or xs.shape != ys.shape or not np.isfinite([xs, ys]).all():
         raise ValueError(
             f"x and y must be equally long lists of finite numbers, found shapes {xs.shape} and "
             f"{ys.shape}."
@@ -200,23 +200,11 @@ def _offsets(blocks: Sequence[Hashable] | None, n: int) -> Floats:
     return np.array(columns, dtype=np.float64).T if columns else np.empty((n, 0))
 
 
-def unit(place: int, size: int) -> Floats:
-    return np.eye(size)[place]
-
-
-def sampled(fit: Fit, draws: int, rng: np.random.Generator) -> Floats:
-    """Coefficients (B, p) of the parametric bootstrap: a multivariate t around the estimate."""
-    root = np.linalg.cholesky(fit.spread)
-    normal = rng.standard_normal((draws, len(fit.coefficients))) @ root.T
-    scale = np.sqrt(fit.df / rng.chisquare(fit.df, (draws, 1)))
-    return fit.coefficients + fit.sd * scale * normal
-
-
 def _quadratic_at(coefficients: Floats, z: Floats) -> Floats:
     return coefficients[:, 0] + coefficients[:, 1] * z + coefficients[:, 2] * z**2
 
 
-def lowest_place(coefficients: Floats) -> Floats:
+def _lowest_place(coefficients: Floats) -> Floats:
     """Where each quadratic (B, p) is lowest on -1..1."""
     _, b, c = coefficients[:, :3].T
     ends = np.where(b > 0, -1.0, 1.0)
@@ -225,25 +213,23 @@ def lowest_place(coefficients: Floats) -> Floats:
     return np.where((c > 0) & (np.abs(vertex) < 1), vertex, ends)
 
 
-def _verdict(best: float, ends: tuple[float | None, float | None]) -> Verdict:
-    low, high = ends
-    if low is None or high is None:
+def _verdict(place: Estimate) -> Verdict:
+    """place: of the optimum on -1..1."""
+    if place.low is None or place.high is None:
         return "undecided"
-    if low > -1 and high < 1:
+    if place.low > -1 and place.high < 1:
         return "interior"
-    return "edge" if low == high and abs(best) == 1 else "undecided"
+    return "edge" if place.low == place.high and abs(place.value) == 1 else "undecided"
 
 
-def _curve_statement(
-    verdict: Verdict, at: Estimate, low: float, high: float, best: float, df: int
-) -> str:
+def _statement(verdict: Verdict, at: Estimate, low: float, high: float, lower: bool) -> str:
     where = f"of the range {low:.4g} to {high:.4g}"
     if verdict == "interior":
         return f"lowest inside the range, at {at.value:.4g} ({at.low:.4g} to {at.high:.4g})."
     if verdict == "edge":
-        end = "lower" if best < 0 else "upper"
+        end = "lower" if lower else "upper"
         return f"no optimum inside the range: lowest at the {end} end {where}."
-    if not df:
+    if at.low is None:
         return f"lowest at {at.value:.4g} {where}, without an interval: no degree of freedom."
     return (
         f"undecided: lowest at {at.value:.4g}, but the interval ({at.low:.4g} to {at.high:.4g}) "
@@ -275,9 +261,7 @@ class RateFit:
 Rates = Mapping[float, Sequence[float]]
 
 
-def best_rates(
-    cells: Mapping[str, Rates], noise: Noise | None = None, level: float = 0.95
-) -> dict[str, RateFit]:
+def best_rates(cells: Mapping[str, Rates], noise: Noise | None = None) -> dict[str, RateFit]:
     """Each configuration's own best learning rate: a quadratic in ln rate (three to five rates).
 
     cells: losses (one a seed) by rate, by configuration. noise: see `quadratic`; None pools the
@@ -287,7 +271,7 @@ def best_rates(
     curves = {name: _rate_points(rates) for name, rates in cells.items()}
     if noise is None:
         noise = _pooled([points for points in curves.values() if len(set(points[0])) >= 3])
-    return {name: _rate_fit(cells[name], *curves[name], noise, level) for name in cells}
+    return {name: _rate_fit(cells[name], *curves[name], noise) for name in cells}
 
 
 def _rate_points(rates: Rates) -> tuple[list[float], list[float]]:
@@ -309,18 +293,14 @@ def _pooled(curves: Sequence[tuple[list[float], list[float]]]) -> Noise | None:
     return Noise(sd=math.sqrt(rss / df), df=df)
 
 
-def _rate_fit(
-    rates: Rates, x: list[float], y: list[float], noise: Noise | None, level: float
-) -> RateFit:
+def _rate_fit(rates: Rates, x: list[float], y: list[float], noise: Noise | None) -> RateFit:
     means = {rate: sum(losses) / len(losses) for rate, losses in rates.items() if losses}
     lowest = min(means, key=lambda rate: means[rate])
     if len(means) < 3:
-        return RateFit(
-            Estimate(lowest, None, None, level), Estimate(means[lowest], None, None, level),
-            lowest, means[lowest], "undecided",
-            f"{len(means)} rates tried, too few for a curve: {lowest:g} is the lowest.", None,
-        )  # fmt: skip
-    curve = quadratic(x, y, log=True, noise=noise, level=level)
+        text = f"{len(means)} rates tried, too few for a curve: {lowest:g} is the lowest."
+        best, loss = Estimate(lowest), Estimate(means[lowest])
+        return RateFit(best, loss, lowest, means[lowest], "undecided", text, None)
+    curve = quadratic(x, y, log=True, noise=noise)
     best = curve.optimum
     inside = f"best rate {best.value:.2g}"
     ends = "" if best.low is None else f" ({best.low:.2g} to {best.high:.2g})"
@@ -329,6 +309,4 @@ def _rate_fit(
         "edge": f"best at the edge of the tried rates ({best.value:.2g}): try further.",
         "undecided": f"undecided: {inside}{ends}; the interval reaches an end of the tried range.",
     }[curve.verdict]
-    return RateFit(
-        best, curve.minimum, lowest, means[lowest], curve.verdict, statement, curve
-    )  # fmt: skip
+    return RateFit(best, curve.minimum, lowest, means[lowest], curve.verdict, statement, curve)

@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -19,42 +17,38 @@ from typing import Any
 from src.analysis.science import published_laws
 from src.spec import allocation, config
 from src.spec.allocation import Allocation
-from src.spec.command_line import BAD_INPUT, OK, Parser, refuse
+from src.spec.command_line import OK, Parser, refuse
 from src.spec.metric_keys import TOTAL_PARAMS
+from src.storage.files import write_json
 
 SCHEMA = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the predictions; returns the exit code."""
-    asked = _arguments(argv)
-    try:
-        datetime.date.fromisoformat(asked.date)
-    except ValueError:
-        print(f"--date: found {asked.date!r}, expected a day as 2026-11-23", file=sys.stderr)
-        return BAD_INPUT
-    try:
-        content = predict(asked.config, asked.date)
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        asked.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        return refuse(error)
-    print(table(content))
-    return OK
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m src.analysis.science.predictions", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--config", nargs="+", type=Path, required=True, help="experiment files")
     parser.add_argument("--date", required=True, help="the day they are made, before any run")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
-    return parser.parse_args(argv)
+    asked = parser.parse_args(argv)
+    try:
+        content = predict(asked.config, asked.date)
+        asked.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(asked.output, content)
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    print(table(content))
+    return OK
 
 
 def predict(files: Sequence[Path], date: str) -> dict[str, Any]:
-    """Predictions for all of `files`, from realised integers. ValueError for a bad file."""
+    """Predictions for all of `files`, from realised integers. ValueError for a bad file or day."""
+    try:
+        datetime.date.fromisoformat(date)
+    except ValueError:
+        raise ValueError(f"--date: found {date!r}, expected a day as 2026-11-23") from None
     return {
         "schema": SCHEMA,
         "date": date,
@@ -73,33 +67,28 @@ def _sweep(file: Path) -> dict[str, Any]:
         )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    first = sweep.runs[0].model
-    base = answers[sweep.baseline]
-    levine = published_laws.levine_best_share(first.total_params, first.vocab_size)
-    width = levine * first.total_params / first.vocab_size
+    total, vocabulary = sweep.runs[0].model.total_params, sweep.runs[0].model.vocab_size
+    levine = published_laws.levine_best_share(total, vocabulary)
     return {
         "baseline": sweep.baseline,
-        TOTAL_PARAMS.asked: first.total_params,
-        "vocab_size": first.vocab_size,
-        "tao_best_share": published_laws.tao_best_share(first.total_params),
+        TOTAL_PARAMS.asked: total,
+        "vocab_size": vocabulary,
+        "tao_best_share": published_laws.tao_best_share(total),
         "levine_best_share": levine,
-        "levine_best_layers": published_laws.levine_depth(width),
-        "cells": {name: _cell(answer, base) for name, answer in answers.items()},
+        "levine_best_layers": published_laws.levine_depth(levine * total / vocabulary),
+        "cells": {name: _cell(found, answers[sweep.baseline]) for name, found in answers.items()},
     }
 
 
 def _cell(answer: Allocation, base: Allocation) -> dict[str, Any]:
-    params, model = answer.params, answer.model
+    ours, theirs, model = answer.params, base.params, answer.model
     depth = published_laws.levine_depth(model.d_model)
-    gap = published_laws.tao_log_ratio(
-        params.share, base.params.share, params.total, base.params.total
-    )
     return {
-        "share": params.share,
-        "n_layers": model.n_layers,
-        "d_model": model.d_model,
-        "embedding_dim": model.embedding_dim,
-        "tao_ln_ppl_ratio": gap,
+        **{key: getattr(model, key) for key in ("n_layers", "d_model", "embedding_dim")},
+        "share": ours.share,
+        "tao_ln_ppl_ratio": published_laws.tao_log_ratio(
+            ours.share, theirs.share, ours.total, theirs.total
+        ),
         "levine_layers": depth if depth > 0 else None,  # the law is silent below d = 154
     }
 
