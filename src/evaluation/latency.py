@@ -3,11 +3,9 @@
     python -m src.evaluation.latency --run logs/glu266x
     python -m src.evaluation.latency --compare logs/glu4x logs/glu266x [--output FILE]
 
-Both measure in the precision that the run was trained and measured in (the `precision` of its
-metrics.json; fp32 where it has none), unless --precision states another.
 `--compare` interleaves two runs' models in one process, so that whether the second is slower is
 decided on one machine in one run, with an interval. Counts and times are always those of the
-native model: the exported one has its factorised table folded.
+native model: the exported one has its factorised table folded. docs/EVALUATION.md says more.
 Shapes: B = 1, L prompt tokens, V vocabulary, R repeats.
 """
 
@@ -211,12 +209,9 @@ def measure(
     compiled: bool = False,
     **timing: Any,
 ) -> dict[str, Any]:
-    """Latency and memory of `model` at batch size 1, as flat keys with units.
+    """Latency and memory of `model` at batch size 1: the keys latency_*, decode_* and *_mib of
+    metrics.json (docs/METRICS.md).
 
-    latency_ms_{p50,p95}_l<L>: prefill of L tokens to last-token logits, median and 95th percentile;
-    decode_ms_per_token_...: one token after the longest L - 1, with a KV cache.
-    peak_memory_mib = weights_mib (float32, as held) + kv_cache_mib (longest L) + activations_mib
-    (prefill of the longest L); process_peak_memory_mib is the whole process, training included.
     `compiled` adds latency_compiled_ms_... and decode_compiled_ms_... on CUDA (minutes of
     compiling); where capture fails they are missing. L may be longer than the model was trained
     for: the work is the same. timing: warmup, repeats and label of `time_interleaved`.

@@ -58,13 +58,13 @@ def print_sweep(
         flops += training.steps * training.step_tokens * flops_per_token(model, training.seq_len)
     print(f"\nruns: {len(runs)}, tokens: {tokens:,}, training FLOPs: {flops:.2e}")
     least = costs.floors(flops)
-    if max((one.usd for one in least), default=0.0) < 1:
+    if max((usd for _, _, usd in least), default=0.0) < 1:
         print("under 1 USD of training on every device of configs/prices.yaml at half its peak; "
               "small models reach a few per cent of it")  # fmt: skip
         return
     print(f"training alone, at {costs.UTILISATION:.0%} of each device's peak, so at least:")
-    for one in least:
-        print(f"  {one.device:<8} {one.hours:10.2f} h {one.usd:10.2f} USD")
+    for device, hours, usd in least:
+        print(f"  {device:<8} {hours:10.2f} h {usd:10.2f} USD")
 
 
 def table(allocations: Mapping[str, Allocation]) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +173,17 @@ class Sweep:
         return self.rates.get(name, (name,))
 
     def run(self, name: str, seed: int) -> RunConfig:
-        """The run of `name` at `seed`; raises ValueError naming the nearest experiment."""
-        for run in self.runs:
-            if run.experiment == name:
-                return _at_seed(run, seed)
-        raise ValueError(
-            f"{self.file}: experiments: found no experiment named {name!r}, expected one of "
-            f"{', '.join(self.names)}{nearest(name, self.names)}"
-        )
+        """The run of `name` at `seed`, which initialisation and data order follow where the file
+        states no seed for them; raises ValueError naming the nearest experiment."""
+        if name not in self.names:
+            raise ValueError(
+                f"{self.file}: experiments: found no experiment named {name!r}, expected one of "
+                f"{', '.join(self.names)}{nearest(name, self.names)}"
+            )
+        run = self.runs[self.names.index(name)]
+        stated = {key: getattr(run.training, key) for key in ("init_seed", "data_seed")}
+        seeds = {key: seed if found is None else found for key, found in stated.items()}
+        return replace(run, seed=seed, training=replace(run.training, **seeds))
 
     def chosen(self, names: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
         """The asked runs: seeds within experiments, the baseline first (others are judged by it).
@@ -260,7 +263,7 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
         )
     baseline = rates.get(baseline, (baseline,))[0]  # at the first rate of its list
     states_kill_rule = raw.get("kill_rule") is not None or "kill_rule" in forced
-    every = [dataclasses.replace(run, baseline=baseline) for run in every]
+    every = [replace(run, baseline=baseline) for run in every]
     return Sweep(
         file=path,
         baseline=baseline,
@@ -277,7 +280,7 @@ def _without_kill_rule(
 ) -> list[RunConfig]:
     """A rate far off is a point that the fit over rates needs: nothing stops it, in any phase."""
     if not states_kill_rule:
-        return [dataclasses.replace(run, kill_rule=None) for run in runs]
+        return [replace(run, kill_rule=None) for run in runs]
     if all(run.kill_rule is not None and run.kill_rule.action == "record" for run in runs):
         return runs
     raise ValueError(
@@ -415,21 +418,10 @@ def _run(where: str, name: str, stated: Mapping[str, dict[str, Any]], phase: str
         built["kill_rule"] = None
     if phase == "rank":
         training = built["training"]
-        built["training"] = dataclasses.replace(
+        built["training"] = replace(
             training,
             tokens=min(training.tokens, training.ranking_tokens),
             batch_size=training.ranking_batch_size or training.batch_size,
         )
     built["training"].check(where)
     return RunConfig(experiment=name, baseline="", seed=0, phase=phase, **built)
-
-
-def _at_seed(run: RunConfig, seed: int) -> RunConfig:
-    """The run at `seed`; seeds of initialisation and data order follow where not stated."""
-    training = run.training
-    training = dataclasses.replace(
-        training,
-        init_seed=seed if training.init_seed is None else training.init_seed,
-        data_seed=seed if training.data_seed is None else training.data_seed,
-    )
-    return dataclasses.replace(run, seed=seed, training=training)

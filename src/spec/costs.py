@@ -39,17 +39,8 @@ def price_per_hour(device_type: str, device_name: str) -> float | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """What some training costs at least on one device of the table."""
-
-    device: str
-    hours: float
-    usd: float
-
-
-def floors(flops: float) -> list[Floor]:
-    """Hours and dollars of `flops` at half of each device's peak: training alone, a lower bound.
+def floors(flops: float) -> list[tuple[str, float, float]]:
+    """(device, hours, USD) of `flops` at half of each device's peak: training alone, a lower bound.
 
     Devices without `tflops` in the table are left out. Raises ValueError as `check` does.
     """
@@ -57,7 +48,7 @@ def floors(flops: float) -> list[Floor]:
     for name, device in _devices(TABLE).items():
         if device.tflops is not None:
             hours = flops / (UTILISATION * 1e12 * device.tflops) / 3600
-            found.append(Floor(name, hours, hours * device.usd_per_hour))
+            found.append((name, hours, hours * device.usd_per_hour))
     return found
 
 

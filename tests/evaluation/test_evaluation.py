@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,19 @@ tasks:
 """
 
 
+def measured(run: config.RunConfig, path: Path) -> tuple[dict[str, Any], data.TokenData]:
+    """An untrained model of `run` on its tokens, and what is measured of it."""
+    tokens = data.load(run.token_dir, run.model.vocab_size)
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8, "d_ff": 16}
+    model = Transformer(ModelConfig(vocab_size=run.model.vocab_size, **sizes))
+    machine = Machine(
+        device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1
+    )
+    path.mkdir(exist_ok=True)
+    return evaluation.evaluate(run, model, tokens, machine, path), tokens
+
+
 @pytest.mark.parametrize("limit", [4, None])
 def test_tokens_tasks_and_limit_are_recorded(
     tmp_path: Path, tiny_sweep: Path, limit: int | None
@@ -41,14 +55,7 @@ def test_tokens_tasks_and_limit_are_recorded(
     }
     overrides = [f"evaluation.{key}={value}" for key, value in stated.items()]
     run = config.load_sweep(tiny_sweep, overrides).run("base", 0)
-    tokens = data.load(run.token_dir, run.model.vocab_size)
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8, "d_ff": 16}
-    model = Transformer(ModelConfig(vocab_size=run.model.vocab_size, **sizes))
-    machine = Machine(
-        device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1
-    )
-    found = evaluation.evaluate(run, model, tokens, machine, tmp_path)
+    found, tokens = measured(run, tmp_path)
     assert found["smallbench_tasks"] == 1
     assert found["smallbench_missing_tasks"] == "elsewhere"
     assert found["smallbench_limit"] == limit
@@ -67,13 +74,11 @@ def test_tokens_tasks_and_limit_are_recorded(
         assert scored == whole if limit is None else 400 < scored < whole
 
 
-@pytest.mark.parametrize("again", [False, True])
 def test_blimp_is_scored_whole_and_the_untrained_model_once(
-    tmp_path: Path, tiny_sweep: Path, again: bool
+    tmp_path: Path, tiny_sweep: Path
 ) -> None:
     """Every row of its tasks beside the list's own choice; what is stored is not measured again."""
     bench, path = tmp_path / "bench", tmp_path / "run"
-    path.mkdir()
     for name in ("one", "two"):
         write_rows(bench, name, toy_rows(12))
     entry = (
@@ -86,20 +91,13 @@ def test_blimp_is_scored_whole_and_the_untrained_model_once(
         f"smallbench_tasks={tmp_path / 'tasks.yaml'}", "latency=false",
     ]  # fmt: skip
     run = config.load_sweep(tiny_sweep, [f"evaluation.{text}" for text in stated]).run("base", 0)
-    tokens = data.load(run.token_dir, run.model.vocab_size)
-    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8, "d_ff": 16}
-    model = Transformer(ModelConfig(vocab_size=run.model.vocab_size, **sizes))
-    machine = Machine(
-        device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1
-    )
-    found = evaluation.evaluate(run, model, tokens, machine, path)
+    found, _ = measured(run, path)
     assert (found["smallbench_items"], found["blimp_items"]) == (6, 24)
     assert 0 <= found["blimp_accuracy"] <= 1 and found["blimp_accuracy_se"] > 0
-    if again:
-        (kept,) = (tmp_path / "untrained").glob("*.json")
-        kept.write_text('{"accuracy": 0.25}')
-        found = evaluation.evaluate(run, model, tokens, machine, path)
-        assert found["smallbench_untrained_accuracy"] == 0.25
+    (kept,) = (tmp_path / "untrained").glob("*.json")
+    kept.write_text('{"accuracy": 0.25}')
+    found, _ = measured(run, path)
+    assert found["smallbench_untrained_accuracy"] == 0.25
 
 
 def test_an_outside_corpus_is_read_as_the_runs_own_is(tmp_path: Path, tiny_sweep: Path) -> None:
@@ -107,18 +105,12 @@ def test_an_outside_corpus_is_read_as_the_runs_own_is(tmp_path: Path, tiny_sweep
     corpus = tiny_sweep.parent / "corpus"
     overrides = ["evaluation.metrics=[perplexity]", f"evaluation.outside_dir={corpus}"]
     run = config.load_sweep(tiny_sweep, overrides).run("base", 0)
-    tokens = data.load(run.token_dir, run.model.vocab_size)
+    found, tokens = measured(run, tmp_path)
     for name in ("validation", "test"):
-        found = data.outside_split(corpus, name, tokens.tokenizer_path, tokens.eot_id)
+        outside = data.outside_split(corpus, name, tokens.tokenizer_path, tokens.eot_id)
         own = getattr(tokens, name)
-        assert found.tokens.tolist() == own.tokens.tolist()
-        assert found.documents.tolist() == own.documents.tolist()
-    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8, "d_ff": 16}
-    model = Transformer(ModelConfig(vocab_size=run.model.vocab_size, **sizes))
-    machine = Machine(
-        device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1
-    )
-    found = evaluation.evaluate(run, model, tokens, machine, tmp_path)
+        assert outside.tokens.tolist() == own.tokens.tolist()
+        assert outside.documents.tolist() == own.documents.tolist()
     assert found["outside_corpus"] == "tests/tiny:default"
     for split in ("dev", "test"):
         for key in ("bits_per_byte", "word_perplexity", "tokens_scored"):

@@ -15,8 +15,7 @@ from torch import Tensor
 from src.evaluation import perplexity
 from src.evaluation.perplexity import TokenPerplexity, compare_token_perplexity, evaluate_split
 from src.models.export import export
-from src.models.transformer import Transformer
-from src.spec.config import ModelConfig
+from tests.evaluation.models import small_transformer
 
 VOCAB = 50
 
@@ -110,18 +109,8 @@ def test_windows_score_every_token_once_with_enough_context(
     assert scored == list(range(1, length + 1))
 
 
-def small_transformer(seed: int = 0) -> Transformer:
-    torch.manual_seed(seed)
-    config = ModelConfig(vocab_size=VOCAB, d_model=16, n_layers=2, n_heads=2, head_dim=8, d_ff=32)
-    model = Transformer(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    return model
-
-
 def test_overlap_gives_a_token_the_context_that_separate_windows_lack() -> None:
-    model = small_transformer()
+    model = small_transformer(VOCAB, 3)
     stream, documents = corpus([100])
     result = run(model, stream, documents, context=8)
     tokens = torch.from_numpy(stream.astype(np.int64))
@@ -129,9 +118,8 @@ def test_overlap_gives_a_token_the_context_that_separate_windows_lack() -> None:
     for target in range(1, 101):
         for kind in nats:
             # overlapping: windows start at multiples of 4; separate ones at multiples of 8
-            start = (
-                max(0, (target - 5) // 4 * 4) if kind == "overlapping" else (target - 1) // 8 * 8
-            )
+            overlapping, separate = max(0, (target - 5) // 4 * 4), (target - 1) // 8 * 8
+            start = overlapping if kind == "overlapping" else separate
             with torch.no_grad():
                 logits = model(tokens[None, start:target])[0, -1]
             nats[kind] -= float(torch.log_softmax(logits, -1)[tokens[target]])
@@ -150,7 +138,7 @@ def test_the_two_readings_share_their_windows() -> None:
 
 
 def test_batches_and_order_do_not_matter() -> None:
-    model = small_transformer()
+    model = small_transformer(VOCAB, 3)
     stream, documents = corpus([40, 9, 100, 1, 16])
     alone = run(model, stream, documents, batch_tokens=1)
     together = run(model, stream, documents, batch_tokens=100_000)
@@ -160,7 +148,7 @@ def test_batches_and_order_do_not_matter() -> None:
 
 
 def test_autocast_is_near_and_not_float32() -> None:
-    model = small_transformer()
+    model = small_transformer(VOCAB, 3)
     stream, documents = corpus([100, 60])
     exact = run(model, stream, documents)["loss"]
     low = run(model, stream, documents, autocast_dtype=torch.bfloat16)["loss"]
@@ -177,7 +165,7 @@ def test_agrees_with_the_exported_models_own_loss(tmp_path: Path) -> None:
     vocabulary = {EOT: 0, **{f"t{i}": i for i in range(1, VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOT))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    model = small_transformer()
+    model = small_transformer(VOCAB, 3)
     export(model, tmp_path / "tokenizer.json", tmp_path / "final", max_position_embeddings=64)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     stream, documents = corpus([60])
@@ -188,7 +176,7 @@ def test_agrees_with_the_exported_models_own_loss(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_after_an_evaluation() -> None:
-    model = small_transformer()
+    model = small_transformer(VOCAB, 3)
     stream, documents = corpus([40])
     run(model, stream, documents)
     model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
@@ -203,7 +191,7 @@ def test_blocks_compiled_for_training_are_not_compiled_for_our_shapes() -> None:
         compiled.append(module)
         return module.forward
 
-    model = small_transformer()
+    model = small_transformer(VOCAB, 3)
     stream, documents = corpus([40, 9])
     expected = run(model, stream, documents)["document_nats"]
     for block in model.blocks:

@@ -12,22 +12,12 @@ from src.compute.compiler import compiler
 from src.evaluation import scoring
 from src.evaluation.scoring import score_positions
 from src.models.transformer import Transformer
-from src.spec.config import ModelConfig
+from tests.evaluation.models import small_transformer
 
 VOCAB = 40
 
 
-def small_transformer() -> Transformer:
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=VOCAB, d_model=16, n_layers=2, n_heads=2, head_dim=8, d_ff=32)
-    model = Transformer(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    return model
-
-
-MODEL = small_transformer()
+MODEL = small_transformer(VOCAB)
 
 
 def alone(row: np.ndarray, position: int, target: int) -> tuple[float, bool]:
@@ -110,7 +100,7 @@ def test_compiled_blocks_read_the_full_batches(monkeypatch: pytest.MonkeyPatch) 
     queries = np.array([(i, p, 3) for i, r in enumerate(rows) for p in range(len(r))], np.int64)
     options = {"autocast_dtype": torch.bfloat16, "batch_tokens": 32, "greedy": False}
     expected, _ = scored(rows, queries, **options)
-    model = small_transformer()
+    model = small_transformer(VOCAB)
     for block in model.blocks:
         block.compile(dynamic=False)
     found, _ = score_positions(model, rows, queries, device="cpu", **options)  # type: ignore[arg-type]

@@ -20,102 +20,60 @@ from src.data.requests import encode_requests
 from src.data.tasks import TASKS_FILE, Task, load_items, load_tasks, select_rows
 from src.evaluation.smallbench import evaluate, random_row, score_requests
 from src.evaluation.task_scores import credit, matthews
-from src.models.transformer import Transformer
-from src.spec.config import ModelConfig
+from tests.evaluation.models import small_transformer
 
 # One row of every dataset in the shipped list, with the prompt and choices it must become.
+# fmt: off
 ROWS: dict[str, tuple[dict[str, Any], str, list[str], int]] = {
     "blimp_adjunct_island": (
         {"sentence_good": "Who left?", "sentence_bad": "Who left left?", "UID": "x"},
-        "",
-        ["Who left?", "Who left left?"],
-        0,
-    ),
+        "", ["Who left?", "Who left left?"], 0),
     "ag_news": (
         {"text": "Oil rises.", "label": 2},
         "Oil rises.\nQuestion: Is this about world, sports, business or technology?\nAnswer:",
-        ["world", "sports", "business", "technology"],
-        2,
-    ),
+        ["world", "sports", "business", "technology"], 2),
     "sst2": (
         {"sentence": "it 's charming . ", "label": 1, "idx": 0},
         "it 's charming . \nQuestion: Is this sentence positive or negative?\nAnswer:",
-        ["negative", "positive"],
-        1,
-    ),
+        ["negative", "positive"], 1),
     "trec": (
         {"text": "Who ?", "coarse_label": 3, "fine_label": 1},
         "Who ?\nQuestion: Does this ask for an abbreviation, a thing, a description, a person, "
         "a place or a number?\nAnswer:",
-        ["abbreviation", "thing", "description", "person", "place", "number"],
-        3,
-    ),
+        ["abbreviation", "thing", "description", "person", "place", "number"], 3),
     "subj": (
         {"text": "a plot .", "label": 0, "label_text": "objective"},
         "a plot .\nQuestion: Is this sentence objective or subjective?\nAnswer:",
-        ["objective", "subjective"],
-        0,
-    ),
+        ["objective", "subjective"], 0),
     "snli": (
         {"premise": "A man runs.", "hypothesis": " A man moves", "label": 0},
         "A man runs.\nQuestion: A man moves. True, False or Neither?\nAnswer:",
-        ["True", "Neither", "False"],
-        0,
-    ),
+        ["True", "Neither", "False"], 0),
     "rte": (
         {"sentence1": "It rains.", "sentence2": "It is wet.", "label": 1, "idx": 0},
-        "It rains.\nQuestion: It is wet. True or False?\nAnswer:",
-        ["True", "False"],
-        1,
-    ),
+        "It rains.\nQuestion: It is wet. True or False?\nAnswer:", ["True", "False"], 1),
     "arc_easy": (
-        {
-            "question": "What melts?",
-            "choices": {"text": ["ice", "iron", "air", "fire"], "label": ["1", "2", "3", "4"]},
-            "answerKey": "3",
-        },
-        "Question: What melts?\nAnswer:",
-        ["ice", "iron", "air", "fire"],
-        2,
-    ),
+        {"question": "What melts?", "answerKey": "3",
+         "choices": {"text": ["ice", "iron", "air", "fire"], "label": ["1", "2", "3", "4"]}},
+        "Question: What melts?\nAnswer:", ["ice", "iron", "air", "fire"], 2),
     "sciq": (
-        {
-            "question": "Who?",
-            "distractor1": "a",
-            "distractor2": "b",
-            "distractor3": "c",
-            "correct_answer": "d",
-            "support": "\nSome text.",
-        },
-        "Some text.\nQuestion: Who?\nAnswer:",
-        ["a", "b", "c", "d"],
-        3,
-    ),
+        {"question": "Who?", "distractor1": "a", "distractor2": "b", "distractor3": "c",
+         "correct_answer": "d", "support": "\nSome text."},
+        "Some text.\nQuestion: Who?\nAnswer:", ["a", "b", "c", "d"], 3),
     "piqa": (
         {"goal": "To cut", "sol1": "use a knife", "sol2": "use a pen", "label": 0},
-        "Question: To cut\nAnswer:",
-        ["use a knife", "use a pen"],
-        0,
-    ),
+        "Question: To cut\nAnswer:", ["use a knife", "use a pen"], 0),
     "hellaswag": (
-        {
-            "activity_label": "Cooking",
-            "ctx_a": "How to boil [title] Water  [substeps] hot",
-            "ctx_b": "the COOK",
-            "endings": ["stirs [step] it.", "sings.", "flies.", "eats."],
-            "label": "1",
-        },
+        {"activity_label": "Cooking", "ctx_a": "How to boil [title] Water  [substeps] hot",
+         "ctx_b": "the COOK", "endings": ["stirs [step] it.", "sings.", "flies.", "eats."],
+         "label": "1"},
         "Cooking: How to boil. Water  hot The cook",
-        ["stirs it.", "sings.", "flies.", "eats."],
-        1,
-    ),
+        ["stirs it.", "sings.", "flies.", "eats."], 1),
     "lambada": (
         {"text": "the long road went on and\non to Rome"},
-        "the long road went on and\non to",
-        ["Rome"],
-        0,
-    ),
+        "the long road went on and\non to", ["Rome"], 0),
 }
+# fmt: on
 
 
 def write_rows(directory: Path, name: str, rows: list[dict[str, Any]], **source: str) -> None:
@@ -126,24 +84,16 @@ def write_rows(directory: Path, name: str, rows: list[dict[str, Any]], **source:
     (directory / f"{name}.jsonl").write_bytes(data)
     path = directory / "source.json"
     listed = json.loads(path.read_text()) if path.exists() else {"tasks": {}, "mirror": True}
-    listed["tasks"][name] = {
-        "rows": len(rows),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        **source,
-    }
+    entry = {"rows": len(rows), "sha256": hashlib.sha256(data).hexdigest()}
+    listed["tasks"][name] = entry | source
     path.write_text(json.dumps(listed))
 
 
 def make_task(**changes: Any) -> Task:
     values: dict[str, Any] = {
-        "name": "toy",
-        "path": "me/toy",
-        "config": "default",
-        "split": "test",
-        "prompt": "{{ q }}",
-        "choices": ("a", "b"),
-        "gold": "{{ label }}",
-    }
+        "name": "toy", "path": "me/toy", "config": "default", "split": "test",
+        "prompt": "{{ q }}", "choices": ("a", "b"), "gold": "{{ label }}",
+    }  # fmt: skip
     return Task(**(values | changes))
 
 
@@ -424,13 +374,9 @@ def test_last_word_task(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [{"text": "so it goes a"}, {"text": "so it goes b"}, {"text": "and so a"}]
     write_rows(tmp_path, "last", rows)
     task = make_task(
-        name="last",
-        prompt="{{ text.split(' ')[:-1] | join(' ') }}",
-        choices=("{{ text.split(' ')[-1] }}",),
-        gold="0",
-        metrics=("accuracy", "perplexity"),
-        chance=0.0,
-    )
+        name="last", prompt="{{ text.split(' ')[:-1] | join(' ') }}", gold="0", chance=0.0,
+        choices=("{{ text.split(' ')[-1] }}",), metrics=("accuracy", "perplexity"),
+    )  # fmt: skip
     model = FavouriteModel({tokenizer.token_to_id("Ġa"): 5.0})
     row = run(model, tokenizer, [task], tmp_path)["tasks"]["last"]
     log_z = math.log(299 + math.exp(5))
@@ -481,28 +427,12 @@ def test_requests_are_encoded_as_the_harness_does(tokenizer: Tokenizer) -> None:
         encode_requests(tokenizer, [("a", "")])
 
 
-def small_transformer() -> Transformer:
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=2, head_dim=8, d_ff=32)
-    model = Transformer(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    return model
-
-
 def test_scores_are_the_models_log_probabilities(tokenizer: Tokenizer) -> None:
     """Shared prefixes, cut prompts and a continuation longer than the context."""
-    model = small_transformer()
+    model = small_transformer(300)
     context = 12
-    pairs = [
-        ("why", " a"),
-        ("why", " b"),
-        ("why", " ab"),
-        ("", " so"),
-        ("p" * 30, " cd"),
-        ("q", 40 * "z"),
-    ]
+    pairs = [("why", " a"), ("why", " b"), ("why", " ab"), ("", " so")]
+    pairs += [("p" * 30, " cd"), ("q", 40 * "z")]
     requests = encode_requests(tokenizer, pairs)
     scores, _ = score_requests(model, requests, context=context, device="cpu", autocast_dtype=None)
     for request, score in zip(requests, scores, strict=True):
@@ -617,7 +547,7 @@ def test_random_row_is_reproducible_and_leaves_the_generator_alone(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     write_rows(tmp_path, "toy", toy_rows(20))
-    config = small_transformer().config
+    config = small_transformer(300).config
     options: dict[str, Any] = {"context": 64, "device": "cpu", "autocast_dtype": None}
     before = torch.get_rng_state()
     rows = [
@@ -631,5 +561,5 @@ def test_random_row_is_reproducible_and_leaves_the_generator_alone(
 
 def test_result_is_plain_json(tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_rows(tmp_path, "toy", toy_rows(9))
-    result = run(small_transformer(), tokenizer, [make_task(group="g")], tmp_path)
+    result = run(small_transformer(300), tokenizer, [make_task(group="g")], tmp_path)
     assert json.loads(json.dumps(result, allow_nan=False)) == result

@@ -35,24 +35,27 @@ def test_kills_at_the_check_where_the_streak_reaches_one_million_tokens() -> Non
     assert (result.literal_kind, result.literal_tokens) == ("kill", 5 * EVERY)
 
 
-def test_one_check_short_of_the_window_is_kept() -> None:
-    assert verdict(RULE, flat(30.0, 4), flat(30.5, 4)).kind == "keep"
-
-
-def test_just_under_the_margin_is_kept() -> None:
-    assert verdict(RULE, flat(30.0, 20), flat(30.4375, 20)).kind == "keep"
-
-
-def test_one_good_check_breaks_the_streak() -> None:
-    run = curve([31.0] * 4 + [30.25] + [31.0] * 4)
-    assert verdict(RULE, flat(30.0, 9), run).kind == "keep"
-    run = curve([31.0] * 4 + [30.25] + [31.0] * 5)
-    assert verdict(RULE, flat(30.0, 10), run).tokens == 10 * EVERY
-
-
-def test_recovery_after_the_kill_does_not_undo_it() -> None:
-    run = curve([31.0] * 5 + [29.0] * 5)
-    assert verdict(RULE, flat(30.0, 10), run).tokens == 5 * EVERY
+@pytest.mark.parametrize(
+    ("baseline", "run", "killed_at"),
+    [
+        (flat(30.0, 4), flat(30.5, 4), None),  # one check short of the window
+        (flat(30.0, 20), flat(30.4375, 20), None),  # just under the margin
+        (flat(30.0, 9), curve([31.0] * 4 + [30.25] + [31.0] * 4), None),  # a good check between
+        (flat(30.0, 10), curve([31.0] * 4 + [30.25] + [31.0] * 5), 10),
+        (flat(30.0, 10), curve([31.0] * 5 + [29.0] * 5), 5),  # a recovery after the kill
+        (flat(30.0, 5), flat(31.0, 7), 5),  # what is decided needs no further baseline
+        ([(0, 16000.0), *flat(30.0, 4)], [(0, 16100.0), *flat(31.0, 4)], None),  # untrained
+        (flat(30.0, 10)[1::2], flat(31.0, 10), None),  # a baseline checked half as often
+        (flat(30.0, 5), flat(math.inf, 5), 5),  # infinite is worse than any finite one
+        (flat(math.inf, 5), flat(math.inf, 5), None),
+    ],
+)
+def test_what_kills_and_what_does_not(
+    baseline: list[tuple[int, float]], run: list[tuple[int, float]], killed_at: int | None
+) -> None:
+    result = verdict(RULE, baseline, run)
+    assert result.kind == ("keep" if killed_at is None else "kill")
+    assert result.tokens == (None if killed_at is None else killed_at * EVERY)
 
 
 def test_grace_delays_the_kill_and_both_verdicts_are_told() -> None:
@@ -72,18 +75,7 @@ def test_no_baseline_at_this_point_is_no_verdict() -> None:
     assert verdict(RULE, [], flat(31.0, 3)).kind == "none"
     assert verdict(RULE, flat(30.0, 2), flat(31.0, 3)).kind == "none"
     assert verdict(RULE, flat(30.0, 3), []).kind == "none"
-
-
-def test_a_decision_already_reached_needs_no_further_baseline() -> None:
-    result = verdict(RULE, flat(30.0, 5), flat(31.0, 7))
-    assert (result.kind, result.tokens) == ("kill", 5 * EVERY)
-
-
-def test_the_check_before_training_starts_no_streak() -> None:
-    base = [(0, 16000.0), *flat(30.0, 4)]
-    run = [(0, 16100.0), *flat(31.0, 4)]
-    assert verdict(RULE, base, run).kind == "keep"
-    assert verdict(rule(window_tokens=1), base[:1], run[:1]).kind == "none"
+    assert verdict(rule(window_tokens=1), [(0, 16000.0)], [(0, 16100.0)]).kind == "none"
 
 
 @pytest.mark.parametrize("whose", ["baseline", "run"])
@@ -97,16 +89,6 @@ def test_a_hole_in_a_curve_ends_the_streak(whose: str) -> None:
 
     assert found(8).kind == "keep" and "a hole (1 checks" in found(8).reason
     assert found(9).tokens == 9 * EVERY  # 1.25M .. 2.25M
-
-
-def test_a_baseline_checked_half_as_often_kills_nothing() -> None:
-    base = [(t, p) for t, p in flat(30.0, 10) if (t // EVERY) % 2 == 0]
-    assert verdict(RULE, base, flat(31.0, 10)).kind == "keep"
-
-
-def test_infinite_perplexity_is_worse_than_any_finite_one() -> None:
-    assert verdict(RULE, flat(30.0, 5), flat(math.inf, 5)).kind == "kill"
-    assert verdict(RULE, flat(math.inf, 5), flat(math.inf, 5)).kind == "keep"
 
 
 @pytest.mark.parametrize(
