@@ -4,7 +4,6 @@ latency and memory. One place calls the measurements; each lives in its own modu
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from src.evaluation import perplexity
 from src.evaluation import smallbench as eval_smallbench
 from src.evaluation.metrics import corpus_name
 from src.models.transformer import Transformer
-from src.spec.config import RunConfig
+from src.spec.config import RunConfig, json_sha256
 from src.spec.metric_keys import KEYS
 from src.storage.run_dir import write_atomic, write_json
 
@@ -137,8 +136,7 @@ def _kept_beside(
 ) -> float | None:
     """The untrained model of seed 0 is the same for all seeds and phases of a configuration: it is
     scored once in a log directory."""
-    name = hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
-    path = run_path.parent / "untrained" / f"{name}.json"
+    path = run_path.parent / "untrained" / f"{json_sha256(sources)[:16]}.json"
     if path.is_file():
         return json.loads(path.read_bytes())["accuracy"]
     accuracy = measure()

@@ -5,8 +5,6 @@ The list of keys is src/spec/metric_keys.py; a missing value stays None, never 0
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +64,7 @@ def resolved(
         "data_dir": run.data.dir,
         "corpus": corpus_name(data.corpus),
     }
-    return {**content, _CONTENT: _sha256(content)}, _digest(content, _TRAINED)
+    return {**content, _CONTENT: cfg.json_sha256(content)}, _digest(content, _TRAINED)
 
 
 def evaluation_digest(run: RunConfig) -> str:
@@ -84,7 +82,7 @@ def edited(config: Mapping[str, Any]) -> bool:
     if config.get("phase") not in cfg.PHASES or "config_digest" not in config:
         return False
     content = {k: v for k, v in config.items() if k not in ("config_digest", _CONTENT)}
-    if config.get(_CONTENT) not in (None, _sha256(content)):
+    if config.get(_CONTENT) not in (None, cfg.json_sha256(content)):
         return True
     if "evaluation_digest" not in config:
         return older_digest(content) != config["config_digest"]
@@ -94,11 +92,6 @@ def edited(config: Mapping[str, Any]) -> bool:
 
 def _digest(content: Mapping[str, Any], keys: Sequence[str]) -> str:
     return cfg.digest({key: content[key] for key in keys if key in content})
-
-
-def _sha256(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def identity(run: RunConfig, answer: Allocation) -> dict[str, Any]:
@@ -128,7 +121,7 @@ def digests(config_digest: str, data: TokenData) -> dict[str, str]:
 
 def model_digest(answer: Allocation) -> str:
     """Equal for configurations that are the same integers (emb35 and glu266x, say)."""
-    return _sha256(cfg.to_dict(answer.model))
+    return cfg.json_sha256(cfg.to_dict(answer.model))
 
 
 def facts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, Required, TypedDict, Unpack
 
@@ -161,17 +162,9 @@ def _head_nats(
         else:  # logsumexp would take 3 times as long on a CPU
             log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             nats.append(-log_p[place, target[asked]])
-        hits.append(_is_best(logits, place, target[asked]) if greedy else place < 0)
+        best = logits.amax(-1)[place] if greedy else math.inf
+        hits.append(logits[place, target[asked]] == best)
     return torch.cat(nats), torch.cat(hits)
-
-
-def _is_best(logits: Tensor, place: Tensor, target: Tensor) -> Tensor:
-    """Whether each target is the first of the largest logits in its row; a CPU's argmax is slow, so
-    it looks at the rows alone where a target's logit is the largest."""
-    hit = logits[place, target] == logits.amax(-1)[place]
-    if hit.any():
-        hit[hit.clone()] = logits[place[hit]].argmax(-1) == target[hit]
-    return hit
 
 
 @functools.cache

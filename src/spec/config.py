@@ -212,7 +212,13 @@ def digest(resolved: Mapping[str, Any]) -> str:
         values = kept.get(section) or {}
         if dotted in COSMETIC or values.get(name) == LATER[dotted]:
             values.pop(name, None)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return json_sha256(kept)
+
+
+def json_sha256(content: Any) -> str:
+    """Of plain values (and the dates that YAML reads), whatever the order of their keys."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # -------------------------------------------------------------------------------------- the sweep

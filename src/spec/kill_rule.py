@@ -69,13 +69,11 @@ def verdict(rule: KillRule, baseline: Curve, run: Curve) -> Verdict:
     """Apply the rule to a run, given the baseline's curve up to at least the same point.
 
     rule: with its grace as a number (`KillRule.in_run`).
-    Perplexities are compared only where both runs were checked at exactly the same token count:
-    runs of one sweep share their batch size and check interval, so interpolating would invent
-    numbers where none are needed. A check that only one of the two has breaks a streak: of a hole
-    nobody knows that the run was worse there, and the rule says "at every check". A check before
-    any training (0 tokens) is skipped: it compares two random initialisations. The first streak
-    that reaches the window kills; a later recovery does not undo it, because a live run would not
-    have reached that recovery.
+    Perplexities are compared only at equal token counts: runs of one sweep share their batch size
+    and check interval. A check that only one of the two has breaks a streak, because the rule says
+    "at every check". A check before any training (0 tokens) is skipped: it compares two random
+    initialisations. The first streak that reaches the window kills; a later recovery does not undo
+    it, because a live run would not have reached it.
 
     Returns "none" while the run's newest check has no counterpart in the baseline, unless an
     earlier stretch already decided. Raises ValueError for a curve that is out of order, counts

@@ -35,14 +35,13 @@ _SEEDS = ("init_seed", "data_seed")
 def training_digest(training: TrainingConfig) -> str:
     """Hash of what decides what is learned; a ranking run's and a full run's differ in tokens."""
     kept = {k: v for k, v in config.to_dict(training).items() if k not in _NOT_LEARNED_FROM}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return config.json_sha256(kept)
 
 
 def compute_digest(conditions: Iterable[Mapping[str, Any]]) -> str:
     """Hash of what bits depend on (`src.compute.conditions`); of a run resumed under others all of
     them, in their order, joined by `+`, so that it equals neither."""
-    texts = (json.dumps(condition, sort_keys=True) for condition in conditions)
-    return "+".join(hashlib.sha256(text.encode()).hexdigest() for text in texts)
+    return "+".join(config.json_sha256(condition) for condition in conditions)
 
 
 def program_digest(conditions: Iterable[Mapping[str, Any]]) -> str:
@@ -58,11 +57,10 @@ def program_digest(conditions: Iterable[Mapping[str, Any]]) -> str:
 def processors(conditions: Iterable[Mapping[str, Any]]) -> str:
     """Each device and instruction set of those conditions once, joined by `; `."""
     found = (
-        " ".join(map(str, filter(None, (one.get("device_name"), one.get("cpu_capability"),
-                                        *(one.get("amx") or ())))))
+        (one.get("device_name"), one.get("cpu_capability"), *(one.get("amx") or ()))
         for one in conditions
-    )  # fmt: skip
-    return "; ".join(dict.fromkeys(found))
+    )
+    return "; ".join(dict.fromkeys(" ".join(map(str, filter(None, parts))) for parts in found))
 
 
 def computed_as(row: Mapping[str, Any]) -> str | None:

@@ -83,14 +83,6 @@ def test_a_position_costs_one_row_of_logits() -> None:
     assert greedy.argmax() == nats.argmin()
 
 
-def test_the_first_of_equal_logits_is_the_greedy_one() -> None:
-    logits = torch.zeros(1, 5)
-    logits[0, [1, 3]] = 2.0
-    place = torch.zeros(5, dtype=torch.int64)
-    hits = scoring._is_best(logits, place, torch.arange(5))
-    assert hits.tolist() == [False, True, False, False, False]
-
-
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 def test_compiled_blocks_read_the_full_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, where training has compiled; rows of other lengths are read by eager code."""
