@@ -182,7 +182,7 @@ class Sweep:
             )
         run = self.runs[self.names.index(name)]
         stated = {key: getattr(run.training, key) for key in ("init_seed", "data_seed")}
-        seeds = {key: seed if found is None else found for key, found in stated.items()}
+        seeds: dict[str, Any] = {k: seed if v is None else v for k, v in stated.items()}
         return replace(run, seed=seed, training=replace(run.training, **seeds))
 
     def chosen(self, names: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
