@@ -1,4 +1,4 @@
-"""Draw the fits of src.analysis.science: sweeps with predictions, learning rates."""
+"""Draw the fits of src.analysis.science: sweeps, and what was predicted of them."""
 
 import sys
 from pathlib import Path

@@ -15,12 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from src.analysis.repeats import Noise
 from src.analysis.science import fits
 
 SD = 0.005
 SHARES = np.array([0.25, 0.30, 0.35, 0.40, 0.45, 0.50])
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 # ln BPB = 0.2 + 1.2 (share - best)^2: PPL is 5 % up at 45 % against 35 % where the best is 20 %.
 BOWL = 1.2
 
@@ -64,38 +62,12 @@ def curves(rng: np.random.Generator, out: Outcome) -> None:
     out.setdefault("curvature of a flat curve", []).append(covers(nothing.curvature, 0.0))
 
 
-def rates(rng: np.random.Generator, out: Outcome) -> None:
-    """Best rates of three cells, their residuals pooled; and of one cell with a known noise."""
-    for tried in (4, 5):
-        truth = {"a": 2.5e-3, "b": 3.2e-3, "c": 4e-3}
-        cells = {
-            name: {
-                rate: [1 + 0.02 * math.log(rate / best) ** 2 + SD * rng.standard_normal()]
-                for rate in RATES[:tried]
-            }
-            for name, best in truth.items()
-        }
-        for name, fit in fits.best_rates(cells).items():
-            out.setdefault(f"best rate, {tried} rates", []).append(
-                covers(fit.best_rate, truth[name])
-            )
-    one = {"a": {r: [0.02 * math.log(r / 2e-3) ** 2 + SD * rng.standard_normal()]
-                 for r in RATES[:3]}}  # fmt: skip
-    seeds = SD * rng.standard_normal(5)
-    noise = Noise(sd=float(seeds.std(ddof=1)), df=4)
-    fit = fits.best_rates(one, noise=noise)["a"]
-    out.setdefault("best rate, 3 rates and a noise of 5 seeds", []).append(
-        covers(fit.best_rate, 2e-3)
-    )
-
-
 def simulate(studies: int, seed: int = 0) -> dict[str, tuple[float, int]]:
     """Share of studies in which each thing held, and of how many."""
     rng = np.random.default_rng(seed)
     out: Outcome = {}
     for _ in range(studies):
         curves(rng, out)
-        rates(rng, out)
     return {name: (float(np.mean(held)), len(held)) for name, held in out.items()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -146,21 +147,19 @@ def order_sentences(runs: pd.DataFrame) -> list[str]:
         if len(best) < 2:
             continue
         rates = own_rates(block.runs)
-        measure = str(best.name).replace("_", " ")
-        digits = 1 if measure == "dev perplexity" else 3
+        digits = 1 if best.name == "dev_perplexity" else 3
         named = [
             f"{name} {value:.{digits}f}"
             + (f" at {spelled(rates[name])}" if block.many_rates else "")
             for name, value in best.items()
         ]
-        sentence = f"{block.title}: {measure} {' < '.join(named)}"
+        sentence = f"{block.title}: {str(best.name).replace('_', ' ')} {' < '.join(named)}"
         tried = block.runs.groupby("configuration")["learning_rate"].agg(["min", "max", "nunique"])
         for name, ends in tried[tried["nunique"] > 1].iterrows():
             if rates[str(name)] in (ends["min"], ends["max"]):
                 end = "lowest" if rates[str(name)] == ends["min"] else "highest"
                 sentence += f"; {name}'s is the {end} rate tried, its best may lie beyond"
-        seeds = block.runs.groupby("configuration")["seed"].nunique()
-        if seeds.min() == 1:
+        if block.runs.groupby("configuration")["seed"].nunique().min() == 1:
             sentence += "; one seed of some, so their order is not sure"
         told.append(f"{sentence}.")
         order = tuple(map(str, best.index))
@@ -170,9 +169,7 @@ def order_sentences(runs: pd.DataFrame) -> list[str]:
             same = "the same order" if at == order else f"another order, {' < '.join(at)}"
             told[-1] += f" At the shared rate {spelled(rate)}: {same}."
         orders.setdefault(block.sweep, []).append((block.title, order))
-    for (one, first), (other, second) in (
-        pair for known in orders.values() for pair in zip(known, known[1:], strict=False)
-    ):
+    for (one, first), (other, second) in chain.from_iterable(map(pairwise, orders.values())):
         if set(first) == set(second):
             same = "the same order" if first == second else "another order"
             told.append(f"{one} against {other}: {same}.")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import numpy as np
 
 from src.analysis import intervals, repeats
 from src.analysis.run_table import computed
-from src.evaluation import perplexity
 from src.spec import run_identity
 from src.spec.command_line import OK, Parser, refuse
 from src.storage import documents
@@ -34,17 +33,17 @@ from src.storage.files import read_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A finished run's losses: nats, tokens and bytes by document (D)."""
+    """A finished run: its metrics.json, and nats, tokens and bytes by document (D)."""
 
     path: Path
-    label: repeats.Label
-    bits: str | None  # compute_digest
-    processors: str
-    configuration: str
-    perplexity: perplexity.TokenPerplexity
+    metrics: Mapping[str, Any]
     nats: intervals.Floats
     tokens: intervals.Floats
     bytes: intervals.Floats
+
+    @property
+    def label(self) -> repeats.Label:
+        return self.metrics["seed"], run_identity.computed_as(self.metrics)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,13 +80,12 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
     """The comparison's numbers and its sentence. Raises ValueError for runs that do not compare."""
     notes: list[str] = []
     runs = [read_run(path, asked.split) for path in (*asked.baseline, *asked.ours, *asked.pool)]
-    runs, documents = _same_documents(runs, asked.measure)
+    runs, weights = _same_documents(runs, asked.measure)
     cut = len(asked.baseline), len(asked.baseline) + len(asked.ours)
     theirs, ours = (_side(some, notes) for some in (runs[: cut[0]], runs[cut[0] : cut[1]]))
     noise = _noise(runs, asked.measure, asked.unlike)
-    if asked.unlike:
-        kept = list(ours.values()), list(theirs.values())
-    else:
+    kept: Sequence[Sequence[Run]] = [list(ours.values()), list(theirs.values())]
+    if not asked.unlike:
         found = repeats.pair(ours, theirs)
         if found.left_out:
             raise ValueError(
@@ -95,25 +93,19 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
                 "), expected pairs of equal seed and program_digest; leave these out, or say "
                 "--unlike to compare the two groups without pairs"
             )
-        kept = [a for a, _ in found.pairs], [b for _, b in found.pairs]
+        kept = list(zip(*found.pairs, strict=True))
         notes += _other_processors(found.pairs)
+    a, b = (np.stack([run.nats for run in side]) for side in kept)
     interval = intervals.paired_bootstrap(
-        np.stack([run.nats for run in kept[0]]),
-        np.stack([run.nats for run in kept[1]]),
-        documents,
-        measure=asked.measure,
-        paired_seeds=not asked.unlike,
-        noise=noise,
+        a, b, weights, measure=asked.measure, paired_seeds=not asked.unlike, noise=noise
     )
     says = intervals.equivalence(interval)
     low, ratio, high = (100 * (value - 1) for value in interval.ratio)
-    sentence = f"{asked.split} {asked.measure.replace('_', ' ')} {ratio:+.2f} % "
-    if interval.p is None:
-        sentence += f"({low:+.2f} to {high:+.2f} %, document noise only)"
-    else:
-        sentence += f"({low:+.2f} to {high:+.2f} %), p {interval.p:.4f}"
-    sentence += (
-        f", {interval.seeds} {'seed' if interval.seeds == 1 else 'seeds'}"
+    sure = ", document noise only)" if interval.p is None else f"), p {interval.p:.4f}"
+    sentence = (
+        f"{asked.split} {asked.measure.replace('_', ' ')} {ratio:+.2f} % "
+        f"({low:+.2f} to {high:+.2f} %{sure}, "
+        f"{interval.seeds} {'seed' if interval.seeds == 1 else 'seeds'}"
         f"{' without pairs' if asked.unlike else ''}, {interval.documents} documents: "
         f"{says.verdict}"
     )
@@ -137,26 +129,29 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _same_documents(runs: list[Run], measure: str) -> tuple[list[Run], intervals.Floats]:
+def _same_documents(runs: Sequence[Run], measure: str) -> tuple[list[Run], intervals.Floats]:
     """The runs over the documents that all of them scored, and those documents' weights.
 
     A limit in tokens (`evaluation.perplexity_tokens`) keeps fewer documents under a finer
-    tokenizer; the first ones are common to all.
+    tokenizer; the first ones are common to all. Token perplexities of two tokenizers, even of
+    equal size, are refused (ValueError).
     """
-    first = runs[0]
-    if measure == "perplexity":
-        for run in runs:  # raises across tokenizers
-            perplexity.compare_token_perplexity(run.perplexity, first.perplexity)
-    count = min(len(run.bytes) for run in runs)
+    first, count = runs[0], min(len(run.bytes) for run in runs)
+    hashes = list(dict.fromkeys(run.metrics["tokenizer_sha256"] for run in runs))
+    if measure == "perplexity" and len(hashes) > 1:
+        raise ValueError(
+            "token perplexities of two tokenizers cannot be compared: found tokenizer hashes "
+            f"{' and '.join(one[:12] for one in hashes)}, expected the same one; compare bits per "
+            "byte instead"
+        )
     for run in runs:
         if not np.array_equal(run.bytes[:count], first.bytes[:count]):
             raise ValueError(f"{run.path}: scored other documents than {first.path}")
-    weights = first.tokens if measure == "perplexity" else first.bytes
     cut = [
         replace(run, nats=run.nats[:count], tokens=run.tokens[:count], bytes=run.bytes[:count])
         for run in runs
     ]
-    return cut, weights[:count]
+    return cut, cut[0].tokens if measure == "perplexity" else cut[0].bytes
 
 
 def _side(runs: Sequence[Run], notes: list[str]) -> dict[repeats.Label, Run]:
@@ -178,13 +173,13 @@ def _side(runs: Sequence[Run], notes: list[str]) -> dict[repeats.Label, Run]:
 def _other_processors(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
     """A sentence where the sides of a pair are not equal to the bit: the same program on two kinds
     of processor rounds otherwise, which acts like another seed on one side."""
-    apart = [(a, b) for a, b in pairs if a.bits != b.bits]
+    apart = [pair for pair in pairs if len({run.metrics.get("compute_digest") for run in pair}) > 1]
     if not apart:
         return []
-    kinds = sorted({run.processors or "not recorded" for pair in apart for run in pair})
+    kinds = {run.metrics.get("processors") or "not recorded" for pair in apart for run in pair}
     return [
         f"{len(apart)} of {len(pairs)} pairs computed on two kinds of processor "
-        f"({' / '.join(kinds)}), whose rounding is part of the difference"
+        f"({' / '.join(sorted(kinds))}), whose rounding is part of the difference"
     ]
 
 
@@ -192,9 +187,10 @@ def _noise(runs: Sequence[Run], measure: str, unlike: bool) -> repeats.Noise | N
     """The seed noise that all given runs tell together, in the unit of the comparison."""
     losses: dict[str, dict[repeats.Label, float]] = {}
     for run in runs:
-        value = run.nats.sum()
-        value = value / run.tokens.sum() if measure == "perplexity" else math.log(value)
-        losses.setdefault(run.configuration, {})[run.label] = float(value)
+        nats = run.nats.sum()
+        value = nats / run.tokens.sum() if measure == "perplexity" else math.log(nats)
+        name = str(run_identity.configuration(run.metrics))
+        losses.setdefault(name, {})[run.label] = float(value)
     if unlike:
         return repeats.pooled_noise({name: list(s.values()) for name, s in losses.items()})
     return repeats.paired_noise(losses)
@@ -203,29 +199,18 @@ def _noise(runs: Sequence[Run], measure: str, unlike: bool) -> repeats.Noise | N
 def read_run(path: Path, split: str) -> Run:
     """A run directory's losses, published ones too; raises ValueError where it has none."""
     losses = documents.read(path, split)
-    try:
-        metrics = read_json(path / "metrics.json")
-    except FileNotFoundError:
-        losses = None
-    if losses is None:
+    if losses is None or not (path / "metrics.json").is_file():
         raise ValueError(
             f"{path}: expected a finished run with metrics.json and documents_{split}.npz, its "
             f"per-document losses of {split}"
         )
+    metrics = read_json(path / "metrics.json")
     nats, tokens, size = (
         part.astype(np.float64) for part in (losses.nats, losses.tokens, losses.bytes)
     )
-    metrics = computed(path) | {k: v for k, v in metrics.items() if v is not None}
     return Run(
         path=path,
-        label=(metrics["seed"], run_identity.computed_as(metrics)),
-        bits=metrics.get("compute_digest"),
-        processors=metrics.get("processors", ""),
-        configuration=str(run_identity.configuration(metrics)),
-        perplexity=perplexity.TokenPerplexity(
-            value=perplexity.perplexity(float(nats.sum()), int(tokens.sum())),
-            tokenizer_sha256=metrics["tokenizer_sha256"],
-        ),
+        metrics=computed(path) | {k: v for k, v in metrics.items() if v is not None},
         nats=nats,
         tokens=tokens,
         bytes=size,

@@ -23,11 +23,10 @@ COST_MARGIN = 0.03
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """Who goes on to the next phase. `threshold` and `gap` are in the losses' own unit."""
+    """Who goes on to the next phase. `threshold`: of a thin margin, in the losses' own unit."""
 
     promoted: tuple[str, ...]
     ranking: tuple[tuple[str, float], ...]
-    gap: float | None
     threshold: float | None
     reason: str
 
@@ -53,11 +52,12 @@ def promote(losses: Mapping[str, Sequence[float]], noise: Noise | None) -> Promo
     ranking = tuple(sorted(((n, s.mean) for n, s in alive.items()), key=lambda item: item[1]))
     best = ranking[0][0]
     if len(ranking) == 1:
-        return Promotion((best,), ranking, None, None, f"{best} is the only configuration left.")
+        return Promotion((best,), ranking, None, f"{best} is the only configuration left.")
     second, gap = ranking[1][0], ranking[1][1] - ranking[0][1]
+    leads = f"{best} leads {second} by {gap:.4f}"
     if noise is None:
-        reason = f"{best} leads {second} by {gap:.4f}, but seed noise was not measured: two go on."
-        return Promotion((best, second), ranking, gap, None, reason)
+        reason = f"{leads}, but seed noise was not measured: two go on."
+        return Promotion((best, second), ranking, None, reason)
     t = float(stats.t.ppf(0.975, noise.df))
     threshold = t * noise.sd * math.sqrt(1 / alive[best].n + 1 / alive[second].n)
     rule = (
@@ -65,10 +65,9 @@ def promote(losses: Mapping[str, Sequence[float]], noise: Noise | None) -> Promo
         f"sqrt(1/{alive[best].n} + 1/{alive[second].n})"
     )
     if gap < threshold:
-        reason = f"{best} leads {second} by {gap:.4f}, less than {rule}: two go on."
-        return Promotion((best, second), ranking, gap, threshold, reason)
-    reason = f"{best} leads {second} by {gap:.4f}, at least {rule}: one goes on."
-    return Promotion((best,), ranking, gap, threshold, reason)
+        reason = f"{leads}, less than {rule}: two go on."
+        return Promotion((best, second), ranking, threshold, reason)
+    return Promotion((best,), ranking, threshold, f"{leads}, at least {rule}: one goes on.")
 
 
 # --- the winner ---------------------------------------------------------------------------------

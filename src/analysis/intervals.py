@@ -91,8 +91,8 @@ def paired_bootstrap(
         samples[start : start + rows] = _contrast(counts.reshape(rows, w.size), a, b, w, measure)
     seeds = min(len(a), len(b))
     if seeds > 1:
-        sides = (_per_seed(everything, nats, w, measure)[0] for nats in (a, b))
-        error, df = _seed_error(*sides, paired_seeds, noise)
+        ours, theirs = (_per_seed(everything, nats, w, measure)[0] for nats in (a, b))
+        error, df = _seed_error(ours, theirs, paired_seeds, noise)
         if error > 0:
             samples += error * rng.standard_t(df, size=draws)
     # The outer of the two neighbouring draws, so that p <= 0.05 exactly where 0 lies outside.

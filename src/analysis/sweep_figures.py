@@ -216,7 +216,7 @@ def _draw_points(
                 own = best[(best["configuration"] == point.configuration)
                            & (best["series"] == label)][column]  # fmt: skip
                 beside = [point.x - aside] * len(own)  # else the mean would hide the middle seed
-                ring = {"ms": 3.5, "mfc": "none", "mew": 0.7}
+                ring: dict[str, Any] = {"ms": 3.5, "mfc": "none", "mew": 0.7}
                 ax.plot(beside, own, "o", color=look.colour, zorder=4, **ring)
                 leaves = paper.draw_interval(ax, point.x, point.low, point.high, look.colour)
                 handles.append(paper.point("one seed", "o", **ring))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 import numpy as np
@@ -28,25 +27,6 @@ def perplexity(nats: float, count: int) -> float:
     assert count > 0
     mean = nats / count
     return math.exp(mean) if mean < 700 else math.inf  # e^709 is the largest float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenPerplexity:
-    """A perplexity per token and the tokenizer whose tokens it counts."""
-
-    value: float
-    tokenizer_sha256: str
-
-
-def compare_token_perplexity(ours: TokenPerplexity, baseline: TokenPerplexity) -> float:
-    """ours / baseline; raises ValueError where the tokenizers differ, even at equal size."""
-    if ours.tokenizer_sha256 != baseline.tokenizer_sha256:
-        raise ValueError(
-            "token perplexities of two tokenizers cannot be compared: found tokenizer hashes "
-            f"{ours.tokenizer_sha256[:12]} and {baseline.tokenizer_sha256[:12]}, expected the "
-            "same one; compare bits per byte or word perplexity instead"
-        )
-    return ours.value / baseline.value
 
 
 # ------------------------------------------------------------------------------------- documents

@@ -284,14 +284,14 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
 def _without_kill_rule(
     where: str, runs: list[RunConfig], states_kill_rule: bool
 ) -> list[RunConfig]:
-    """A rate far off is a point that the fit over rates needs: nothing stops it, in any phase."""
+    """A rate far off is a point that the comparison of rates needs: nothing stops it."""
     if not states_kill_rule:
         return [replace(run, kill_rule=None) for run in runs]
     if all(run.kill_rule is not None and run.kill_rule.action == "record" for run in runs):
         return runs
     raise ValueError(
         f"{where}kill_rule: found a kill rule beside a list of learning rates, expected none or "
-        "action: record: the fit needs the runs at bad rates too; or state one "
+        "action: record: comparing rates needs the runs at bad ones too; or state one "
         "training.learning_rate"
     )
 

@@ -72,21 +72,16 @@ def test_the_glu_arms_are_curves_over_expansion(found):
 
 
 def test_each_cell_is_judged_at_its_own_best_rate_and_at_the_shared_one(found):
-    (rates,) = found["learning_rates"]
-    for name, cell in rates["cells"].items():
-        assert [rate for rate, _ in cell["tried"]] == [1e-3, 2e-3, 4e-3, 8e-3], name
-        best = planted_study.best_rate(cell["share"])
-        assert cell["best_rate"]["low"] <= best <= cell["best_rate"]["high"], name
-    own = arm(found, "miniature_lr.yaml", rate="own best rate")
-    shared = arm(found, "miniature_lr.yaml", rate=f"shared rate {rates['shared_rate']:g}")
-    assert {cell["learning_rate"] for cell in shared["cells"]} == {rates["shared_rate"]}
-    assert {cell["learning_rate"] for cell in own["cells"]} != {rates["shared_rate"]}
+    own, shared = (a for a in found["arms"] if a["sweep"] == "miniature_lr.yaml")
+    assert (own["rate"], shared["rate"].partition(" rate ")[0]) == ("own best rate", "shared")
+    one = {cell["learning_rate"] for cell in shared["cells"]}
+    assert one == {float(shared["rate"].rpartition(" ")[2])}
+    assert {cell["learning_rate"] for cell in own["cells"]} != one
     for shape in (own, shared):
         assert shape["baseline"] == "mini-tune35"
         assert [cell["label"] for cell in shape["cells"] if cell["baseline"]] == ["mini-tune35"]
-    for cell in own["cells"]:
-        tried = dict(rates["cells"][cell["label"]]["tried"])
-        assert tried[cell["learning_rate"]] == min(tried.values())  # chosen on dev
+    for cell in own["cells"]:  # chosen on dev, near the planted rate
+        assert 0.5 <= cell["learning_rate"] / planted_study.best_rate(cell["share"]) <= 2
 
 
 def test_a_run_and_its_twin_of_a_list_of_rates_count_once(tmp_path):
@@ -95,8 +90,6 @@ def test_a_run_and_its_twin_of_a_list_of_rates_count_once(tmp_path):
     planted_study.write(tmp_path / "list", ["embed_ratio"], overrides=rates)
     content = science.analyse(science.read_runs([], [tmp_path]), {})
     assert content["runs"] == 12
-    tried = content["learning_rates"][0]["cells"]["emb35"]["tried"]
-    assert [(rate, len(losses)) for rate, losses in tried] == [(2e-3, 1), (4e-3, 1), (8e-3, 1)]
     for shape in content["arms"]:
         assert [len(cell["seeds"]) for cell in shape["cells"]] == [1, 1, 1]
 
@@ -138,7 +131,6 @@ def test_what_cannot_be_fitted_says_why(tmp_path, capsys):
     content = json.loads((tmp_path / "science.json").read_text())
     assert "three different x, found 2" in content["arms"][0]["curves"]["share"]["unavailable"]
     assert "not fitted" in capsys.readouterr().out
-    assert content["learning_rates"] == []
 
 
 def test_other_budgets_and_unfinished_runs_do_not_mix(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from src.evaluation import perplexity
-from src.evaluation.perplexity import TokenPerplexity, compare_token_perplexity, evaluate_split
+from src.evaluation.perplexity import evaluate_split
 from src.models.export import export
 from tests.evaluation.models import small_transformer
 
@@ -211,15 +211,6 @@ def test_limit_keeps_the_first_whole_documents() -> None:
         part = run(model, stream, documents, limit_tokens=limit)
         assert part["documents"] == kept
         np.testing.assert_allclose(part["document_nats"], whole["document_nats"][:kept])
-
-
-def test_token_perplexity_of_two_tokenizers_is_not_compared() -> None:
-    ours = TokenPerplexity(value=20.0, tokenizer_sha256="a" * 64)
-    same = TokenPerplexity(value=25.0, tokenizer_sha256="a" * 64)
-    other = TokenPerplexity(value=25.0, tokenizer_sha256="b" * 64)
-    assert compare_token_perplexity(ours, same) == pytest.approx(0.8)
-    with pytest.raises(ValueError, match="bits per byte"):
-        compare_token_perplexity(ours, other)
 
 
 def test_diverged_weights_are_an_error() -> None:

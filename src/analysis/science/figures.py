@@ -1,9 +1,9 @@
-"""Draw the fits of src.analysis.science: sweeps with predictions, learning rates.
+"""Draw the fits of src.analysis.science: sweeps, and what was predicted of them.
 
     python scripts/plot_science.py --science results/science/science.json --output results/science
 
-Makes share_arms.png, glu_arms.png and learning_rates.png, each only where science.json has
-something to draw. Exit codes: 0, 78 bad input, 74 could not read or write.
+Makes share_arms.png and glu_arms.png, each only where science.json has something to draw. Exit
+codes: 0, 78 bad input, 74 could not read or write.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from src.analysis import paper
 from src.analysis.blocks import kind_text
 from src.spec.command_line import Parser, refuse
 from src.spec.metric_keys import TOTAL_PARAMS
-from src.spec.rates import spelled
 
 Found = Mapping[str, Any]
 PREDICTION = "#8B5A2B"
@@ -153,7 +152,7 @@ def _draw_arms(
         for cell in arm["cells"]:
             seeds, x = np.exp(cell["ln_bpb"]), cell[axis]
             if len(seeds) > 1:
-                ring = {"mfc": "none", "ms": 3.5, "mew": 0.7}
+                ring: dict[str, Any] = {"mfc": "none", "ms": 3.5, "mew": 0.7}
                 ax.plot([x] * len(seeds), seeds, "o", color=look.colour, **ring)
                 handles.append(paper.point("one seed", "o", **ring))
             face = paper.BLACK if cell["baseline"] else look.colour
@@ -169,7 +168,7 @@ def _draw_best_shares(ax: Axes, told: Found) -> list[Any]:
     """Where the published laws put the best share; also the entry of the predicted curve."""
     handles = [paper.line(f"Tao et al., {told['date']}", color=PREDICTION, ls=paper.BAR_DASH)]
     for law, label, dash in (("tao", "their best share", "--"), ("levine", "Levine et al.'s", ":")):
-        how = {"color": PREDICTION, "ls": dash, "lw": 0.9}
+        how: dict[str, Any] = {"color": PREDICTION, "ls": dash, "lw": 0.9}
         ax.axvline(told[f"{law}_best_share"], zorder=1, **how)
         handles.append(paper.line(label, **how))
     return handles
@@ -204,41 +203,4 @@ def _draw_fit(ax: Axes, fit: Found, colour: str, place: int) -> None:
     ax.plot([at["value"]], [height], "v", color=colour, mfc=face, ms=4, transform=across)
 
 
-# --- learning rates -----------------------------------------------------------------------------
-
-
-def learning_rates(found: Found, path: Path) -> bool:
-    """Dev bits per byte over learning rates, a curve a configuration, its own best rate below."""
-    arms = found["learning_rates"]
-    if not arms:
-        return False
-    figure, axes = paper.grid(len(arms))
-    names = sorted({name for arm in arms for name in arm["cells"]})
-    looks = {name: paper.look(place) for place, name in enumerate(names)}
-    handles: list[Any] = []
-    for ax, arm in zip(axes, arms, strict=True):
-        tried = [point for cell in arm["cells"].values() for point in cell["tried"]]
-        values = [math.exp(v) for _, losses in tried for v in losses]
-        paper.hold(ax, "y", [*values, min(values) - 0.06 * len(arm["cells"]) * np.ptp(values)])
-        paper.hold(ax, "x", [rate for rate, _ in tried], log=True)
-        rates = sorted({rate for rate, _ in tried})
-        ax.set_xticks(rates, [spelled(rate) for rate in rates])
-        for place, (name, cell) in enumerate(arm["cells"].items()):
-            look = looks[name]
-            for rate, losses in cell["tried"]:
-                ax.plot([rate] * len(losses), np.exp(losses), look.marker, color=look.colour)
-            _draw_fit(ax, cell["curve"] or {}, look.colour, place)
-            label = f"{name}, share {cell['share']:.0%}"
-            handles.append(paper.line(label, color=look.colour, marker=look.marker))
-        if arm["shared_rate"]:
-            ax.axvline(arm["shared_rate"], color=paper.BLACK, lw=0.9, ls=":")
-            handles.append(paper.line("best shared rate", color=paper.BLACK, ls=":"))
-        ax.set_xlabel("Peak learning rate")
-        ax.set_ylabel("Dev bits per byte")
-        kind = kind_text(arm["phase"], arm["tokens"])
-        paper.title(ax, f"{kind}\n{Path(arm['sweep']).stem}")
-    note = "bar: 95 % interval of the best rate, hollow: not inside the tried range"
-    return _finish(figure, handles, "Learning rate by configuration", arms, note, path)
-
-
-FIGURES = {draw.__name__: draw for draw in (share_arms, glu_arms, learning_rates)}
+FIGURES = {draw.__name__: draw for draw in (share_arms, glu_arms)}

@@ -8,15 +8,13 @@ Shapes: n points, p terms, B draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
-
-from src.analysis.repeats import Noise
 
 Floats = NDArray[np.float64]
 LEVEL = 0.95  # of every interval
@@ -68,15 +66,13 @@ class _Fit:
         return self.coefficients + self.sd * scale * normal
 
 
-def _least_squares(design: Floats, y: Floats, noise: Noise | None) -> _Fit:
+def _least_squares(design: Floats, y: Floats) -> _Fit:
     q, r = np.linalg.qr(design)
     inverse = np.linalg.inv(r)
     coefficients = inverse @ (q.T @ y)
     residuals = y - design @ coefficients
     df = len(y) - design.shape[1]
     sd = math.sqrt(float(residuals @ residuals) / df) if df else math.nan
-    if noise is not None:
-        sd, df = noise.sd, noise.df
     return _Fit(coefficients, inverse @ inverse.T, sd, df)
 
 
@@ -113,23 +109,21 @@ def quadratic(
     *,
     log: bool = False,
     blocks: Sequence[Hashable] | None = None,
-    noise: Noise | None = None,
     draws: int = 4000,
     seed: int = 0,
 ) -> CurveFit:
     """Fit a quadratic and its lowest place within the tried range.
 
-    x, y (n): a share or a rate, and the loss of a run there. log: quadratic in ln x; the optimum
-        and the band are in x all the same, the curvature per unit of (ln x)^2.
+    x, y (n): a share or an expansion, and the loss of a run there. log: quadratic in ln x; the
+        optimum and the band are in x all the same, the curvature per unit of (ln x)^2.
     blocks (n): what shifts all runs of one kind alike, a data order used at every x say; each
         block gets an offset of its own, so that it does not count as noise.
-    noise: known from repeats elsewhere; None: the residuals', which hold the curve's lack of
-        fit too.
-    The optimum's interval holds the middle 95 % of its values over B bootstrap draws of the
-    coefficients: normal errors of the fitted size, divided by sqrt(chi2 / df) so that few degrees
-    of freedom widen it as they widen a t interval. Plain percentiles of resampled residuals hold
-    the truth in 85 % instead of 95 % of six-point curves (1,500 simulated); scaled like this they
-    hold it as often. A draw that opens downwards counts at its lower end.
+    The noise is the residuals', which hold the curve's lack of fit too. The optimum's interval
+    holds the middle 95 % of its values over B bootstrap draws of the coefficients: normal errors of
+    the fitted size, divided by sqrt(chi2 / df) so that few degrees of freedom widen it as they
+    widen a t interval. Plain percentiles of resampled residuals hold the truth in 85 % instead of
+    95 % of six-point curves (1,500 simulated); scaled like this they hold it as often. A draw that
+    opens downwards counts at its lower end.
 
     Raises ValueError for shapes that do not fit, numbers that are not finite, or fewer than three
     different x.
@@ -149,7 +143,7 @@ def quadratic(
     design = np.column_stack([np.ones_like(z), z, z**2, offsets])
     if np.linalg.matrix_rank(design) < design.shape[1]:
         raise ValueError("the blocks leave nothing to fit: some block holds points of one x alone.")
-    fit = _least_squares(design, ys, noise)
+    fit = _least_squares(design, ys)
     best = _lowest_place(fit.coefficients[None, :])
     ends: tuple[float, ...] = ()  # of the optimum's interval, and of the lowest value's
     depth: tuple[float, ...] = ()
@@ -235,78 +229,3 @@ def _statement(verdict: Verdict, at: Estimate, low: float, high: float, lower: b
         f"undecided: lowest at {at.value:.4g}, but the interval ({at.low:.4g} to {at.high:.4g}) "
         f"reaches an end {where}."
     )
-
-
-# --- learning rates -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class RateFit:
-    """One configuration over its learning rates.
-
-    best_rate, loss_at_best: of the quadratic in ln rate within the tried range; where no curve
-    could be fitted (fewer than three rates) the lowest tried, without intervals.
-    lowest_rate, lowest_loss: the lowest tried, means over seeds: biased low, as any minimum is.
-    """
-
-    best_rate: Estimate
-    loss_at_best: Estimate
-    lowest_rate: float
-    lowest_loss: float
-    verdict: Verdict
-    statement: str
-    curve: CurveFit | None
-
-
-Rates = Mapping[float, Sequence[float]]
-
-
-def best_rates(cells: Mapping[str, Rates], noise: Noise | None = None) -> dict[str, RateFit]:
-    """Each configuration's own best learning rate: a quadratic in ln rate (three to five rates).
-
-    cells: losses (one a seed) by rate, by configuration. noise: see `quadratic`; None pools the
-    residuals of all curves: four rates of one seed leave a single degree of freedom.
-    Raises ValueError as `quadratic` does, or for a configuration without a loss.
-    """
-    curves = {name: _rate_points(rates) for name, rates in cells.items()}
-    if noise is None:
-        noise = _pooled([points for points in curves.values() if len(set(points[0])) >= 3])
-    return {name: _rate_fit(cells[name], *curves[name], noise) for name in cells}
-
-
-def _rate_points(rates: Rates) -> tuple[list[float], list[float]]:
-    points = [(rate, loss) for rate, losses in rates.items() for loss in losses]
-    if not points:
-        raise ValueError("a configuration without a finished run has no best learning rate.")
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _pooled(curves: Sequence[tuple[list[float], list[float]]]) -> Noise | None:
-    """Residual sd around every curve's own quadratic, with the sum of their degrees of freedom."""
-    df = sum(len(x) - 3 for x, _ in curves)
-    if not df:
-        return None
-    rss = 0.0
-    for x, y in curves:
-        fit = np.polynomial.Polynomial.fit(np.log(x), y, 2)
-        rss += float(((np.asarray(y) - fit(np.log(x))) ** 2).sum())
-    return Noise(sd=math.sqrt(rss / df), df=df)
-
-
-def _rate_fit(rates: Rates, x: list[float], y: list[float], noise: Noise | None) -> RateFit:
-    means = {rate: sum(losses) / len(losses) for rate, losses in rates.items() if losses}
-    lowest = min(means, key=lambda rate: means[rate])
-    if len(means) < 3:
-        text = f"{len(means)} rates tried, too few for a curve: {lowest:g} is the lowest."
-        best, loss = Estimate(lowest), Estimate(means[lowest])
-        return RateFit(best, loss, lowest, means[lowest], "undecided", text, None)
-    curve = quadratic(x, y, log=True, noise=noise)
-    best = curve.optimum
-    inside = f"best rate {best.value:.2g}"
-    ends = "" if best.low is None else f" ({best.low:.2g} to {best.high:.2g})"
-    statement = {
-        "interior": f"{inside}{ends}, inside the tried range.",
-        "edge": f"best at the edge of the tried rates ({best.value:.2g}): try further.",
-        "undecided": f"undecided: {inside}{ends}; the interval reaches an end of the tried range.",
-    }[curve.verdict]
-    return RateFit(best, curve.minimum, lowest, means[lowest], curve.verdict, statement, curve)

@@ -1,4 +1,4 @@
-"""What a study's runs say: curves over share and GLU expansion, best learning rates.
+"""What a study's runs say: curves over share and GLU expansion, and where they are lowest.
 
     python -m src.analysis.science.report --log_dir logs --output results/science
     python -m src.analysis.science.report --csv results_summary.csv --output results/science
@@ -94,7 +94,6 @@ def analyse(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> dict[str, Any
         "runs": len(runs),
         "predictions_dated": predictions.get("date"),
         "arms": [found for arm in arms for found in _arm(arm, predictions)],
-        "learning_rates": [_learning_rates(arm) for arm in arms if many_rates(arm)],
     }
 
 
@@ -141,14 +140,14 @@ def _arm(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> list[dict[str, A
 
 def _curve_of(runs: pd.DataFrame, rate: str, predictions: Mapping[str, Any]) -> dict[str, Any]:
     split = _split(runs)
-    axis = next((a for a, (key, least) in AXES.items() if np.ptp(runs[key]) > least), None)
+    axis = next((a for a, (key, least) in AXES.items() if np.ptp(runs[key]) > least), "")
     y = _ln_bpb(runs, split)
     baseline = runs["baseline_configuration"].iloc[0]
     if baseline not in set(runs["configuration"]):
         baseline = runs["configuration"].iloc[0]
     reference = float(runs.loc[runs["configuration"] == baseline, f"{split}_loss"].mean())
     curves = {}
-    for name, log in ((axis, False), (f"ln {axis}", True)) if axis is not None else ():
+    for name, log in ((axis, False), (f"ln {axis}", True)) if axis else ():
         try:
             fit = fits.quadratic(runs[AXES[axis][0]], y, log=log, blocks=_blocks(runs))
             curves[name] = dataclasses.asdict(fit)
@@ -160,7 +159,7 @@ def _curve_of(runs: pd.DataFrame, rate: str, predictions: Mapping[str, Any]) -> 
         **_facts(runs),
         "rate": rate,
         "split": split,
-        "axis": axis,
+        "axis": axis or None,
         "baseline": baseline,
         "reference_loss": reference,  # the baseline's, nats a token
         "cells": [
@@ -207,31 +206,6 @@ def _prediction(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> dict[str,
     return {**about, **sweep, "cells": {name: ratios[name] for name in names}}
 
 
-# --- learning rates -----------------------------------------------------------------------------
-
-
-def _learning_rates(runs: pd.DataFrame) -> dict[str, Any]:
-    """ln dev BPB by configuration and rate: a rate is chosen on dev, and judged on test."""
-    tried = {
-        name: _ln_bpb(mine, "dev").groupby(mine["learning_rate"]).agg(list).to_dict()
-        for name, mine in runs.groupby("configuration", sort=False)
-    }
-    shares = runs.groupby("configuration")[EMBEDDING_RATIO.built].first()
-    return {
-        **_facts(runs),
-        "split": "dev",
-        "shared_rate": shared_rate(runs),
-        "cells": {
-            name: {
-                "share": shares[name],
-                "tried": [[rate, losses] for rate, losses in sorted(tried[name].items())],
-                **dataclasses.asdict(fit),
-            }
-            for name, fit in fits.best_rates(tried).items()
-        },
-    }
-
-
 # --- for people ---------------------------------------------------------------------------------
 
 
@@ -243,8 +217,6 @@ def summary(content: Mapping[str, Any]) -> str:
         for scale, fit in arm["curves"].items():
             told = fit.get("statement") or f"not fitted: {fit['unavailable']}"
             lines.append(f"{where}: {scale}: {told}")
-    for arm in content["learning_rates"]:
-        lines += [f"{arm['sweep']}: {n}: {c['statement']}" for n, c in arm["cells"].items()]
     return "\n".join(lines)
 
 
