@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from src.analysis import decisions, repeats
 from src.spec.config import Sweep
 from src.spec.study_file import SANITY, Block
 from src.study import generated, ranking, vocabulary
-from src.study.builder import PlanBuilder
 from src.study.finals import Judge, rank_agreement
 from src.study.plan import Configuration, Plan, Source, State, Study, allocate, feasible
 
-LATENCY = "latency"  # the stage after all blocks: comparisons of speed, the machine to themselves
 # Optimizer steps that the sanity checks cost at most, for the estimate alone.
 SANITY_STEPS = 160
 
@@ -57,32 +56,21 @@ class _Planned:
 
 def plan(study: Study, state: State) -> Plan:
     """Raises ValueError for a block that does not fit, and for runs that were made otherwise."""
-    return _Blocks(study, state).plan()
+    blocks = _Blocks(Plan(study, state))
+    for block in study.config.blocks:
+        blocks.add(block)
+    blocks.judge()
+    return blocks.plan
 
 
 class _Blocks:
-    def __init__(self, study: Study, state: State) -> None:
-        self.study, self.builder = study, PlanBuilder(study, state)
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.planned: dict[str, _Planned] = {}
 
-    def plan(self) -> Plan:
-        builder, blocks = self.builder, self.study.config.blocks
-        for block in blocks:
-            self._plan_block(block)
-        full = [found for found in self.planned.values() if found.block.phase == "full"]
-        for found in full:
-            judge = self._judge(found)
-            if judge and judge.compare_speeds(LATENCY, found.complete) and found.complete:
-                judge.decide()
-        ranked = [one for p in self.planned.values() if p.block.phase == "rank" for one in p.runs]
-        for folder in dict.fromkeys(found.block.folder for found in full):
-            some = [found for found in full if found.block.folder == folder]
-            if all(found.complete for found in some):
-                rank_agreement(builder, [one for found in some for one in found.runs], ranked)
-        return builder.plan([*(block.name for block in blocks), LATENCY])
-
-    def _plan_block(self, block: Block) -> None:
-        builder = self.builder
+    def add(self, block: Block) -> None:
+        """Its runs, and what they say once they have finished."""
+        plan = self.plan
         if block.best_of is not None:
             parent = self.planned[block.best_of]
             block = replace(
@@ -98,17 +86,17 @@ class _Blocks:
         elif block.leader_of is not None:
             source = self._at_leader(block, self.planned[block.leader_of])
         else:
-            source = self.study.sources[block.name]
+            source = plan.study.sources[block.name]
         phase = "rank" if block.phase == SANITY else block.phase
-        sweep = builder.sweep(source, phase, block.overrides)
+        sweep = plan.sweep(source, phase, block.overrides)
+        shapes = allocate(sweep)
         runs = [
-            Configuration(sweep.file, run, found, block.folder, block.overrides)
+            Configuration(sweep.file, run, shapes[run.experiment], block.folder, block.overrides)
             for seed in block.seeds  # the first seed of all comes first
             for run in sweep.chosen(block.experiments, [seed])
-            for found in [allocate(sweep)[run.experiment]]
         ]
         for one in runs:
-            builder.need_tokens(block.name, one)
+            plan.need_tokens(block.name, one)
         if block.phase == SANITY:
             self._check(block, runs[0])
             return
@@ -116,7 +104,7 @@ class _Blocks:
         # vocabularies, whose token perplexities do not compare.
         rule = runs[0].run.kill_rule
         judged = rule is not None and rule.action == "stop" and block.grid_of is None
-        complete = builder.schedule(block.name, runs, own_baseline=judged)
+        complete = plan.schedule(block.name, runs, own_baseline=judged)
         # Until it is known how much seeds differ, nobody knows whether a margin is thin.
         complete &= all(p.complete for p in self.planned.values() if len(p.block.seeds) > 1)
         found = _Planned(block, source, sweep, runs, complete)
@@ -127,13 +115,11 @@ class _Blocks:
     def _check(self, block: Block, one: Configuration) -> None:
         """Phase 0's checks of one experiment: the job, and what they found."""
         name, training = one.place(f"{one.run.experiment}-sanity"), one.run.training
-        found = self.builder.state.sanity.get(name)
+        found = self.plan.state.sanity.get(name)
         tokens = min(SANITY_STEPS, training.steps) * training.step_tokens
-        self.builder.task(
-            block.name, "sanity", one, name=name, done=found is not None, tokens=tokens, alone=False
-        )
+        self.plan.task(block.name, "sanity", one, name, done=found is not None, tokens=tokens)
         if found is not None:
-            ranking.sanity_decisions(self.builder, found)
+            ranking.sanity_decisions(self.plan, found)
 
     # ------------------------------------------------------------------------- choices
 
@@ -141,37 +127,36 @@ class _Blocks:
         """The run of each experiment that counts, the leader first; assumed while one is missing:
         the baseline, each experiment at its first rate."""
         if parent.promotion is None:
-            self.builder.assume(f"{parent.baseline} leads block {parent.block.name}")
+            self.plan.assume(f"{parent.baseline} leads block {parent.block.name}")
             return parent.first_rates()
-        ranked = [name for name, _ in parent.promotion.ranking]
-        return {name: parent.best[name] for name in ranked}
+        return {name: parent.best[name] for name, _ in parent.promotion.ranking}
+
+    def _leader(self, parent: _Planned) -> Configuration:
+        return parent.run(next(iter(self._best(parent).values())))
 
     def _at_leader(self, block: Block, parent: _Planned) -> Source:
         """A GLU sweep, or factorised tables, on the model and rate of the leading experiment."""
-        name = next(iter(self._best(parent).values()))
-        leader, entry = parent.run(name), generated.experiment(parent.source.raw, name)
+        leader = self._leader(parent)
+        name = leader.run.experiment
+        entry = generated.experiment(parent.source.raw, name)
         if block.factorised:
             tables = [generated.factorised(entry, leader, share) for share in block.factorised]
             raw = generated.of_entries(parent.source.raw, name, [entry, *tables])
-            return self.builder.generate(f"{block.name}.yaml", raw)
-        glu = self.study.sources[block.name]
+            return self.plan.generate(f"{block.name}.yaml", raw)
+        glu = self.plan.study.sources[block.name]
         if self._stands_on(block, glu, leader):
             return glu
-        raw = generated.on_model_of(glu.raw, entry, leader)
-        whole = self.builder.sweep(Source(glu.path, raw), "rank", block.overrides)
-        unfit = [r.experiment for r in whole.runs if not feasible(r.model)]
-        unfit = [name for name in unfit if name != whole.baseline]
-        raw["experiments"] = [e for e in raw["experiments"] if e["name"] not in unfit]
-        if unfit and self.builder.decided:
-            self.builder.decide(
-                "1", "allocation", unfit, "left out",
-                f"no depth and d_ff are within the allocator's bounds on the model of {name}.",
-            )  # fmt: skip
-        return self.builder.generate(f"{block.name}-{name}.yaml", raw)
+        made = Source(glu.path, generated.on_model_of(glu.raw, entry, leader))
+        raw = self._feasible(
+            block, made, "1",
+            f"no depth and d_ff are within the allocator's bounds on the model of {name}.",
+            keep=made.raw["baseline"],
+        )  # fmt: skip
+        return self.plan.generate(f"{block.name}-{name}.yaml", raw)
 
     def _stands_on(self, block: Block, glu: Source, leader: Configuration) -> bool:
         """Whether a GLU sweep stands on the leader's model and rate as its file says."""
-        sweep = self.builder.sweep(glu, leader.run.phase, block.overrides)
+        sweep = self.plan.sweep(glu, leader.run.phase, block.overrides)
         ours, theirs = sweep.runs[0], leader.run
         found = [one.model for one in allocate(sweep).values()]
         wanted = generated.width_and_heads(leader.allocation.model)
@@ -183,9 +168,8 @@ class _Blocks:
 
     def _grid(self, block: Block, parent: _Planned) -> Source:
         """Vocabularies and heads at the leading share and its neighbours, on equal bytes."""
-        template, best = self.study.sources[block.name], self._best(parent)
-        leader = parent.run(next(iter(best.values())))
-        every = {**parent.first_rates(), **best}  # a stopped share has its place, too
+        template, leader = self.plan.study.sources[block.name], self._leader(parent)
+        every = {**parent.first_rates(), **self._best(parent)}  # a stopped share has its place, too
         some = [parent.run(name) for name in every.values()]
         ordered = sorted(some, key=lambda one: one.allocation.params.share)
         place = [one.run.experiment for one in ordered].index(leader.run.experiment)
@@ -195,66 +179,57 @@ class _Blocks:
             if one.run.model.embedding_ratio is not None:
                 entry.setdefault("embedding_ratio", one.run.model.embedding_ratio)
             shares.append(entry)
-        runs = self.builder.sweep(template, "rank", block.overrides).runs
+        runs = self.plan.sweep(template, "rank", block.overrides).runs
         variants = list(dict.fromkeys((r.model.vocab_size, r.model.tie_embeddings) for r in runs))
-        budgets = vocabulary.byte_budgets(self.builder.state, leader, variants)
-        raw = generated.vocabulary_grid(template.raw, shares, variants, budgets)
-        whole = self.builder.sweep(Source(template.path, raw), "rank", block.overrides)
-        fits = [run.experiment for run in whole.runs if feasible(run.model)]
-        if not fits:
+        budgets = vocabulary.byte_budgets(self.plan.state, leader, variants)
+        grid = generated.vocabulary_grid(template.raw, shares, variants, budgets)
+        raw = self._feasible(
+            block, Source(template.path, grid), "1b",
+            "no shape is within the allocator's bounds at this share.",
+        )  # fmt: skip
+        if not raw["experiments"]:
             raise ValueError(
                 f"{template.path}: found no vocabulary that the allocator can serve at these "
                 f"shares, expected one at least; leave block {block.name} out"
             )
-        raw["experiments"] = [entry for entry in raw["experiments"] if entry["name"] in fits]
-        dropped = [name for name in whole.names if name not in fits]
-        if dropped and self.builder.decided:
-            self.builder.decide(
-                "1b", "allocation", dropped, "left out",
-                "no shape is within the allocator's bounds at this share.",
-            )  # fmt: skip
-        return self.builder.generate(f"{block.name}.yaml", raw)
+        return self.plan.generate(f"{block.name}.yaml", raw)
+
+    def _feasible(
+        self, block: Block, made: Source, phase: str, reason: str, keep: str | None = None
+    ) -> dict[str, Any]:
+        """A made sweep file without the experiments that the allocator has no shape for."""
+        runs = self.plan.sweep(made, "rank", block.overrides).runs
+        unfit = [r.experiment for r in runs if r.experiment != keep and not feasible(r.model)]
+        if unfit and self.plan.decided:
+            self.plan.decide(phase, "allocation", unfit, "left out", reason)
+        entries = [entry for entry in made.raw["experiments"] if entry["name"] not in unfit]
+        return {**made.raw, "experiments": entries}
 
     def _finalists(self, block: Block) -> Source:
         """The baseline and the best configurations that were promoted, each as it was ranked.
 
-        Shares are compared over all of their seeds. A configuration of one seed counts with the
-        leading share's mean and its difference from the leader's run of that seed. The baseline
-        itself is no candidate, whatever it is called; where nothing else was promoted the best
-        of the rest goes on.
+        The baseline itself is no candidate, whatever it is called; where nothing else was promoted
+        the best of the rest goes on.
         """
-        first, *others = (self.planned[name] for name in block.finalists_of)
+        plan, parts = self.plan, [self.planned[name] for name in block.finalists_of]
+        first = parts[0]
         best = self._best(first)
         base = first.run(best.get(first.baseline, first.sweep.baseline))
         seeds = [p for p in self.planned.values() if p.block.best_of == first.block.name]
-        unknown = [p for p in (*others, *seeds) if p.promotion is None]
+        unknown = [p for p in (*parts[1:], *seeds) if p.promotion is None]
         if unknown:
-            self.builder.assume(f"{block.finalists} of block {unknown[-1].block.name} go on")
-        leader = first.run(next(iter(best.values())))
-        scores: dict[str, float] = {}
-        promoted: list[str] = []
-        ranked: dict[str, Configuration] = {}
-        for part in (first, *others):
-            counted = best if part is first else self._best(part)
-            names = counted if part.promotion is None else part.promotion.promoted
-            promoted += [counted[name] for name in names if name in counted]
-            for run in counted.values():
-                one = part.run(run)
-                if one.identity in {base.identity, *(other.identity for other in ranked.values())}:
-                    continue
-                ranked[run] = one
-                scores[run] = self._score(leader, one, shares=part is first)
+            plan.assume(f"{block.finalists} of block {unknown[-1].block.name} go on")
+        promoted, ranked = self._candidates(parts, base)
+        scores = {run: self._score(parts, part, one) for run, (part, one) in ranked.items()}
         order = sorted(scores, key=lambda run: scores[run])
         pool = [run for run in order if run in promoted] or order[:1]
-        entries, chosen = {}, pool[: block.finalists]
+        chosen, entries = pool[: block.finalists], []
         for run in chosen:
-            raw = next(p.source.raw for p in (first, *others) if run in p.sweep.names)
-            own = {} if run in first.sweep.names else generated.width_and_heads(
-                ranked[run].allocation.model
-            )  # fmt: skip
-            entries[run] = generated.experiment(raw, run) | own
-        if self.builder.decided:
-            self.builder.decide(
+            part, one = ranked[run]
+            shape = {} if part is first else generated.width_and_heads(one.allocation.model)
+            entries.append(generated.experiment(part.source.raw, run) | shape)
+        if plan.decided:
+            plan.decide(
                 "2", f"finalists, block {block.name}", [f"{r} {scores[r]:.4f}" for r in order],
                 ", ".join(chosen),
                 "lowest mean dev loss of the shares' seeds among what was promoted; a "
@@ -262,22 +237,42 @@ class _Blocks:
                 "run of that seed.",
             )  # fmt: skip
         baseline = generated.experiment(first.source.raw, base.run.experiment)
-        raw = generated.of_entries(
-            first.source.raw, base.run.experiment, [baseline, *entries.values()]
-        )
-        made = self.builder.generate(f"{block.name}.yaml", raw)
-        built = allocate(self.builder.sweep(made, "full", block.overrides))
-        for run in chosen if self.builder.decided else ():
-            assert built[run].model == ranked[run].allocation.model, f"{run} has another shape"
+        raw = generated.of_entries(first.source.raw, base.run.experiment, [baseline, *entries])
+        made = plan.generate(f"{block.name}.yaml", raw)
+        built = allocate(plan.sweep(made, "full", block.overrides))
+        for run in chosen if plan.decided else ():
+            assert built[run].model == ranked[run][1].allocation.model, f"{run} has another shape"
         return made
 
-    def _score(self, leader: Configuration, one: Configuration, *, shares: bool) -> float:
-        if not self.builder.decided:
+    def _candidates(
+        self, parts: Sequence[_Planned], base: Configuration
+    ) -> tuple[set[str], dict[str, tuple[_Planned, Configuration]]]:
+        """The runs that the blocks promoted, and every run that could go on with its block: each
+        configuration once, and none that is equal to `base`."""
+        promoted: set[str] = set()
+        ranked: dict[str, tuple[_Planned, Configuration]] = {}
+        known = {base.identity}
+        for part in parts:
+            counted = self._best(part)
+            names = counted if part.promotion is None else part.promotion.promoted
+            promoted |= {counted[name] for name in names if name in counted}
+            for run in counted.values():
+                one = part.run(run)
+                if one.identity not in known:
+                    known.add(one.identity)
+                    ranked[run] = part, one
+        return promoted, ranked
+
+    def _score(self, parts: Sequence[_Planned], part: _Planned, one: Configuration) -> float:
+        """Mean loss over the seeds of a share; another configuration counts with the leading
+        share's mean and its difference from the leader's run of the same seed."""
+        if not self.plan.decided:
             return 0.0
-        if shares:
-            return repeats.mean_sd(self.builder.losses(self._seeds(one))).mean
-        mine, theirs = self.builder.losses([one]), self.builder.losses([leader])
-        mean = repeats.mean_sd(self.builder.losses(self._seeds(leader))).mean
+        leader = one if part is parts[0] else self._leader(parts[0])
+        mean = repeats.mean_sd(self.plan.losses(self._seeds(leader))).mean
+        if leader is one:
+            return mean
+        mine, theirs = self.plan.losses([one]), self.plan.losses([leader])
         return mean + mine[0] - theirs[0] if mine else float("inf")
 
     def _seeds(self, one: Configuration) -> list[Configuration]:
@@ -295,41 +290,37 @@ class _Blocks:
 
     def _rank(self, found: _Planned) -> None:
         """What a finished block of ranking runs says."""
-        builder, block = self.builder, found.block
+        plan, block = self.plan, found.block
         if block.grid_of is not None:
             parent = self.planned[block.grid_of]
             base = self._seeds(parent.run(parent.sweep.baseline))
-            vocabulary.shift_decisions(builder, found.runs, base, len(block.seeds))
+            vocabulary.shift_decisions(plan, found.runs, base, len(block.seeds))
             return
+        noise = self._noise()
         if found.sweep.rates and block.best_of is None:
-            stated = found.source.sweep(self.study.overrides, "rank")
+            stated = found.source.sweep(plan.study.overrides, "rank")
             rates = {run.experiment: run.training.learning_rate for run in stated.runs}
-            tried = ranking.tried_rates(builder, found.sweep, found.runs, rates)
-            found.promotion = ranking.rate_decision(builder, self._noise(), tried)
-            found.best = {
-                name: generated.at_rate(name, one.best)
-                for name, one in tried.items()
-                if one.best is not None
-            }
+            found.promotion, found.best = ranking.rate_decision(
+                plan, noise, found.sweep, found.runs, rates
+            )
             return
-        first = builder.different([one for one in found.runs if one.run.seed == block.seeds[0]])
+        first = plan.different([one for one in found.runs if one.run.seed == block.seeds[0]])
         losses: dict[str, Sequence[float]] = {}
         for one in first:
             group = self._seeds(one)
-            losses[one.run.experiment] = builder.losses(group) if builder.finished([one]) else []
-        noise = self._noise()
+            losses[one.run.experiment] = plan.losses(group) if plan.finished([one]) else []
         if len(losses) == 1 and len(block.seeds) > 1:
-            ranking.noise_decision(builder, losses, noise)
+            ranking.noise_decision(plan, losses, noise)
         elif any(one.is_baseline for one in first):
-            ranking.kill_decisions(builder, "1", first)
-        found.promotion = ranking.promoted(builder, noise, block.name, first, losses)
+            ranking.kill_decisions(plan, first)
+        found.promotion = ranking.promoted(plan, noise, block.name, first, losses)
         found.best = {name: name for name in losses}
         if block.best_of is not None:
             parent = self.planned[block.best_of]
             groups = {one.run.experiment: self._seeds(one) for one in first}
             baseline = groups.pop(parent.best.get(parent.baseline, ""), None)
             if baseline is not None and groups:
-                Judge(builder, "1", baseline, groups).interval_decisions(groups)
+                Judge(plan, "1", baseline, groups).interval_decisions(groups)
 
     def _noise(self) -> repeats.Noise | None:
         """Seed noise of a ranking run, of all configurations so far that have several seeds."""
@@ -337,11 +328,22 @@ class _Blocks:
         for planned in self.planned.values():
             if planned.complete and planned.block.phase == "rank":
                 for one in planned.runs:
-                    place = one.place(one.run.experiment)
-                    groups.setdefault(place, {})
-                    if losses := self.builder.losses([one]):
-                        groups[place] |= {one.name: losses[0]}
-        return repeats.pooled_noise({name: list(g.values()) for name, g in groups.items() if g})
+                    for loss in self.plan.losses([one]):
+                        groups.setdefault(one.place(one.run.experiment), {})[one.name] = loss
+        return repeats.pooled_noise({name: list(group.values()) for name, group in groups.items()})
+
+    def judge(self) -> None:
+        """Finalists against their baselines, and what short runs told of full ones."""
+        full = [found for found in self.planned.values() if found.block.phase == "full"]
+        for found in full:
+            judge = self._judge(found)
+            if judge and judge.compare_speeds(found.complete) and found.complete:
+                judge.decide()
+        ranked = [one for p in self.planned.values() if p.block.phase == "rank" for one in p.runs]
+        for folder in dict.fromkeys(found.block.folder for found in full):
+            some = [found for found in full if found.block.folder == folder]
+            if all(found.complete for found in some):
+                rank_agreement(self.plan, [one for found in some for one in found.runs], ranked)
 
     def _judge(self, found: _Planned) -> Judge | None:
         """Who is compared in a block of finalists."""
@@ -351,4 +353,4 @@ class _Blocks:
         baseline = groups.pop(found.sweep.baseline, None)
         if not found.block.finalists_of or not baseline or not groups:
             return None
-        return Judge(self.builder, "2", baseline, groups)
+        return Judge(self.plan, "2", baseline, groups)

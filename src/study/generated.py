@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from src.spec import rates
 from src.spec.config import ModelConfig
-from src.spec.rates import spelled
 from src.study.plan import Configuration
 
 Raw = Mapping[str, Any]
@@ -29,21 +29,17 @@ def width_and_heads(model: ModelConfig) -> dict[str, int]:
 def experiment(raw: Raw, name: str) -> dict[str, Any]:
     """An experiment by its name, with what the file says of all models and rates; `emb45-lr2e-3`
     is `emb45` at that rate."""
-    entry = next(e for e in raw["experiments"] if name == e["name"] or _rate(name, e) is not None)
+    stated = {entry["name"]: entry for entry in raw["experiments"]}
+    own_name = name if name in stated else rates.configuration(name)
+    entry = stated[own_name]
     shared = {k: v for k, v in (raw.get("model") or {}).items() if k not in entry}
     training = dict(entry.get("training") or {})
-    rate = _rate(name, entry)
-    if rate is not None:
-        training["learning_rate"] = rate
+    if own_name != name:
+        training["learning_rate"] = float(name.removeprefix(f"{own_name}-lr"))
     elif "learning_rate" in (raw.get("training") or {}):
         training.setdefault("learning_rate", raw["training"]["learning_rate"])
     found = {**shared, **model_keys(entry), "name": name}
     return {**found, "training": training} if training else found
-
-
-def _rate(name: str, entry: Raw) -> float | None:
-    head, _, rate = name.rpartition("-lr")
-    return float(rate) if head == entry["name"] else None
 
 
 def of_entries(raw: Raw, baseline: str, entries: Sequence[Raw]) -> dict[str, Any]:
@@ -97,25 +93,14 @@ def vocabulary_grid(
     experiments = []
     for vocab, tied in variants:
         size = f"{vocab // 1000}k" if vocab % 1000 == 0 else str(vocab)
+        equal_bytes = (
+            {"tokens": budget[vocab], "ranking_tokens": budget[vocab]} if vocab in budget else {}
+        )
         for share in shares:
-            entry: dict[str, Any] = {
-                **model_keys(share),
-                "name": f"{share['name']}-v{size}-{'tied' if tied else 'untied'}",
-                "vocab_size": vocab,
-                "tie_embeddings": tied,
-            }
-            own = dict(share.get("training") or {})
-            if vocab in budget:
-                own |= {"tokens": budget[vocab], "ranking_tokens": budget[vocab]}
-            if own:
-                entry["training"] = own
-            experiments.append(entry)
-    return {
-        **{key: value for key, value in template.items() if key != "baseline"},
-        "experiments": experiments,
-    }
-
-
-def at_rate(name: str, rate: float) -> str:
-    """What the run of an experiment at one rate of a list is called."""
-    return f"{name}-lr{spelled(rate)}"
+            name = f"{share['name']}-v{size}-{'tied' if tied else 'untied'}"
+            variant = {"name": name, "vocab_size": vocab, "tie_embeddings": tied}
+            training = {**(share.get("training") or {}), **equal_bytes}
+            own = {"training": training} if training else {}
+            experiments.append({**model_keys(share), **variant, **own})
+    kept = {key: value for key, value in template.items() if key != "baseline"}
+    return {**kept, "experiments": experiments}

@@ -6,7 +6,7 @@ Pure: integers come from the allocator, nothing from a file, a clock or a device
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ from src.storage.documents import Documents
 
 Metrics = Mapping[str, Any]
 Decision = dict[str, str]
+
+LATENCY = "latency"  # the stage after all blocks: comparisons of speed, the machine to themselves
+_MADE_WITH = ("vocab_size", "d_model", "n_layers", "n_heads", "head_dim", "d_ff", "embedding_dim",
+              "tie_embeddings")  # fmt: skip
+_TRAINED_WITH = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,25 +118,19 @@ class Configuration:
         return self.run.experiment == self.run.baseline
 
     @property
-    def tokens(self) -> int:
-        """Of the whole run."""
-        return self.run.training.steps * self.run.training.step_tokens
-
-    @property
-    def flops(self) -> float:
-        """Of the whole run's training."""
-        per_token = allocation.flops_per_token(self.allocation.model, self.run.training.seq_len)
-        return float(per_token * self.tokens)
+    def flops_per_token(self) -> int:
+        """Of training."""
+        return allocation.flops_per_token(self.allocation.model, self.run.training.seq_len)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One step of the study: a run, the sanity checks, tokens to be made, or a comparison.
+    """One step of the study.
 
-    kind: "train", "sanity", "tokens" or "latency". alias_of: the run whose result stands for this
-    one. assumed: rests on a choice that has not been made, so it is counted and not run. alone:
-    nothing runs beside it. after: the run that must have ended before (the kill rule reads its
-    curve). arguments: what the command of a comparison takes beside its device.
+    kind: "train", "sanity" (phase 0's checks), "tokens" (to be made) or "latency" (a comparison).
+    tokens: trained on, for the estimate. assumed: rests on a choice that has not been made, so it
+    is counted and not run. alias_of: the run whose result stands for this one. after: the run that
+    must have ended before (the kill rule reads its curve). arguments: of a comparison's command.
     """
 
     stage: str
@@ -139,10 +138,8 @@ class Job:
     name: str
     configuration: Configuration
     tokens: int
-    flops: float
     done: bool
-    assumed: bool = False
-    alone: bool = False
+    assumed: bool
     alias_of: str | None = None
     after: str | None = None
     arguments: tuple[str, ...] = ()
@@ -151,6 +148,15 @@ class Job:
     def open(self) -> bool:
         """Whether it is still to be run, now or later."""
         return not (self.done or self.alias_of)
+
+    @property
+    def alone(self) -> bool:
+        """Later runs need the tokens; a comparison of speed shares the machine with nobody."""
+        return self.kind in ("tokens", "latency")
+
+    @property
+    def flops(self) -> int:
+        return self.configuration.flops_per_token * self.tokens
 
     @property
     def experiment(self) -> str:
@@ -165,32 +171,41 @@ class Job:
         return self.configuration.run.seed
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """Jobs in order, the decisions so far, and the sweep files that the jobs need."""
+# ------------------------------------------------------------------------------------- the plan
 
-    stages: tuple[str, ...]
-    jobs: tuple[Job, ...]
-    decisions: tuple[Decision, ...]
-    sweeps: Mapping[Path, Mapping[str, Any]]
-    assumptions: tuple[str, ...]
-    winner: Metrics | None  # both readings of the rule; None before finalists were judged
-    aliased: tuple[Metrics, ...]  # study.json's `aliases`: what the aggregator needs of each
+
+class Plan:
+    """What has been scheduled and decided so far, and the questions that are asked of it.
+
+    Blocks write into one plan in order; the first unfinished choice turns all later ones into
+    guesses.
+    """
+
+    def __init__(self, study: Study, state: State) -> None:
+        self.study, self.state = study, state
+        self.stages = (*(block.name for block in study.config.blocks), LATENCY)
+        self.jobs: list[Job] = []
+        self.decisions: list[Decision] = []
+        self.sweeps: dict[Path, Mapping[str, Any]] = {}  # files that the jobs need
+        self.assumptions: list[str] = []
+        self.aliases: dict[str, str] = {}
+        self.winner: Metrics | None = None  # both readings of the rule, once finalists were judged
+        self._first_with: dict[str, str] = {}  # identity -> run
+
+    @property
+    def decided(self) -> bool:
+        """Whether every choice so far rests on finished runs."""
+        return not self.assumptions
 
     @property
     def complete(self) -> bool:
         return all(not job.open and not job.assumed for job in self.jobs)
 
-    @property
-    def aliases(self) -> dict[str, str]:
-        return {job.name: job.alias_of for job in self.jobs if job.alias_of}
-
     def ready(self, running: Collection[str] = (), failed: Collection[str] = ()) -> list[Job]:
         """Jobs that may begin beside those `running`, in order; none rests on an assumption.
 
-        Runs of a sweep are independent of each other but for its baseline's curve. Later runs need
-        the tokens, and a comparison of speed shares the machine with nobody: these are alone, and
-        what comes after them waits.
+        Runs of a sweep are independent of each other but for its baseline's curve; what comes after
+        a job that runs alone waits.
         """
         waiting = {job.name for job in self.jobs if job.open}
         found: list[Job] = []
@@ -202,6 +217,148 @@ class Plan:
             if job.name not in running and job.name not in failed and job.after not in waiting:
                 found.append(job)
         return found
+
+    # ------------------------------------------------------------------------------- questions
+
+    def sweep(self, source: Source, phase: str, overrides: tuple[str, ...] = ()) -> Sweep:
+        """The sweep of a file or of generated values, with what the study and a block set."""
+        return source.sweep((*self.study.overrides, *overrides), phase)
+
+    def run_of(self, one: Configuration) -> str:
+        """The run directory that holds its numbers: its own, or its equal's."""
+        return self.aliases.get(one.name, one.name)
+
+    def result(self, one: Configuration) -> Metrics | None:
+        """metrics.json of it or of its equal; None where it is not there yet."""
+        return self.state.results.get(self.run_of(one))
+
+    def finished(self, some: Sequence[Configuration]) -> list[Configuration]:
+        """Those that ended neither killed nor diverged."""
+        return [c for c in some if (found := self.result(c)) and found["status"] == "finished"]
+
+    def losses(self, some: Sequence[Configuration], key: str = "dev_loss") -> list[float]:
+        """`key` of the finished ones that measured it."""
+        found = [(self.result(one) or {}).get(key) for one in self.finished(some)]
+        return [float(value) for value in found if value is not None]
+
+    def curve(self, one: Configuration) -> kill_rule.Curve:
+        """Dev checks of its run."""
+        return self.state.curves.get(self.run_of(one), ())
+
+    def documents(self, one: Configuration, split: str) -> Documents | None:
+        """Per-document losses of its run."""
+        return self.state.documents(self.run_of(one), split)
+
+    def different(self, some: Sequence[Configuration]) -> list[Configuration]:
+        """One for each run: rounding can make two of a sweep the same model."""
+        kept: dict[str, Configuration] = {}
+        for one in some:
+            kept.setdefault(self.run_of(one), one)
+        return list(kept.values())
+
+    # --------------------------------------------------------------------------------- entries
+
+    def generate(self, name: str, raw: Mapping[str, Any]) -> Source:
+        """A sweep file of the study's own, written when a run needs it."""
+        source = Source(Path(self.study.config.log_dir) / "configs" / name, raw)
+        self.sweeps[source.path] = raw
+        return source
+
+    def schedule(
+        self, stage: str, some: Sequence[Configuration], own_baseline: bool = True
+    ) -> bool:
+        """Add runs for `some`; True where all of them have a result and none is assumed.
+
+        One that is equal to an earlier one becomes its alias, unless that was killed or diverged
+        (here it might not be) or, with `own_baseline`, it is its sweep's baseline: the kill rule
+        looks for that run by its name.
+        """
+        for one in some:
+            if any(job.name == one.name for job in self.jobs):
+                continue
+            keeps = own_baseline and one.is_baseline
+            original = self._first_with.setdefault(one.identity, one.name)
+            found, own = self.state.results.get(original), self.state.results.get(one.name)
+            if own is not None:
+                _check_same(one, own, keeps, self.state.threads)
+            usable = found is None or found["status"] == "finished"
+            if original != one.name and usable and own is None and not keeps:
+                self.aliases[one.name] = original
+            rule, training = one.run.kill_rule, one.run.training
+            judged = rule is not None and rule.action == "stop" and not one.is_baseline
+            self.task(
+                stage, "train", one, one.name,
+                tokens=training.steps * training.step_tokens, done=self.result(one) is not None,
+                alias_of=self.aliases.get(one.name),
+                after=one.place(one.run.baseline_run_name) if judged else None,
+            )  # fmt: skip
+        return self.decided and all(self.result(one) is not None for one in some)
+
+    def task(
+        self, stage: str, kind: str, one: Configuration, name: str, *,
+        done: bool, tokens: int = 0, assumed: bool = False, **more: Any,
+    ) -> None:  # fmt: skip
+        """Add a job; `more` are further fields of it."""
+        self.jobs.append(
+            Job(
+                stage=stage, kind=kind, name=name, configuration=one, tokens=tokens, done=done,
+                assumed=not done and (assumed or not self.decided), **more,
+            )
+        )  # fmt: skip
+
+    def need_tokens(self, stage: str, one: Configuration) -> None:
+        """Add the job that makes its tokens where they are not there."""
+        done, name = one.run.model.vocab_size in self.state.train_tokens, str(one.run.token_dir)
+        if not done and not any(job.name == name for job in self.jobs):
+            self.task(stage, "tokens", one, name, done=False)
+
+    def assume(self, what: str) -> None:
+        """From here on everything rests on a guess; the first one is told."""
+        if self.decided:
+            self.assumptions.append(what)
+
+    def decide(
+        self, phase: str, rule: str, numbers: Sequence[str], verdict: str, reason: str
+    ) -> None:
+        """Keep a decision with its numbers and its reason."""
+        self.decisions.append(
+            {
+                "phase": phase,
+                "rule": rule,
+                "numbers": "; ".join(numbers),
+                "verdict": verdict,
+                "reason": reason,
+            }
+        )
+
+
+def _check_same(
+    one: Configuration, result: Metrics, is_baseline: bool, threads: int | None
+) -> None:
+    """Refuse a finished run of this name that was made with another configuration, or on a CPU
+    with another number of threads than the study's other runs, which changes its sums."""
+    if result["status"] == "failed":
+        if is_baseline:
+            raise ValueError(
+                f"{one.name}: the baseline diverged ({result.get('reason')}), so nothing can be "
+                "compared with it; lower training.learning_rate and use another log_dir"
+            )
+        return
+    training = one.run.training
+    expected = {key: getattr(one.allocation.model, key) for key in _MADE_WITH}
+    expected |= {key: getattr(training, key) for key in _TRAINED_WITH}
+    if result["status"] == "finished":
+        expected["steps"] = training.steps
+    threads = training.threads or threads
+    if result.get("device") == "cpu" and threads is not None:
+        expected["threads"] = threads
+    for key, value in expected.items():
+        if key in result and result[key] != value:
+            asks = one.path if key != "threads" else "every run of this study"
+            raise ValueError(
+                f"{one.name}: found a run with {key} {result[key]}, expected {value} as "
+                f"{asks} asks; use another log_dir, or delete that run"
+            )
 
 
 # ---------------------------------------------------------------------------------- allocation

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from src.analysis import decisions, kill_replay, rankings, repeats
 from src.spec import kill_rule
 from src.spec.config import Sweep
 from src.spec.rates import spelled
-from src.study.builder import PlanBuilder, mean_text
-from src.study.plan import Configuration, Metrics
+from src.study.plan import Configuration, Metrics, Plan
 
 
-def sanity_decisions(builder: PlanBuilder, found: Metrics) -> None:
+def mean_text(values: Sequence[float]) -> str:
+    """Mean +- sd for people; a single value has no sd."""
+    if not values:
+        return "unknown"
+    found = repeats.mean_sd(values)
+    return f"{found.mean:.4f}" + ("" if found.sd is None else f" +- {found.sd:.4f}")
+
+
+def sanity_decisions(plan: Plan, found: Metrics) -> None:
+    """What phase 0's checks found, and the learning rate that stays."""
     failed = [name for name, fine in found["checks"].items() if not fine]
     memorised = found["overfit_loss"]
     last = "not a number" if memorised is None else f"{memorised:.3f}"
@@ -22,11 +30,11 @@ def sanity_decisions(builder: PlanBuilder, found: Metrics) -> None:
         f"{found['overfit_tokens']} tokens to loss {last} in {found['overfit_steps']} steps",
     ]
     verdict = "passed" if not failed else f"failed: {', '.join(failed)}"
-    builder.decide("0", "sanity", numbers, verdict, found["reason"])
+    plan.decide("0", "sanity", numbers, verdict, found["reason"])
     rate, configured = found["suggested_learning_rate"], found["learning_rate"]
     near = rate is not None and 0.25 <= configured / rate <= 4
     suggested = "none" if rate is None else f"{rate:.2g}"
-    builder.decide(
+    plan.decide(
         "0", "learning-rate range test",
         [f"suggested {suggested}", f"configured {configured:g}"],
         f"keep {configured:g}" + ("" if near else ", which is far from the suggestion"),
@@ -35,10 +43,10 @@ def sanity_decisions(builder: PlanBuilder, found: Metrics) -> None:
 
 
 def noise_decision(
-    builder: PlanBuilder, losses: Mapping[str, Sequence[float]], noise: repeats.Noise | None
+    plan: Plan, losses: Mapping[str, Sequence[float]], noise: repeats.Noise | None
 ) -> None:
     """One configuration's seeds at the ranking budget."""
-    builder.decide(
+    plan.decide(
         "0", "seed noise",
         [f"{name}: {len(found)} seeds, dev loss {mean_text(found)}"
          for name, found in losses.items()],
@@ -48,7 +56,7 @@ def noise_decision(
 
 
 def promoted(
-    builder: PlanBuilder,
+    plan: Plan,
     noise: repeats.Noise | None,
     block: str,
     some: Sequence[Configuration],
@@ -59,12 +67,12 @@ def promoted(
     promotion = decisions.promote(losses, noise)
     numbers = [f"{name} {loss:.4f}" for name, loss in promotion.ranking]
     numbers += [f"{name} stopped" for name in stopped]
-    slopes = [f"{one.run.experiment} {_slope(builder.curve(one))}" for one in some]
-    builder.decide(
+    slopes = [f"{one.run.experiment} {_slope(plan.curve(one))}" for one in some]
+    plan.decide(
         "1", f"lowest dev loss, block {block}", numbers, ", ".join(promotion.promoted),
         promotion.reason,
     )  # fmt: skip
-    builder.decide(
+    plan.decide(
         "1", f"dev PPL slope, block {block}", slopes, "recorded",
         "d ln PPL / d ln tokens over the last half of each run.",
     )  # fmt: skip
@@ -79,88 +87,67 @@ def _slope(curve: kill_rule.Curve) -> str:
 # ------------------------------------------------------------------------------ learning rates
 
 
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """One share on the ranking budget: dev loss by learning rate of what finished, seed 0.
-
-    listed: every rate that was to be tried; shared: the one that its file states.
-    """
-
-    losses: Mapping[float, float]
-    listed: tuple[float, ...]
-    shared: float
-
-    @property
-    def best(self) -> float | None:
-        """The tried rate with the lowest loss; never one that was not tried."""
-        return min(self.losses, key=lambda rate: self.losses[rate], default=None)
-
-    @property
-    def end(self) -> str:
-        """Where the best is the list's lowest or highest rate: that it may lie beyond."""
-        if self.best == max(self.listed):
-            return ", the highest tried: its best may lie above"
-        if self.best == min(self.listed):
-            return ", the lowest tried: its best may lie below"
-        return ""
-
-
-def tried_rates(
-    builder: PlanBuilder,
+def rate_decision(
+    plan: Plan,
+    noise: repeats.Noise | None,
     sweep: Sweep,
     some: Sequence[Configuration],
     stated: Mapping[str, float],
-) -> dict[str, Tried]:
-    """What each experiment reached at each rate. stated: the rates without a list."""
-    found = {}
-    for name, rate in stated.items():
-        alike = [one for one in some if one.run.experiment in sweep.named(name)]
-        by_rate = {one.run.training.learning_rate: builder.losses([one]) for one in alike}
-        losses = {tried: loss[0] for tried, loss in by_rate.items() if loss}
-        found[name] = Tried(losses, tuple(by_rate), rate)
-    return found
+) -> tuple[decisions.Promotion, dict[str, str]]:
+    """The order of the shares at each one's own best rate and at the shared one, with one seed on
+    either side of every comparison. stated: the shared rates, which the file has without the list.
 
-
-def rate_decision(
-    builder: PlanBuilder, noise: repeats.Noise | None, tried: Mapping[str, Tried]
-) -> decisions.Promotion:
-    """The order of the shares at each one's own best rate (returned) and at the shared rate, with
-    one seed on either side of every comparison."""
-    own = {name: [t.losses[t.best]] for name, t in tried.items() if t.best is not None}
-    shared = {name: [t.losses[t.shared]] for name, t in tried.items() if t.shared in t.losses}
-    readings = [decisions.promote(losses, noise) for losses in (own, shared) if losses]
+    Returns the order at the best rates, and each share's run at its own: never one that was not
+    tried.
+    """
+    own: dict[str, list[float]] = {}
+    shared: dict[str, list[float]] = {}
+    best: dict[str, str] = {}
     numbers = []
-    for name, found in tried.items():
-        best = "nothing finished"
-        if found.best is not None:
-            best = f"{own[name][0]:.4f} at its best, {spelled(found.best)}{found.end}"
-        at = f"{shared[name][0]:.4f}" if name in shared else "not tried or not finished"
-        numbers.append(f"{name}: {best}; {at} at the shared {spelled(found.shared)}")
-    orders = [[name for name, _ in promotion.ranking] for promotion in readings]
-    told = [" or ".join(promotion.promoted) for promotion in readings]
-    told += ["unknown"] * (2 - len(told))
-    reasons = " Shared: ".join(promotion.reason for promotion in readings)
-    builder.decide(
+    for name, at in stated.items():
+        alike = [one for one in some if one.run.experiment in sweep.named(name)]
+        tried = {one.run.training.learning_rate: one for one in alike}
+        losses = {rate: loss for rate, one in tried.items() for loss in plan.losses([one])}
+        told, there = "nothing finished", "not tried or not finished"
+        if losses:
+            rate = min(losses, key=lambda rate: losses[rate])
+            own[name], best[name] = [losses[rate]], tried[rate].run.experiment
+            told = f"{losses[rate]:.4f} at its best, {spelled(rate)}"
+            if rate == max(tried):
+                told += ", the highest tried: its best may lie above"
+            elif rate == min(tried):
+                told += ", the lowest tried: its best may lie below"
+        if at in losses:
+            shared[name], there = [losses[at]], f"{losses[at]:.4f}"
+        numbers.append(f"{name}: {told}; {there} at the shared {spelled(at)}")
+    at_best = decisions.promote(own, noise)
+    at_shared = decisions.promote(shared, noise) if shared else None
+    orders = [[n for n, _ in found.ranking] for found in (at_best, at_shared) if found is not None]
+    reasons, second = at_best.reason, "unknown"
+    if at_shared is not None:
+        reasons += f" Shared: {at_shared.reason}"
+        second = " or ".join(at_shared.promoted)
+    plan.decide(
         "1", "embedding share at each one's own best rate, and at the shared rate", numbers,
-        f"own best: {told[0]}; shared: {told[1]}",
+        f"own best: {' or '.join(at_best.promoted)}; shared: {second}",
         f"{'the same' if orders[0] == orders[-1] else 'another'} order of the shares. Own best: "
         f"{reasons} One seed a run; no rate beyond the list is guessed, and the lowest of several "
         "runs flatters every share alike.",
     )  # fmt: skip
-    return readings[0]
+    return at_best, best
 
 
 # --------------------------------------------------------------------------------- kill rule
 
 
-def kill_decisions(builder: PlanBuilder, phase: str, some: Sequence[Configuration]) -> None:
+def kill_decisions(plan: Plan, some: Sequence[Configuration]) -> None:
     """Both readings of the kill rule for every experiment, from the curves."""
-    curves = {one.run.experiment: builder.curve(one) for one in some}
+    curves = {one.run.experiment: plan.curve(one) for one in some}
     for one in some:
         stated, name = one.run.kill_rule, one.run.experiment
-        result = builder.result(one)
+        result = plan.result(one)
         if result is not None and result["status"] == "failed":
-            builder.decide(phase, "diverged", [name], "out", str(result.get("reason")))
+            plan.decide("1", "diverged", [name], "out", str(result.get("reason")))
         elif stated is not None and not one.is_baseline:
             rule = stated.in_run(one.run.training.tokens)
             found = kill_rule.verdict(rule, curves[one.run.baseline], curves[name])
@@ -168,17 +155,17 @@ def kill_decisions(builder: PlanBuilder, phase: str, some: Sequence[Configuratio
             live = (result or {}).get("kill_verdict")
             if live is not None and live != found.kind:  # asked before the baseline's curve was
                 verdict += f"; while it trained {live}"
-            builder.decide(
-                phase, "kill rule", [f"{name} against {one.run.baseline}"], verdict, found.reason
+            plan.decide(
+                "1", "kill rule", [f"{name} against {one.run.baseline}"], verdict, found.reason
             )
-    _replay_decision(builder, phase, some)
+    _replay_decision(plan, some)
 
 
-def _replay_decision(builder: PlanBuilder, phase: str, some: Sequence[Configuration]) -> None:
+def _replay_decision(plan: Plan, some: Sequence[Configuration]) -> None:
     """How often the rule would have killed a run that ended no worse than the baseline."""
     baseline = next(one for one in some if one.is_baseline)
-    reference, stated = builder.curve(baseline), baseline.run.kill_rule
-    curves = {one.run.experiment: builder.curve(one) for one in some if one is not baseline}
+    reference, stated = plan.curve(baseline), baseline.run.kill_rule
+    curves = {one.run.experiment: plan.curve(one) for one in some if one is not baseline}
     complete = {
         name: curve
         for name, curve in curves.items()
@@ -198,8 +185,8 @@ def _replay_decision(builder: PlanBuilder, phase: str, some: Sequence[Configurat
             f"{sum(one.tokens_saved for one in found):,} of "
             f"{sum(one.budget for one in found):,} tokens saved"
         )
-    builder.decide(
-        phase, f"kill rule replayed, {baseline.path.name}", told, "recorded",
+    plan.decide(
+        "1", f"kill rule replayed, {baseline.path.name}", told, "recorded",
         f"over the {len(complete)} runs that ran to the end; false: ended no worse than the "
         "baseline.",
     )  # fmt: skip

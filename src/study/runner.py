@@ -20,14 +20,15 @@ from typing import Any
 import yaml
 
 from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
+from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION
 from src.spec.progress import say
 from src.spec.strict_yaml import read_yaml
-from src.spec.study_file import StudyConfig, load_study
+from src.spec.study_file import load_study
 from src.storage import address
 from src.storage.files import make_directory
 from src.storage.run_dir import check_log_dir, locked, write_atomic, write_json
-from src.study import blocks, costs, sky, slurm, speed
-from src.study.plan import Decision, Job, Plan, Source, Study
+from src.study import blocks, costs, engines, speed
+from src.study.plan import Configuration, Decision, Job, Plan, Source, Study
 from src.study.processes import REPOSITORY, Start, Supervisor, progress_of, starter
 from src.study.state import Reader, diverged
 
@@ -84,9 +85,9 @@ def run(
     if remote is not None:
         address.check(remote)
     if engine == "slurm":
-        slurm.check(study.config.slurm)
+        engines.check_slurm(study.config.slurm)
     if engine == "sky":
-        sky.check(remote)
+        engines.check_sky(remote)
     places = speed.places(study)
     reader = Reader(study, places.threads)
     found = blocks.plan(study, reader.state())
@@ -94,7 +95,7 @@ def run(
         make_directory(log_dir)
         with locked(log_dir):
             reader.restore()
-            return _write_files(study, found, engine, remote)
+            return _write_files(found, engine, remote)
     rate = reader.rate()
     print(costs.table(found, rate, reader.spent(found, rate), study.config.budget_usd))
     print(f"runs: {places}")
@@ -103,18 +104,18 @@ def run(
     sys.stdout.flush()
     if dry_run:
         return OK
-    _need_corpus(study, found)
+    _need_corpus(found)
     start = start or starter(places.jobs, places.threads)
     make_directory(log_dir)
     with locked(log_dir), Supervisor(start, places.jobs, pause_s) as supervisor:
         for name in reader.restore():
             print(f"--- {name}: published before, its small files put back", flush=True)
-        return _Runner(study, reader, rate, remote, supervisor).run()
+        return _Runner(reader, rate, remote, supervisor).run()
 
 
-def _write_files(study: Study, found: Plan, engine: str, remote: str | None) -> int:
+def _write_files(found: Plan, engine: str, remote: str | None) -> int:
     """Files for another scheduler, of every run that may begin now; it runs, we plan again."""
-    jobs = found.ready()
+    study, jobs = found.study, found.ready()
     if not jobs:
         print("complete" if found.complete else "nothing can begin")
         return OK
@@ -123,17 +124,17 @@ def _write_files(study: Study, found: Plan, engine: str, remote: str | None) -> 
             f"{study.file}: next is {jobs[0].name}, which is no run: start this command once "
             "without --engine, here"
         )
-    for path in {job.configuration.path for job in jobs} & set(found.sweeps):
-        write_sweep(path, found.sweeps[path])
+    for job in jobs:
+        _write_sweep(found, job)
     runs = [(job, run_arguments(study, job, remote)) for job in jobs]
     name, directory = Path(study.file).stem, Path(LAUNCH)
     if engine == "slurm":
-        script = slurm.write(study.config.slurm, runs, name, directory)
+        script = engines.slurm(study.config.slurm, runs, name, directory)
         print(
             f"wrote {script}, {len(runs)} runs; submit it with: sbatch {shlex.quote(str(script))}"
         )
     else:
-        for path in sky.write(study.config.sky, runs, name, directory, found.sweeps):
+        for path in engines.sky(study.config.sky, runs, name, directory, found.sweeps):
             print(f"wrote {path}; start it with: sky jobs launch --yes --detach-run {path}")
     print("run the same command again when they have ended: it writes what comes next")
     return OK
@@ -144,16 +145,10 @@ class _Runner:
     begin, the money would be spent, or a signal comes."""
 
     def __init__(
-        self,
-        study: Study,
-        reader: Reader,
-        rate: costs.Rate,
-        remote: str | None,
-        supervisor: Supervisor,
+        self, reader: Reader, rate: costs.Rate, remote: str | None, supervisor: Supervisor
     ) -> None:
-        self.study, self.reader, self.rate = study, reader, rate
-        self.remote, self.supervisor = remote, supervisor
-        self.log_dir = Path(study.config.log_dir)
+        self.reader, self.study, self.log_dir = reader, reader.study, reader.log_dir
+        self.rate, self.remote, self.supervisor = rate, remote, supervisor
         self.begun: dict[str, Job] = {}  # ended with 0, or still run
         self.failed: dict[str, int] = {}  # ended for good with another code
         self.told = -1  # steps done when progress was last printed
@@ -161,14 +156,12 @@ class _Runner:
     def run(self) -> int:
         """Returns the study's exit code; the supervisor's context stops what still runs then."""
         while True:
-            state = self.reader.state()
-            found = blocks.plan(self.study, state)
+            found = blocks.plan(self.study, self.reader.state())
             self.rate = self.reader.rate(self.rate)
             spent = self.reader.spent(found, self.rate)
             self._tell_progress(found, sum(spent.values()))
-            content = summary(self.study, found, self.reader, spent)
-            write_json(self.log_dir / "study.json", content)
-            for directory, checks in state.sanity.items():
+            write_json(self.log_dir / "study.json", summary(found, self.reader, spent))
+            for directory, checks in found.state.sanity.items():
                 if not checks["passed"]:
                     return _say(
                         f"the sanity checks failed ({checks['reason']}): see {self.log_dir}/"
@@ -195,9 +188,7 @@ class _Runner:
             promised = sum(costs.dollars(other, self.rate) for other in running)
             if spent + promised + costs.dollars(job, self.rate) > self.study.config.budget_usd:
                 return job
-            path = job.configuration.path
-            if path in found.sweeps:
-                write_sweep(path, found.sweeps[path])
+            _write_sweep(found, job)
             if job.name in self.begun:
                 raise RuntimeError(
                     f"{job.name}: its command ended with 0 and left no result that the study can "
@@ -267,17 +258,20 @@ def run_arguments(study: Study, job: Job, remote: str | None = None) -> list[str
     return line if remote is None else [*line, "--remote", remote]
 
 
-def write_sweep(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False)
-    write_atomic(path, f"# Made by the study; do not edit.\n{text}".encode())
+def _write_sweep(found: Plan, job: Job) -> None:
+    """The job's sweep file, where the study has made it."""
+    path = job.configuration.path
+    if path in found.sweeps:
+        make_directory(path.parent)
+        text = yaml.safe_dump(json.loads(json.dumps(found.sweeps[path])), sort_keys=False)
+        write_atomic(path, f"# Made by the study; do not edit.\n{text}".encode())
 
 
-def _need_corpus(study: Study, found: Plan) -> None:
-    missing = [job.name for job in found.jobs if job.kind == "tokens" and not job.done]
-    if missing and study.config.corpus is None:
+def _need_corpus(found: Plan) -> None:
+    missing = [job.name for job in found.jobs if job.kind == "tokens"]
+    if missing and found.study.config.corpus is None:
         raise ValueError(
-            f"{study.file}: corpus: found null, expected the corpus directory from which the "
+            f"{found.study.file}: corpus: found null, expected the corpus directory from which the "
             f"missing tokens {', '.join(missing)} can be made (or make them with "
             "scripts/preprocess_lm.py)"
         )
@@ -291,19 +285,25 @@ def _say(sentence: str, code: int) -> int:
 # --------------------------------------------------------------------------------------- study.json
 
 
-def summary(
-    study: Study, found: Plan, reader: Reader, spent: Mapping[str, float]
-) -> dict[str, Any]:
+def summary(found: Plan, reader: Reader, spent: Mapping[str, float]) -> dict[str, Any]:
     """study.json: decisions, aliases, runs and costs. No clocks, no paths of this machine."""
-    asked, total, runbook = study.config, sum(spent.values()), reader.runbook_spent()
+    asked, total = found.study.config, sum(spent.values())
+    runbook = reader.runbook_spent(found.state)
+    stages = "; ".join(f"{stage}: {usd:.4f} USD" for stage, usd in spent.items())
     return {
         "schema": SCHEMA,
-        "study": Path(study.file).name,
+        "study": Path(found.study.file).name,
         "complete": found.complete,
         "winner": found.winner,
-        "decisions": [*found.decisions, *_cost_decisions(asked, spent, total, runbook)],
+        "decisions": [
+            *found.decisions,
+            _cost_decision("study", total, asked.budget_usd, stages),
+            _cost_decision(
+                "whole runbook", runbook, asked.runbook_budget_usd, "every run of the log directory"
+            ),
+        ],
         "sweeps": sorted({job.configuration.path.name for job in found.jobs}),
-        "aliases": [dict(alias) for alias in found.aliased],
+        "aliases": [_alias(job.configuration, job.alias_of) for job in found.jobs if job.alias_of],
         "runs": [
             {
                 "stage": job.stage,
@@ -326,21 +326,26 @@ def summary(
     }  # fmt: skip
 
 
-def _cost_decisions(
-    asked: StudyConfig, spent: Mapping[str, float], total: float, runbook: float
-) -> list[Decision]:
-    stages = "; ".join(f"{stage}: {usd:.4f} USD" for stage, usd in spent.items())
-    return [
-        {
-            "phase": "all",
-            "rule": rule,
-            "numbers": numbers,
-            "verdict": f"{value:.4f} USD, {'within' if value <= limit else 'above'} {limit:g}",
-            "reason": "wall seconds at the prices of configs/prices.yaml",
-        }
-        for rule, value, limit, numbers in (
-            ("cost of the study", total, asked.budget_usd, stages),
-            ("cost of the whole runbook", runbook, asked.runbook_budget_usd,
-             "every run of the log directory"),
-        )
-    ]  # fmt: skip
+def _alias(one: Configuration, original: str) -> dict[str, Any]:
+    """The keys of metrics.json by which it differs from the run that stands for it."""
+    run = one.run
+    return {
+        "run": one.name,
+        "alias_of": original,
+        "experiment": run.experiment,
+        "sweep": one.path.name,
+        "baseline": one.is_baseline,
+        "baseline_name": run.baseline,
+        EMBEDDING_RATIO.asked: run.model.embedding_ratio,
+        GLU_EXPANSION.asked: run.model.glu_expansion,
+    }
+
+
+def _cost_decision(what: str, usd: float, limit: float, numbers: str) -> Decision:
+    return {
+        "phase": "all",
+        "rule": f"cost of the {what}",
+        "numbers": numbers,
+        "verdict": f"{usd:.4f} USD, {'within' if usd <= limit else 'above'} {limit:g}",
+        "reason": "wall seconds at the prices of configs/prices.yaml",
+    }

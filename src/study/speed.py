@@ -2,35 +2,27 @@
 
 Sums change with the number of threads, so it is the same for every run that is compared: settled
 once, kept by the runs in the log directory's choices.json, and checked by the plan.
-
-    python -m src.study.speed --config configs/embed_ratio.yaml --exp emb35 --log_dir DIR
-
-prints {"tokens_per_s", "device", "device_name"} of a few training steps on random tokens, what a
-study's first estimate asks.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
+import pickle
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from src.compute import cores
-from src.spec import config
-from src.spec.command_line import BAD_INPUT, OK
 from src.spec.progress import Progress
 from src.storage import choices
-from src.study.plan import Study, allocate
+from src.study.plan import Configuration, Study
 from src.study.processes import REPOSITORY, bound
 
 MOST_CPU_JOBS = 5  # as many as the first stage of the phases has side by side
@@ -93,72 +85,46 @@ def known_threads(study: Study) -> tuple[int, str] | None:
 # ---------------------------------------------------------------------------------- the probe
 
 
-def probe(study: Study, experiment: str, threads: int | None) -> dict[str, Any]:
-    """{"tokens_per_s", "device", "device_name"} of one run alone; leaves no choice behind.
-
-    Raises ValueError with the child's last words where the device cannot do it.
+def probe(study: Study, threads: int | None) -> dict[str, Any]:
+    """{"tokens_per_s", "device", "device_name"} of the study's baseline, a few training steps on
+    random tokens in a process of its own, because the study never loads torch; leaves no choice
+    behind. Raises ValueError with the child's last words where the device cannot do it.
     """
-    sweep, asked = study.sweeps()[0], study.config
+    one = study.baseline()
+    training = one.run.training
+    training = dataclasses.replace(training, threads=threads or training.threads)
+    one = dataclasses.replace(one, run=dataclasses.replace(one.run, training=training))
     with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, "-m", "src.study.speed", "--config", str(sweep.file), "--exp",
-                experiment, "--device", asked.device, "--log_dir", folder]  # fmt: skip
-        own = asked.blocks[0].overrides if asked.blocks else ()
-        line += [word for override in (*study.overrides, *own) for word in ("--set", override)]
-        line += [] if threads is None else ["--threads", str(threads)]
-        environment = {**cores.shared(1, threads), "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(bound(line), capture_output=True, text=True, env=environment)
-    if done.returncode != OK:
-        told = done.stderr.strip().splitlines()
+        done = subprocess.run(
+            bound([sys.executable, "-m", "src.study.speed"]), capture_output=True,
+            input=pickle.dumps((one, study.config.device, Path(folder))),
+            env={**cores.shared(1, threads), "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+    if done.returncode:
+        told = done.stderr.decode().strip().splitlines() or [f"exit code {done.returncode}"]
         raise ValueError(
-            f"{study.file}: device {asked.device}: the speed probe failed: "
-            f"{told[-1] if told else f'exit code {done.returncode}'}"
+            f"{study.file}: device {study.config.device}: the speed probe failed: {told[-1]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Time a run's steps; what the device cannot do is refused with 78."""
-    parser = argparse.ArgumentParser(description="Time training steps on random tokens.")
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--exp", required=True)
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="default: what the run would take")
-    parser.add_argument("--log_dir", type=Path, required=True, help="where its choices are kept")
-    asked = parser.parse_args(arguments)
-    try:
-        sweep = config.load_sweep(asked.config, asked.set, "rank")
-        run = sweep.run(asked.exp, 0)
-        if asked.threads is not None:
-            training = dataclasses.replace(run.training, threads=asked.threads)
-            run = dataclasses.replace(run, training=training)
-        found = _measure(run, sweep, asked)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
-    print(json.dumps(found), flush=True)
-    return OK
-
-
-def _measure(
-    run: config.RunConfig, sweep: config.Sweep, asked: argparse.Namespace
-) -> dict[str, Any]:
-    import torch  # here, because the study itself never loads it
+def _measure(one: Configuration, device: str, log_dir: Path) -> dict[str, Any]:
+    import torch
 
     from src.compute import compute_config, runtime
     from src.study.sanity_training import fresh_stepper, train_once
     from src.training_step import compile_blocks
 
-    training, answer = run.training, allocate(sweep)[asked.exp]
-    chosen = compute_config.choose(training, answer.model, asked.log_dir, asked.device)
-    stepper = fresh_stepper(run, answer, chosen)
+    training, model = one.run.training, one.allocation.model
+    chosen = compute_config.choose(training, model, log_dir, device)
+    stepper = fresh_stepper(one.run, one.allocation, chosen)
     compile_blocks(stepper.model, chosen)
     sequences = max(chosen.micro_batch, min(training.batch_size, STEP_TOKENS // training.seq_len))
     generator = torch.Generator().manual_seed(0)
     shape = (sequences, training.seq_len + 1)
-    batch = torch.randint(run.model.vocab_size, shape, generator=generator)
+    batch = torch.randint(model.vocab_size, shape, generator=generator)
     seconds = []
-    with Progress(f"{asked.exp}: speed", STEPS + 1, "steps") as progress:
+    with Progress(f"{one.run.experiment}: speed", STEPS + 1, "steps") as progress:
         for _ in range(STEPS + 1):  # the first one compiles what is compiled
             begun = time.perf_counter()
             train_once(stepper, batch, 1e-4)  # returns a float, so the device has finished
@@ -172,4 +138,4 @@ def _measure(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(json.dumps(_measure(*pickle.load(sys.stdin.buffer))), flush=True)

@@ -29,14 +29,13 @@ from src.study.plan import Job, Plan, State, Study
 
 
 class Reader:
-    """Reads the log directory; what is finished is read once."""
+    """Reads the log directory, and the publication where it has no run; what is finished is read
+    once."""
 
     def __init__(self, study: Study, threads: int | None = None) -> None:
         self.study, self.threads = study, threads  # of every run; None: not settled yet
-        self.log_dir = Path(study.config.log_dir)
-        published = study.config.published
+        self.log_dir, published = Path(study.config.log_dir), study.config.published
         self.published = None if published is None else Path(published)
-        self._roots = [root for root in (self.published, self.log_dir) if root is not None]
         self.baseline = study.baseline()
         self._folders = sorted({"", *(block.folder for block in study.config.blocks)})
         self._results: dict[str, Mapping[str, Any]] = {}
@@ -46,59 +45,46 @@ class Reader:
 
     def state(self) -> State:
         """The log directory now."""
-        failed = {}
-        for path in self._files("metrics.json"):
-            name = self._name(path)
-            if name not in self._results:
-                metrics = read_json(path)
-                if metrics.get("phase") not in config.PHASES:  # tuned, or not a run of ours
-                    self._beside[name] = metrics
-                    continue
-                self._results[name] = metrics
-                self._curves[name] = read_curve(path.parent)
-        for path in self._files("failure.json"):
-            if diverged(path.parent):
-                message = read_json(path).get("message")
-                failed[self._name(path)] = {"status": "failed", "reason": message}
-        for name in self._published():
-            place = self._at(name)
-            self._results[name] = metrics = read_json(place / "metrics.json")
-            rows = curve_rows(place, metrics)
-            self._curves[name] = [
-                (row["tokens"], row["dev_perplexity"]) for row in rows if row["kind"] == "dev"
+        for path, name in self._files("*/metrics.json", published="runs"):
+            if name in self._results or name in self._beside:
+                continue
+            metrics = read_json(path)
+            if metrics.get("phase") not in config.PHASES:  # tuned, or not a run of ours
+                self._beside[name] = metrics
+                continue
+            self._results[name] = metrics
+            self._curves[name] = read_curve(path.parent) or [
+                (row["tokens"], row["dev_perplexity"])
+                for row in curve_rows(path.parent, metrics)
+                if row["kind"] == "dev"
             ]
+        failed = {
+            name: {"status": "failed", "reason": read_json(path).get("message")}
+            for path, name in self._files("*/failure.json", published="runs")
+            if diverged(path.parent)
+        }
+        checks = self._files("*-sanity/sanity.json")
         return State(
             results={**failed, **self._results},
             curves=self._curves,
             documents=self.documents,
             train_tokens=self._train_tokens(),
-            sanity=self.sanity(),
-            latency=self.comparisons(),
+            sanity={name: read_json(path) for path, name in checks},
+            latency={f"{name}/{path.name}": read_json(path)
+                     for path, name in self._files("latency/*.json")},
             threads=self.threads,
-        )
+        )  # fmt: skip
 
-    def _files(self, name: str) -> Iterable[Path]:
-        for folder in self._folders:
-            yield from sorted((self.log_dir / folder).glob(f"*/{name}"))
-
-    def _name(self, path: Path) -> str:
-        return path.parent.relative_to(self.log_dir).as_posix()
-
-    def _published(self) -> list[str]:
-        """Published runs that this log directory has no result of."""
-        if self.published is None:
-            return []
-        root = self.published / "runs"
-        found = [root.joinpath(folder).glob("*/metrics.json") for folder in self._folders]
-        names = [p.parent.relative_to(root).as_posix() for some in found for p in sorted(some)]
-        return [name for name in names if name not in self._results]
-
-    def _at(self, name: str) -> Path:
-        """Where a run's files lie: the log directory, or the publication."""
-        local = self.log_dir / name
-        if self.published is None or (local / "metrics.json").is_file():
-            return local
-        return self.published / "runs" / name
+    def _files(self, pattern: str, published: str = "") -> Iterable[tuple[Path, str]]:
+        """Files and the names of their directories below the log directory, whose own come first,
+        or below `published` of the publication."""
+        roots = [self.log_dir] + ([] if self.published is None else [self.published / published])
+        found: dict[Path, Path] = {}
+        for root in roots:
+            for folder in self._folders:
+                for path in sorted((root / folder).glob(pattern)):
+                    found.setdefault(path.relative_to(root), path)
+        return [(path, place.parent.as_posix()) for place, path in found.items()]
 
     def restore(self) -> list[str]:
         """Put published runs into the log directory where they were not begun; their names."""
@@ -119,28 +105,13 @@ class Reader:
                 shutil.copytree(path.parent, place)
         return restored
 
-    def sanity(self) -> dict[str, Mapping[str, Any]]:
-        """sanity.json of every experiment that has been checked."""
-        return {
-            path.parent.relative_to(root).as_posix(): read_json(path)
-            for root in self._roots
-            for folder in self._folders
-            for path in sorted((root / folder).glob("*-sanity/sanity.json"))
-        }
-
-    def comparisons(self) -> dict[str, Mapping[str, Any]]:
-        """Interleaved latencies by job name, which is their path below the log directory."""
-        return {
-            path.relative_to(root).as_posix(): read_json(path)
-            for root in self._roots
-            for path in sorted((root / "latency").glob("*.json"))
-        }
-
     def documents(self, name: str, split: str) -> Documents | None:
         """Per-document losses of a finished run; None where it kept none."""
-        key = (name, split)
+        key, run = (name, split), self.log_dir / name
         if key not in self._documents:
-            self._documents[key] = documents.read(self._at(name), split)
+            if self.published is not None and not (run / "metrics.json").is_file():
+                run = self.published / "runs" / name
+            self._documents[key] = documents.read(run, split)
         return self._documents[key]
 
     def _train_tokens(self) -> dict[int, int]:
@@ -171,10 +142,10 @@ class Reader:
         asked = self.study.config
         found: dict[str, Any] = {"device": "cpu", "device_name": "the CPU"}
         if asked.tokens_per_s is None or asked.device != "cpu":
-            found = speed.probe(self.study, self.baseline.run.experiment, self.threads)
+            found = speed.probe(self.study, self.threads)
         tokens_per_s = asked.tokens_per_s or found["tokens_per_s"]
         return Rate(
-            flops_per_s=tokens_per_s * self.baseline.flops / self.baseline.tokens,
+            flops_per_s=tokens_per_s * self.baseline.flops_per_token,
             overhead_s=0.0,
             usd_per_hour=costs.price_per_hour(found["device"], found["device_name"]),
             source=f"{'probed' if asked.tokens_per_s is None else 'stated'} {tokens_per_s:,.0f} "
@@ -186,27 +157,23 @@ class Reader:
         """Dollars by stage: finished runs, the checks, and what unfinished runs have used."""
         totals: dict[str, float] = {}
         for job in found.jobs:
-            cost = 0.0 if job.alias_of else self._cost(job, rate)
+            cost = 0.0 if job.alias_of else self._cost(job, found, rate)
             totals[job.stage] = totals.get(job.stage, 0.0) + cost
         return totals
 
-    def _cost(self, job: Job, rate: Rate) -> float:
-        hourly = rate.usd_per_hour or 0.0
-        if job.kind == "sanity":
-            return float(self.sanity().get(job.name, {}).get("cost_usd") or 0.0)
+    def _cost(self, job: Job, found: Plan, rate: Rate) -> float:
+        hourly, state = rate.usd_per_hour or 0.0, found.state
         if job.kind == "latency":
-            return (
-                float(self.comparisons().get(job.name, {}).get("wall_seconds", 0)) / 3600 * hourly
-            )
-        result = self._results.get(job.name)
+            return float(state.latency.get(job.name, {}).get("wall_seconds", 0)) / 3600 * hourly
+        result = state.sanity.get(job.name) or self._results.get(job.name)
         if result is not None:
             return float(result.get("cost_usd") or 0.0)
         rows = read_rows(self.log_dir / job.name / "metrics.jsonl")
         return max((row.get("elapsed_s", 0.0) for row in rows), default=0.0) / 3600 * hourly
 
-    def runbook_spent(self) -> float:
+    def runbook_spent(self, state: State) -> float:
         """Dollars of everything in the log directory, tuning and runs by hand included."""
-        every = (*self._results.values(), *self._beside.values(), *self.sanity().values())
+        every = (*self._results.values(), *self._beside.values(), *state.sanity.values())
         return sum(float(m.get("cost_usd") or 0.0) for m in every)
 
 
