@@ -22,11 +22,10 @@ from src import run as execution
 from src.compute import cores
 from src.compute import process_group as distributed
 from src.run import Preempted
-from src.spec import allocation, allocation_table, config
+from src.spec import allocation_table, config
 from src.spec.command_line import BAD_INPUT, IO_FAILED, OK, OUR_FAULT, TRY_AGAIN, Parser
-from src.storage.run_dir import Held
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from src.storage.run_dir import Held, Preemption
+from src.study.plan import allocate
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     for name, value in cores.WAITING.items():
         os.environ.setdefault(name, value)
-    for number in SIGNALS:
+    for number in Preemption.SIGNALS:
         signal.signal(number, _preempt)
     try:
         os.getcwd()  # OSError where it was deleted: torch would end the process without a word
@@ -86,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Preempted as signalled:
         print(f"stopped by {signalled}; run the same command again to go on", file=sys.stderr)
         return TRY_AGAIN
-    except Held as other:
-        print(other, file=sys.stderr)
+    except Held as held:
+        print(held, file=sys.stderr)
         return TRY_AGAIN
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -124,11 +123,7 @@ def _sweep(asked: argparse.Namespace) -> int:
     """The named experiments of a file, one after the other."""
     checking = asked.phase == "sanity"
     sweep = config.load_sweep(asked.config, asked.set, "rank" if checking else asked.phase)
-    requests = {run.experiment: run.model for run in sweep.runs}
-    try:
-        allocations = allocation.allocate(requests, sweep.baseline)
-    except ValueError as error:
-        raise ValueError(f"{sweep.file}: {error}") from None
+    allocations = allocate(sweep)
     runs = sweep.chosen(asked.exp or ["all"], [0] if checking else asked.seed)
     if asked.dry_run:
         allocation_table.print_sweep(allocations, sweep.baseline, runs, as_json=asked.json)
@@ -156,7 +151,7 @@ if __name__ == "__main__":
         code = main()
     except Preempted:  # signalled once more on its way out
         code = TRY_AGAIN
-    for number in SIGNALS:  # nothing is left to save: the exit code stands
+    for number in Preemption.SIGNALS:  # nothing is left to save: the exit code stands
         signal.signal(number, signal.SIG_IGN)
     try:
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None: started with it closed

@@ -20,8 +20,6 @@ Metrics = Mapping[str, Any]
 Decision = dict[str, str]
 
 LATENCY = "latency"  # the stage after all blocks: comparisons of speed, the machine to themselves
-_MADE_WITH = ("vocab_size", "d_model", "n_layers", "n_heads", "head_dim", "d_ff", "embedding_dim",
-              "tie_embeddings")  # fmt: skip
 _TRAINED_WITH = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio")
 
 
@@ -159,16 +157,8 @@ class Job:
         return self.configuration.flops_per_token * self.tokens
 
     @property
-    def experiment(self) -> str:
-        return self.configuration.run.experiment
-
-    @property
-    def phase(self) -> str:
-        return self.configuration.run.phase
-
-    @property
-    def seed(self) -> int:
-        return self.configuration.run.seed
+    def run(self) -> RunConfig:
+        return self.configuration.run
 
 
 # ------------------------------------------------------------------------------------- the plan
@@ -345,7 +335,7 @@ def _check_same(
             )
         return
     training = one.run.training
-    expected = {key: getattr(one.allocation.model, key) for key in _MADE_WITH}
+    expected = config.to_dict(one.allocation.model)
     expected |= {key: getattr(training, key) for key in _TRAINED_WITH}
     if result["status"] == "finished":
         expected["steps"] = training.steps

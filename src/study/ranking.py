@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from src.analysis import decisions, kill_replay, rankings, repeats
+from src.analysis import decisions, rankings, repeats
 from src.spec import kill_rule
 from src.spec.config import Sweep
 from src.spec.rates import spelled
+from src.study import sanity
 from src.study.plan import Configuration, Metrics, Plan
 
 
@@ -23,20 +23,12 @@ def mean_text(values: Sequence[float]) -> str:
 def sanity_decisions(plan: Plan, found: Metrics) -> None:
     """What phase 0's checks found, and the learning rate that stays."""
     failed = [name for name, fine in found["checks"].items() if not fine]
-    memorised = found["overfit_loss"]
-    last = "not a number" if memorised is None else f"{memorised:.3f}"
-    numbers = [
-        f"initial loss {found['initial_loss']:.3f} (ln V {found['ln_vocab']:.3f})",
-        f"{found['overfit_tokens']} tokens to loss {last} in {found['overfit_steps']} steps",
-    ]
     verdict = "passed" if not failed else f"failed: {', '.join(failed)}"
-    plan.decide("0", "sanity", numbers, verdict, found["reason"])
+    plan.decide("0", "sanity", sanity.losses_text(found), verdict, found["reason"])
     rate, configured = found["suggested_learning_rate"], found["learning_rate"]
     near = rate is not None and 0.25 <= configured / rate <= 4
-    suggested = "none" if rate is None else f"{rate:.2g}"
     plan.decide(
-        "0", "learning-rate range test",
-        [f"suggested {suggested}", f"configured {configured:g}"],
+        "0", "learning-rate range test", sanity.rates_text(found),
         f"keep {configured:g}" + ("" if near else ", which is far from the suggestion"),
         found["learning_rate_rule"],
     )  # fmt: skip
@@ -158,35 +150,3 @@ def kill_decisions(plan: Plan, some: Sequence[Configuration]) -> None:
             plan.decide(
                 "1", "kill rule", [f"{name} against {one.run.baseline}"], verdict, found.reason
             )
-    _replay_decision(plan, some)
-
-
-def _replay_decision(plan: Plan, some: Sequence[Configuration]) -> None:
-    """How often the rule would have killed a run that ended no worse than the baseline."""
-    baseline = next(one for one in some if one.is_baseline)
-    reference, stated = plan.curve(baseline), baseline.run.kill_rule
-    curves = {one.run.experiment: plan.curve(one) for one in some if one is not baseline}
-    complete = {
-        name: curve
-        for name, curve in curves.items()
-        if curve and reference and curve[-1][0] == reference[-1][0]
-    }
-    if stated is None or not complete:
-        return
-    told = []
-    for label, rule in (
-        ("letter", replace(stated, grace_tokens=0)),
-        ("grace", stated.in_run(baseline.run.training.tokens)),
-    ):
-        found = [kill_replay.replay(reference, curve, rule) for curve in complete.values()]
-        told.append(
-            f"{label}: {sum(one.killed_at is not None for one in found)} kills, "
-            f"{sum(one.false_kill for one in found)} false, "
-            f"{sum(one.tokens_saved for one in found):,} of "
-            f"{sum(one.budget for one in found):,} tokens saved"
-        )
-    plan.decide(
-        "1", f"kill rule replayed, {baseline.path.name}", told, "recorded",
-        f"over the {len(complete)} runs that ran to the end; false: ended no worse than the "
-        "baseline.",
-    )  # fmt: skip

@@ -235,25 +235,24 @@ class _Runner:
 
 def command(study: Study, job: Job, remote: str | None = None) -> list[str]:
     """The command line of one job: what an intern would type."""
-    asked, one = study.config, job.configuration
+    asked = study.config
     if job.kind == "tokens":
         script = str(REPOSITORY / "scripts" / "preprocess_lm.py")
         return [sys.executable, script, "--input", str(asked.corpus), "--vocab_size",
-                str(one.run.model.vocab_size), "--output", str(Path(job.name).parent)]  # fmt: skip
+                str(job.run.model.vocab_size), "--output", str(Path(job.name).parent)]  # fmt: skip
     if job.kind == "latency":
         return [sys.executable, "-m", "src.evaluation.latency", *job.arguments, "--device",
-                asked.device, "--output", str(Path(asked.log_dir) / job.name)]  # fmt: skip
-    arguments = run_arguments(study, job, remote)
-    return [sys.executable, str(REPOSITORY / "run_experiment.py"), *arguments]
+                asked.device, "--output", str(Path(asked.log_dir, job.name))]  # fmt: skip
+    script = str(REPOSITORY / "run_experiment.py")
+    return [sys.executable, script, *run_arguments(study, job, remote)]
 
 
 def run_arguments(study: Study, job: Job, remote: str | None = None) -> list[str]:
     """What run_experiment.py is given for a run or a check."""
     asked, one = study.config, job.configuration
-    log_dir = str(Path(asked.log_dir) / one.folder)
-    line = ["--config", str(one.path), "--exp", job.experiment, "--phase"]
-    line += ["sanity"] if job.kind == "sanity" else [job.phase, "--seed", str(job.seed)]
-    line += ["--log_dir", log_dir, "--device", asked.device]
+    line = ["--config", str(one.path), "--exp", one.run.experiment, "--phase"]
+    line += ["sanity"] if job.kind == "sanity" else [one.run.phase, "--seed", str(one.run.seed)]
+    line += ["--log_dir", str(Path(asked.log_dir, one.folder)), "--device", asked.device]
     line += [w for override in (*study.overrides, *one.overrides) for w in ("--set", override)]
     return line if remote is None else [*line, "--remote", remote]
 

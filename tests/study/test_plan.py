@@ -102,8 +102,8 @@ def simulate(
 
 def by_share(job: Job) -> float:
     """25 % leads clearly, then 2x, with a little seed noise; longer runs end lower."""
-    value = 5.0 - 0.2 * ("emb25" in job.experiment) - 0.1 * ("glu2x" in job.experiment)
-    return value - 1.0 * (job.phase == "full") + 0.001 * job.seed
+    value = 5.0 - 0.2 * ("emb25" in job.run.experiment) - 0.1 * ("glu2x" in job.run.experiment)
+    return value - 1.0 * (job.run.phase == "full") + 0.001 * job.run.seed
 
 
 def rows(plan: Plan, rule: str) -> list[dict[str, str]]:
@@ -127,8 +127,8 @@ def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: S
     plan = blocks.plan(prd, State())
     (first,) = plan.ready()
     assert (first.kind, first.name) == ("tokens", "data/lm_tokenized/v16000")
-    assert not plan.complete and plan.decisions == ()
-    assert plan.assumptions == ("emb35 leads block share",)
+    assert not plan.complete and plan.decisions == []
+    assert plan.assumptions == ["emb35 leads block share"]
     trained = [job for job in plan.jobs if job.kind == "train"]
     counts = {stage: [j for j in trained if j.stage == stage] for stage in plan.stages}
     assert [len(counts[s]) for s in ("noise", "share", "glu")] == [5, 2, 4]  # emb35 is among the 5
@@ -159,7 +159,7 @@ def test_the_glu_sweep_is_made_at_the_share_that_leads(prd: Study) -> None:
 
 def test_identical_cells_are_trained_once_but_never_a_sweeps_baseline(prd: Study) -> None:
     def loss(job: Job) -> float:
-        return 5.0 - 0.2 * (job.experiment == "emb35") + 0.001 * job.seed
+        return 5.0 - 0.2 * (job.run.experiment == "emb35") + 0.001 * job.run.seed
 
     plan, order = simulate(prd, loss)
     assert plan.aliases["glu266x-rank"] == "emb35-rank"  # the same integers at 35 %
@@ -171,8 +171,8 @@ def test_identical_cells_are_trained_once_but_never_a_sweeps_baseline(prd: Study
 
 def test_the_baseline_is_no_candidate_even_under_another_name(prd: Study) -> None:
     def loss(job: Job) -> float:  # emb35 leads, and so does glu266x, which is emb35
-        best, next_best = job.experiment == "emb35", job.experiment == "glu4x"
-        return 5.0 - 0.2 * best - 0.1 * next_best + 0.001 * job.seed
+        best, next_best = job.run.experiment == "emb35", job.run.experiment == "glu4x"
+        return 5.0 - 0.2 * best - 0.1 * next_best + 0.001 * job.run.seed
 
     plan, order = simulate(prd, loss)
     full = [
@@ -187,7 +187,7 @@ def test_a_killed_run_lends_its_result_to_nobody(prd: Study) -> None:
         return {"status": "killed"} if job.name == "emb25-rank" else {}
 
     def loss(job: Job) -> float:
-        return 5.0 - 0.3 * (job.experiment == "emb45") + 0.001 * job.seed - 0.6 * ("25" in job.name)
+        return 5.0 - 0.3 * (job.run.experiment == "emb45") + 0.001 * job.run.seed - 0.6 * ("25" in job.name)
 
     plan, order = simulate(prd, loss, extra=extra)
     share = row(plan, "loss, block share")
@@ -195,7 +195,7 @@ def test_a_killed_run_lends_its_result_to_nobody(prd: Study) -> None:
     assert plan.aliases["emb45-v16k-tied-rank"] == "emb45-rank"
     plan, order = simulate(
         changed(prd, "noise", seeds=(0, 1)),
-        lambda job: 5.0 + 0.001 * job.seed - 0.2 * ("35" in job.name),
+        lambda job: 5.0 + 0.001 * job.run.seed - 0.2 * ("35" in job.name),
         extra=lambda job: {"status": "killed"} if job.name == "emb45-rank" else {},
     )  # fmt: skip
     assert "emb45-v16k-tied-rank" in order and "emb45-v16k-tied-rank" not in plan.aliases
@@ -204,7 +204,7 @@ def test_a_killed_run_lends_its_result_to_nobody(prd: Study) -> None:
 def test_a_thin_margin_sends_the_runner_up_share_to_the_finals(prd: Study) -> None:
     def loss(job: Job) -> float:
         best = {"emb25": 4.80, "emb45": 4.801, "emb35": 5.0}
-        return best.get(job.experiment, 4.9 - 0.2 * ("glu2x" in job.experiment)) + 0.01 * job.seed
+        return best.get(job.run.experiment, 4.9 - 0.2 * ("glu2x" in job.run.experiment)) + 0.01 * job.run.seed
 
     plan, order = simulate(prd, loss)
     assert row(plan, "loss, block share")["verdict"] == "emb25, emb45"
@@ -219,7 +219,7 @@ def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
     checks = range(250_000, 5_250_000, 250_000)
 
     def curve(job: Job) -> Any:  # emb45 is bad for the first 1.25M tokens, inside the grace
-        bad = [2.0 if job.experiment == "emb45" and t <= 1_250_000 else 0.0 for t in checks]
+        bad = [2.0 if job.run.experiment == "emb45" and t <= 1_250_000 else 0.0 for t in checks]
         return [(t, 100.0 + b) for t, b in zip(checks, bad, strict=True)]
 
     plan, _ = simulate(prd, by_share, curve=curve)
@@ -246,8 +246,8 @@ def test_runs_under_a_rule_that_only_records_wait_for_no_baseline(prd: Study) ->
     waiting = blocks.plan(prd, State(**known)).ready()
     recorded = replace(prd, overrides=("kill_rule.action=record",))
     free = blocks.plan(recorded, State(**known)).ready()
-    assert {job.experiment for job in waiting} == {"emb35"}
-    assert {job.experiment for job in free} == {"emb35", "emb25", "emb45"}
+    assert {job.run.experiment for job in waiting} == {"emb35"}
+    assert {job.run.experiment for job in free} == {"emb35", "emb25", "emb45"}
 
 
 def test_phase_1b_trains_on_equal_bytes_and_compares_equal_documents(prd: Study) -> None:
@@ -285,14 +285,14 @@ def planted_bits(gain: Callable[[Job], float]) -> Callable[[Job], dict[str, Any]
     """Dev bits per byte of every run, `gain` below its variant's level; a little seed noise."""
 
     def extra(job: Job) -> dict[str, Any]:
-        level = 2.0 + BITS_8K * ("v8k" in job.name) + 0.002 * job.seed
+        level = 2.0 + BITS_8K * ("v8k" in job.name) + 0.002 * job.run.seed
         return {"dev_bits_per_byte": level - gain(job)}
 
     return extra
 
 
 def lead_of_45(job: Job) -> float:
-    return 5.0 - 0.2 * ("emb45" in job.experiment) + 0.001 * job.seed
+    return 5.0 - 0.2 * ("emb45" in job.run.experiment) + 0.001 * job.run.seed
 
 
 def test_no_shift_is_claimed_from_a_variant_with_one_share(prd: Study) -> None:
@@ -372,9 +372,9 @@ def by_rate(job: Job) -> float:
         "emb35": {"2e-3": 5.1, "4e-3": 5.0, "8e-3": 5.2},
         "emb45": {"2e-3": 5.2, "4e-3": 4.9, "8e-3": 4.8},
     }
-    share = next(name for name in at_rate if name in job.experiment)
-    rate = next((r for r in at_rate[share] if f"lr{r}" in job.experiment), "4e-3")
-    return at_rate[share][rate] + 0.001 * job.seed - (job.phase == "full")
+    share = next(name for name in at_rate if name in job.run.experiment)
+    rate = next((r for r in at_rate[share] if f"lr{r}" in job.run.experiment), "4e-3")
+    return at_rate[share][rate] + 0.001 * job.run.seed - (job.run.phase == "full")
 
 
 def test_shares_are_ranked_at_their_own_best_rate_and_at_the_shared_one(prd: Study) -> None:
@@ -419,7 +419,7 @@ def test_a_rate_that_diverges_is_no_best_rate(prd: Study) -> None:
 
 
 def losses_with(gain: float) -> Losses:
-    return lambda job: by_share(job) - gain * (job.phase == "full" and "glu" in job.experiment)
+    return lambda job: by_share(job) - gain * (job.run.phase == "full" and "glu" in job.run.experiment)
 
 
 def paper_documents(gain: float) -> Callable[[str, str], Documents]:
@@ -542,14 +542,14 @@ def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
     assert "over 6 experiments" in agreement["reason"] and "by chance" in agreement["reason"]
     assert order[-1].startswith("latency/")
     seeds = [job for job in plan.jobs if job.stage in ("shares-full", "glu-full")]
-    assert {job.seed for job in seeds} == {0}
+    assert {job.run.seed for job in seeds} == {0}
 
 
 def test_more_seeds_a_vocabulary_cell_pool_and_reuse_the_noise_floor(prd: Study) -> None:
     asked = changed(prd, "vocabulary", seeds=(0, 1))
 
     def loss(job: Job) -> float:
-        return 5.0 - 0.2 * ("emb35" in job.experiment) + 0.001 * job.seed
+        return 5.0 - 0.2 * ("emb35" in job.run.experiment) + 0.001 * job.run.seed
 
     plan, order = simulate(asked, loss)
     assert plan.aliases["emb35-v16k-tied-rank-seed1"] == "emb35-rank-seed1"
