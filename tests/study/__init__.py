@@ -1,0 +1,13 @@
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def until(ready: Callable[[], object], process: subprocess.Popen[Any] | None = None) -> None:
+    """Wait for `ready()`, which must come before the process ends."""
+    deadline = time.monotonic() + 300
+    while not ready():
+        assert time.monotonic() < deadline, "it never came"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.005)

@@ -10,8 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,14 @@ from pyarrow import fs
 
 import run_experiment
 from src.storage.run_dir import RunDir
-from src.study import sky, slurm
+from src.study import engines
 from tests.conftest import ROOT, SWEEP
 from tests.faults.bench import differences
+from tests.study import until
 
 SECRET = "s3://key:SECRET@bucket/prefix"
 # Long enough to be interrupted: 320 steps, about two seconds.
 LONGER = ("training.tokens=81920", "training.checkpoint_every_steps=40")
-
-
-def until(ready: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 def rows(run: Path) -> int:
@@ -138,7 +131,7 @@ def test_wrong_requests_are_refused_and_nothing_is_written(
      ("1-00:00:01", 86401)],
 )  # fmt: skip
 def test_time_limits_as_sbatch_reads_them(limit, seconds):
-    assert slurm.seconds(limit) == seconds
+    assert engines.seconds(limit) == seconds
 
 
 def slurm_script(file: Path, here: Path) -> Path:
@@ -270,7 +263,7 @@ def test_a_spot_job_a_run_that_recovers_on_75_alone(checkout):
 def test_only_where_the_tokens_are_and_the_code_is(checkout, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="SkyPilot copies the directory that it is started in"):
-        sky.check("s3://bucket/prefix")
+        engines.check_sky("s3://bucket/prefix")
     (checkout / "configs" / "bare.yaml").write_text(SWEEP.format(tokens=tmp_path / "nowhere"))
     file = written(checkout, "configs/bare.yaml", name="bare")
     process = launch(file, "--engine", "sky", "--remote", "s3://b/p", cwd=checkout, code=checkout)

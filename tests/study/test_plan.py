@@ -69,7 +69,6 @@ def simulate(
     extra: Callable[[Job], dict[str, Any]] = lambda job: {},
     documents: Callable[[str, str], Documents | None] = lambda run, split: None,
     curve: Callable[[Job], Any] = lambda job: (),
-    until: Callable[[Plan], bool] = lambda plan: False,
     speed: float = 1.0,
 ) -> tuple[Plan, list[str]]:
     """Follow the plan with invented results; returns the last plan and the jobs in order."""
@@ -79,31 +78,43 @@ def simulate(
     compared: dict[str, Any] = {}
     checks: dict[str, Any] = {}
     order: list[str] = []
-    while True:
-        state = State(results=results, curves=curves, documents=documents, train_tokens=tokens,
-                        sanity=checks, latency=compared)  # fmt: skip
-        plan = blocks.plan(asked, state)
-        ready = plan.ready()
-        if not ready or until(plan):
-            return plan, order
-        job = ready[0]
-        order.append(job.name)
-        if job.kind == "tokens":
-            vocab = job.configuration.run.model.vocab_size
-            tokens[vocab] = {16_000: 2_500_000, 8_000: 2_750_000}[vocab]
-        elif job.kind == "sanity":
-            checks[job.name] = SANE
-        elif job.kind == "latency":
-            compared[job.name] = comparison(speed)
-        else:
-            results[job.name] = measured(job, loss(job), **extra(job))
-            curves[job.name] = curve(job)
+    state = State(results=results, curves=curves, documents=documents, train_tokens=tokens,
+                  sanity=checks, latency=compared)  # fmt: skip
+    while ready := (plan := blocks.plan(asked, state)).ready():
+        if any(job.alone for job in ready):  # tokens and comparisons of speed
+            assert len(ready) == 1 and not plan.ready({"something runs"})
+        order += [job.name for job in ready]
+        for job in ready:
+            if job.kind == "tokens":
+                vocab = job.run.model.vocab_size
+                tokens[vocab] = {16_000: 2_500_000, 8_000: 2_750_000}[vocab]
+            elif job.kind == "sanity":
+                checks[job.name] = SANE
+            elif job.kind == "latency":
+                compared[job.name] = comparison(speed)
+            else:
+                results[job.name] = measured(job, loss(job), **extra(job))
+                curves[job.name] = curve(job)
+    return plan, order
 
 
-def by_share(job: Job) -> float:
-    """25 % leads clearly, then 2x, with a little seed noise; longer runs end lower."""
-    value = 5.0 - 0.2 * ("emb25" in job.run.experiment) - 0.1 * ("glu2x" in job.run.experiment)
-    return value - 1.0 * (job.run.phase == "full") + 0.001 * job.run.seed
+def gains(**gain: float) -> Losses:
+    """5 nats, less the gain of what stands in the experiment's name, with a little seed noise;
+    longer runs end lower."""
+
+    def loss(job: Job) -> float:
+        gained = sum(value for part, value in gain.items() if part in job.run.experiment)
+        return 5.0 - gained - 1.0 * (job.run.phase == "full") + 0.001 * job.run.seed
+
+    return loss
+
+
+by_share = gains(emb25=0.2, glu2x=0.1)  # 25 % leads clearly, then 2x
+
+
+def only(*names: str, **values: Any) -> Callable[[Job], dict[str, Any]]:
+    """What these runs alone have in metrics.json."""
+    return lambda job: values if job.name in names else {}
 
 
 def rows(plan: Plan, rule: str) -> list[dict[str, str]]:
@@ -139,13 +150,7 @@ def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: S
     assert [job.kind for job in after.ready()][:2] == ["sanity", "train"]
 
 
-def test_the_kill_rules_baseline_runs_before_the_cells_that_it_judges(prd: Study) -> None:
-    _, order = simulate(prd, by_share)
-    assert order.index("emb35-rank") < order.index("emb25-rank")
-    assert order.index("glu4x-emb25-rank") < order.index("glu2x-emb25-rank")
-
-
-def test_the_glu_sweep_is_made_at_the_share_that_leads(prd: Study) -> None:
+def test_the_glu_sweep_is_made_of_the_share_that_leads(prd: Study) -> None:
     plan, order = simulate(prd, by_share)
     assert row(plan, "loss, block share")["verdict"] == "emb25"
     made = plan.sweeps[Path("logs/configs/glu-emb25.yaml")]
@@ -153,15 +158,21 @@ def test_the_glu_sweep_is_made_at_the_share_that_leads(prd: Study) -> None:
     assert sweep.baseline == "glu4x-emb25" and len(sweep.names) == 4
     assert {run.model.embedding_ratio for run in sweep.runs} == {0.25}
     assert sorted({run.model.glu_expansion for run in sweep.runs}) == [2.0, 2.66, 3.0, 4.0]
+    leader = allocate(config.load_sweep(prd.sources["share"].path))["emb25"].model
+    models = [found.model for found in allocate(sweep).values()]
+    for key in ("d_model", "n_heads", "head_dim"):
+        assert {getattr(model, key) for model in models} == {getattr(leader, key)}
+    assert len({model.n_layers for model in models}) > 1  # depth is what pays for the expansion
+    assert plan.aliases["glu266x-emb25-rank"] == "emb25-rank"  # the leader is one of the sweep
     assert row(plan, "loss, block glu")["verdict"] == "glu2x-emb25"
     assert plan.complete and {"glu2x-emb25", "glu2x-emb25-seed1", "glu2x-emb25-seed2"} <= set(order)
+    # The kill rule needs the curve of the baseline.
+    assert order.index("emb35-rank") < order.index("emb25-rank")
+    assert order.index("glu4x-emb25-rank") < order.index("glu2x-emb25-rank")
 
 
 def test_identical_cells_are_trained_once_but_never_a_sweeps_baseline(prd: Study) -> None:
-    def loss(job: Job) -> float:
-        return 5.0 - 0.2 * (job.run.experiment == "emb35") + 0.001 * job.run.seed
-
-    plan, order = simulate(prd, loss)
+    plan, order = simulate(prd, gains(emb35=0.2))
     assert plan.aliases["glu266x-rank"] == "emb35-rank"  # the same integers at 35 %
     assert "glu266x-rank" not in order and "glu4x-rank" in order
     assert "glu-emb35.yaml" not in str(plan.sweeps)  # the PRD's own file serves
@@ -170,42 +181,25 @@ def test_identical_cells_are_trained_once_but_never_a_sweeps_baseline(prd: Study
 
 
 def test_the_baseline_is_no_candidate_even_under_another_name(prd: Study) -> None:
-    def loss(job: Job) -> float:  # emb35 leads, and so does glu266x, which is emb35
-        best, next_best = job.run.experiment == "emb35", job.run.experiment == "glu4x"
-        return 5.0 - 0.2 * best - 0.1 * next_best + 0.001 * job.run.seed
-
-    plan, order = simulate(prd, loss)
-    full = [
-        name for name in order if "-rank" not in name and "/" not in name and "sanity" not in name
-    ]
-    assert {name.split("-")[0] for name in full} == {"emb35", "glu4x"}  # the next best goes on
+    plan, order = simulate(prd, gains(emb35=0.2, glu4x=0.1))  # glu266x is emb35, too
+    full = [job.run.experiment for job in plan.jobs if job.stage == "finals"]
+    assert set(full) == {"emb35", "glu4x"}  # the next best goes on
     assert row(plan, "winner")["verdict"] == readings("no winner")
 
 
 def test_a_killed_run_lends_its_result_to_nobody(prd: Study) -> None:
-    def extra(job: Job) -> dict[str, Any]:
-        return {"status": "killed"} if job.name == "emb25-rank" else {}
-
-    def loss(job: Job) -> float:
-        return 5.0 - 0.3 * (job.run.experiment == "emb45") + 0.001 * job.run.seed - 0.6 * ("25" in job.name)
-
-    plan, order = simulate(prd, loss, extra=extra)
+    killed = only("emb25-rank", status="killed")
+    plan, order = simulate(prd, gains(emb45=0.3, emb25=0.6), extra=killed)
     share = row(plan, "loss, block share")
     assert share["verdict"] == "emb45" and "emb25 stopped" in share["numbers"]
     assert plan.aliases["emb45-v16k-tied-rank"] == "emb45-rank"
-    plan, order = simulate(
-        changed(prd, "noise", seeds=(0, 1)),
-        lambda job: 5.0 + 0.001 * job.run.seed - 0.2 * ("35" in job.name),
-        extra=lambda job: {"status": "killed"} if job.name == "emb45-rank" else {},
-    )  # fmt: skip
+    killed = only("emb45-rank", status="killed")
+    plan, order = simulate(changed(prd, "noise", seeds=(0, 1)), gains(emb35=0.2), extra=killed)
     assert "emb45-v16k-tied-rank" in order and "emb45-v16k-tied-rank" not in plan.aliases
 
 
 def test_a_thin_margin_sends_the_runner_up_share_to_the_finals(prd: Study) -> None:
-    def loss(job: Job) -> float:
-        best = {"emb25": 4.80, "emb45": 4.801, "emb35": 5.0}
-        return best.get(job.run.experiment, 4.9 - 0.2 * ("glu2x" in job.run.experiment)) + 0.01 * job.run.seed
-
+    loss = gains(emb25=0.2, emb45=0.1995, glu2x=0.1)
     plan, order = simulate(prd, loss)
     assert row(plan, "loss, block share")["verdict"] == "emb25, emb45"
     assert {"emb25", "glu2x-emb25"} <= set(order) and "emb45" not in order  # two, the lowest
@@ -215,30 +209,18 @@ def test_a_thin_margin_sends_the_runner_up_share_to_the_finals(prd: Study) -> No
     assert not {"emb25", "emb45"} & set(order) and "glu2x-emb25" in order
 
 
-def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
+def test_both_readings_of_the_kill_rule_are_recorded_and_what_it_did_alive(prd: Study) -> None:
     checks = range(250_000, 5_250_000, 250_000)
 
     def curve(job: Job) -> Any:  # emb45 is bad for the first 1.25M tokens, inside the grace
         bad = [2.0 if job.run.experiment == "emb45" and t <= 1_250_000 else 0.0 for t in checks]
         return [(t, 100.0 + b) for t, b in zip(checks, bad, strict=True)]
 
-    plan, _ = simulate(prd, by_share, curve=curve)
+    without_baseline = only("emb45-rank", kill_verdict="none")
+    plan, _ = simulate(prd, by_share, curve=curve, extra=without_baseline)
     (found,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
-    assert found["verdict"] == "keep; to the PRD's letter kill"
+    assert found["verdict"] == "keep; to the PRD's letter kill; while it trained none"
     assert "1,250,000" in found["reason"]
-    replayed = row(plan, "kill rule replayed, embed_ratio.yaml")["numbers"]
-    assert replayed.startswith("letter: 1 kills, 1 false, 3,750,000 of 10,000,000 tokens saved")
-    assert "grace: 0 kills, 0 false" in replayed
-
-
-def test_a_live_verdict_without_the_baselines_curve_is_named(prd: Study) -> None:
-    def extra(job: Job) -> dict[str, Any]:
-        return {"kill_verdict": "none"} if job.name == "emb45-rank" else {}
-
-    curve = [(tokens, 100.0) for tokens in range(250_000, 5_250_000, 250_000)]
-    plan, _ = simulate(prd, by_share, extra=extra, curve=lambda job: curve)
-    (told,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
-    assert told["verdict"] == "keep; to the PRD's letter keep; while it trained none"
 
 
 def test_runs_under_a_rule_that_only_records_wait_for_no_baseline(prd: Study) -> None:
@@ -291,18 +273,14 @@ def planted_bits(gain: Callable[[Job], float]) -> Callable[[Job], dict[str, Any]
     return extra
 
 
-def lead_of_45(job: Job) -> float:
-    return 5.0 - 0.2 * ("emb45" in job.run.experiment) + 0.001 * job.run.seed
-
-
 def test_no_shift_is_claimed_from_a_variant_with_one_share(prd: Study) -> None:
     """45 % is 0.05 bits/byte better wherever both exist; 8k tied has a result at 35 % alone."""
 
     def extra(job: Job) -> dict[str, Any]:
-        alone = {"status": "failed"} if job.name == "emb45-v8k-tied-rank" else {}
+        alone = only("emb45-v8k-tied-rank", status="failed")(job)
         return planted_bits(lambda j: 0.05 * ("emb45" in j.name))(job) | alone
 
-    plan, _ = simulate(prd, lead_of_45, extra=extra)
+    plan, _ = simulate(prd, gains(emb45=0.2), extra=extra)
     told = row(plan, "shift of the best share")
     assert told["verdict"] == "no shift; not decided for 8000 tied"
     assert (
@@ -319,7 +297,7 @@ def test_a_shift_needs_two_leaders_beyond_the_noise(prd: Study) -> None:
             at_8k = gain_of_35 * ("emb35" in job.name and "v8k-untied" in job.name)
             return max(at_8k, 0.05 * ("emb45" in job.name))
 
-        plan, _ = simulate(prd, lead_of_45, extra=planted_bits(gain))
+        plan, _ = simulate(prd, gains(emb45=0.2), extra=planted_bits(gain))
         return row(plan, "shift of the best share")
 
     assert verdict(0.10)["verdict"].startswith("shift at 8000 untied")
@@ -327,18 +305,6 @@ def test_a_shift_needs_two_leaders_beyond_the_noise(prd: Study) -> None:
     close = verdict(0.051)  # ahead by less than seeds differ
     assert "8000 untied" in close["verdict"].partition("not decided for ")[2]
     assert "emb35 and emb45 are not separable" in close["numbers"]
-
-
-def test_the_glu_sweep_keeps_the_leaders_width_and_heads(prd: Study) -> None:
-    plan, order = simulate(prd, by_share)
-    (made,) = (source for path, source in plan.sweeps.items() if path.name == "glu-emb25.yaml")
-    leader = allocate(config.load_sweep(prd.sources["share"].path))["emb25"].model
-    models = [a.model for a in allocate(config.sweep_from(made, Path("made.yaml"))).values()]
-    assert len(models) == 4
-    for key in ("d_model", "n_heads", "head_dim"):
-        assert {getattr(model, key) for model in models} == {getattr(leader, key)}
-    assert len({model.n_layers for model in models}) > 1  # depth is what pays for the expansion
-    assert plan.aliases["glu266x-emb25-rank"] == "emb25-rank"  # the leader is one of the sweep
 
 
 def test_the_leading_share_itself_is_among_the_finalists(prd: Study) -> None:
@@ -409,17 +375,16 @@ def test_later_stages_train_at_each_ones_own_best_rate_where_the_study_says_so(p
 
 
 def test_a_rate_that_diverges_is_no_best_rate(prd: Study) -> None:
-    failed = {"emb45-lr8e-3-rank", "emb25-lr2e-3-rank"}
-    plan, _ = simulate(
-        with_rates(prd), by_rate,
-        extra=lambda job: {"status": "failed"} if job.name in failed else {},
-    )  # fmt: skip
+    failed = only("emb45-lr8e-3-rank", "emb25-lr2e-3-rank", status="failed")
+    plan, _ = simulate(with_rates(prd), by_rate, extra=failed)
     told = row(plan, "at each one's own best rate")
     assert "emb45: 4.9000 at its best, 4e-3; 4.9000" in told["numbers"]
 
 
 def losses_with(gain: float) -> Losses:
-    return lambda job: by_share(job) - gain * (job.run.phase == "full" and "glu" in job.run.experiment)
+    return lambda job: (
+        by_share(job) - gain * (job.run.phase == "full" and "glu" in job.run.experiment)
+    )
 
 
 def paper_documents(gain: float) -> Callable[[str, str], Documents]:
@@ -449,11 +414,9 @@ def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
 def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
     """Two of the baseline's seeds come from another machine: one pair, so no verdict."""
 
-    def extra(job: Job) -> dict[str, Any]:
-        return {"compute_digest": "elsewhere"} if job.name in ("emb35-seed1", "emb35-seed2") else {}
-
+    moved = only("emb35-seed1", "emb35-seed2", compute_digest="elsewhere")
     plan, _ = simulate(
-        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
+        finalists(prd, 1), losses_with(0.1), extra=moved, documents=paper_documents(0.1)
     )
     says = row(plan, "equivalence")
     assert says["verdict"] == "no verdict" and "document noise only" in says["numbers"]
@@ -507,26 +470,18 @@ def test_speed_is_compared_in_one_process_and_decides_instead_of_the_runs_own(pr
     assert line[line.index("--repeats") + 1] == "200"
 
 
-def test_a_comparison_takes_the_first_seed_that_finished(prd: Study) -> None:
-    def extra(job: Job) -> dict[str, Any]:
-        return {"status": "killed"} if job.name == "glu2x-emb25" else {}
-
-    _, order = simulate(finalists(prd, 1), losses_with(0.1), extra=extra)
-    assert order[-1] == "latency/glu2x-emb25-seed1-against-emb35.json"
-
-
-def test_a_finalist_with_a_stopped_seed_is_not_judged_on_the_others(prd: Study) -> None:
-    """The rule stops bad seeds: what is left of a finalist would be its good ones."""
-
-    def extra(job: Job) -> dict[str, Any]:
-        return {"status": "killed"} if job.name == "glu2x-emb25-seed1" else {}
-
-    plan, _ = simulate(
-        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
-    )
+@pytest.mark.parametrize(("seed", "compared"), [("", "-seed1"), ("-seed1", "")])
+def test_a_finalist_with_a_stopped_seed_is_not_judged_on_the_others(
+    prd: Study, seed: str, compared: str
+) -> None:
+    """The rule stops bad seeds: what is left of a finalist would be its good ones. Its speed is
+    that of the first seed that finished."""
+    killed = only(f"glu2x-emb25{seed}", status="killed")
+    plan, order = simulate(finalists(prd, 1), losses_with(0.1), extra=killed)
     out = row(plan, "every seed finished")
     assert out["verdict"] == "out" and "2 of 3 seeds finished" in out["reason"]
     assert row(plan, "winner")["verdict"] == "no winner"
+    assert order[-1] == f"latency/glu2x-emb25{compared}-against-emb35.json"
 
 
 def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
@@ -546,12 +501,7 @@ def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
 
 
 def test_more_seeds_a_vocabulary_cell_pool_and_reuse_the_noise_floor(prd: Study) -> None:
-    asked = changed(prd, "vocabulary", seeds=(0, 1))
-
-    def loss(job: Job) -> float:
-        return 5.0 - 0.2 * ("emb35" in job.run.experiment) + 0.001 * job.run.seed
-
-    plan, order = simulate(asked, loss)
+    plan, order = simulate(changed(prd, "vocabulary", seeds=(0, 1)), gains(emb35=0.2))
     assert plan.aliases["emb35-v16k-tied-rank-seed1"] == "emb35-rank-seed1"
     assert "emb35-v8k-tied-rank-seed1" in order
     assert "2 seeds a configuration" in row(plan, "shift of the best share")["reason"]
@@ -585,29 +535,13 @@ def test_what_may_run_at_the_same_time(prd: Study) -> None:
     assert names(waiting) == seeds[1:] and not rows(waiting, "lowest dev loss")
 
 
-def test_a_comparison_of_speed_runs_alone_and_last(prd: Study) -> None:
-    plans: list[Plan] = []
-
-    def watch(plan: Plan) -> bool:
-        plans.append(plan)
-        return False
-
-    simulate(prd, by_share, until=watch)
-    for plan in plans:
-        ready = [job.kind for job in plan.ready()]
-        assert ready == ["latency"] or "latency" not in ready
-    assert not plans[-1].ready({"emb35"})  # something runs
-
-
 def test_a_diverged_cell_is_a_result_and_a_diverged_baseline_an_end(prd: Study) -> None:
-    def extra(name: str) -> Callable[[Job], dict[str, Any]]:
-        return lambda job: {"status": "failed", "reason": "NaN"} if job.name == name else {}
-
-    plan, _ = simulate(prd, by_share, extra=extra("emb45-rank"))
+    diverged = {"status": "failed", "reason": "NaN"}
+    plan, _ = simulate(prd, by_share, extra=only("emb45-rank", **diverged))
     assert plan.complete and row(plan, "diverged")["verdict"] == "out"
     assert "emb45 stopped" in row(plan, "loss, block share")["numbers"]
     with pytest.raises(ValueError, match="emb35-rank: the baseline diverged"):
-        simulate(prd, by_share, extra=extra("emb35-rank"))
+        simulate(prd, by_share, extra=only("emb35-rank", **diverged))
 
 
 def test_a_run_made_with_another_config_is_refused(prd: Study) -> None:

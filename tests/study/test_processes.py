@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from src.compute import cores
-from src.spec.config import load_sweep
 from src.storage import choices
 from src.storage.run_dir import RunDir
 from src.study import processes, speed
@@ -23,17 +22,11 @@ from src.study import runner as study
 from src.study.processes import Supervisor, bound, progress_of, starter
 from src.study.speed import settle
 from tests import ROOT
+from tests.study import until
 
 
 def plain(line: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(line)
-
-
-def until(ready: Callable[[], object], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 def codes(
@@ -279,8 +272,9 @@ def test_the_probe_times_a_real_run_and_says_what_is_wrong(
     file = tmp_path / "study.yaml"
     file.write_text(f"device: cpu\nblocks: [{{name: a, config: {tiny_sweep}}}]\n")
     asked = study.load(file, log_dir=str(tmp_path / "logs"))
-    found = speed.probe(asked, load_sweep(tiny_sweep).baseline, 1)
+    found = speed.probe(asked, 1)
     assert found["tokens_per_s"] > 0 and found["device"] == "cpu" and found["device_name"]
     assert not (tmp_path / "logs").exists()  # what the child chose is not the runs' choice
-    with pytest.raises(ValueError, match="speed probe failed: .*no experiment named 'nobody'"):
-        speed.probe(asked, "nobody", 1)
+    elsewhere = study.load(file, device="cuda:99")
+    with pytest.raises(ValueError, match="the speed probe failed: .*--device cuda:99"):
+        speed.probe(elsewhere, 1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,24 +12,25 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from src.data import tokens as data
-from src.data.tokens import TokenData
+from src import preflight
 from src.models.transformer import Transformer
-from src.spec import allocation, config
-from src.spec.allocation import Allocation, count_params
-from src.spec.config import ModelConfig, RunConfig
+from src.preflight import RunContext
+from src.run import Preempted
+from src.spec import config
+from src.spec.allocation import count_params
+from src.spec.config import ModelConfig
 from src.study import sanity, sanity_training
+from src.study.plan import allocate
 
 
-def loaded(sweep_file: Path, name: str) -> tuple[RunConfig, Allocation, TokenData]:
+def asked(sweep_file: Path, name: str, log_dir: Path) -> RunContext:
     sweep = config.load_sweep(sweep_file, (), "rank")
-    answers = allocation.allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
-    run = sweep.run(name, 0)
-    return run, answers[name], data.load(run.token_dir, run.model.vocab_size)
+    where: dict[str, Any] = {"log_dir": log_dir, "device": "cpu", "remote": None}
+    return preflight.check(sweep.run(name, 0), sweep, allocate(sweep), **where)
 
 
 def curve(loss: Callable[[float], float]) -> list[dict[str, Any]]:
-    return sanity_training.ramp(lambda number, rate: loss(rate))
+    return sanity_training.ramp(lambda number, rate: loss(rate), "test")
 
 
 def logistic(rate: float, middle: float = 4e-3) -> float:
@@ -98,47 +97,37 @@ def test_a_model_that_cannot_learn_fails_the_phase(
     tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sanity_training, "OVERFIT_STEPS", 20)
-    found = sanity.check(*loaded(tiny_sweep, "idle"), tmp_path, "cpu")
-    assert found is not None
+    found = sanity.check(asked(tiny_sweep, "idle", tmp_path))
     assert found["checks"]["overfits"] is False and found["passed"] is False
     assert found["checks"]["parameters as planned"] is True
     assert "FAIL overfits" in sanity.report(found)
 
 
-def test_interrupted_checks_go_on_and_find_the_same(
+def test_checks_that_were_cut_begin_again_and_find_the_same(
     tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sanity_training, "RANGE_STEPS", 20)
     monkeypatch.setattr(sanity_training, "OVERFIT_LOSS", 4.5)
-    asked = loaded(tiny_sweep, "base")
-    assert sanity.check(*asked, tmp_path / "whole", "cpu") is not None
-    step, calls = sanity_training.train_once, {"wiring": 0, "ramp": 0}
+    whole = sanity.check(asked(tiny_sweep, "base", tmp_path / "whole"))
+    cut, train_once, rates = (
+        asked(tiny_sweep, "base", tmp_path / "cut"),
+        sanity_training.train_once,
+        [],
+    )
 
     def signalled(stepper: Any, batch: Tensor, rate: float) -> float:
-        ramping = (tmp_path / "cut" / "base-sanity" / "wiring.json").exists()
-        part = "ramp" if ramping else "wiring"
-        calls[part] += 1
-        if calls[part] == 3 or (ramping and calls[part] % 8 == 0):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(stepper, batch, rate)
+        rates.append(rate)
+        if rate > 1e-3 and len(rates) > 20:  # in the ramp
+            raise Preempted("SIGTERM")
+        return train_once(stepper, batch, rate)
 
-    monkeypatch.setattr(sanity_training, "train_once", signalled)
-    found: list[Any] = []
-    while not found or found[-1] is None:
-        assert len(found) < 10
-        found.append(sanity.check(*asked, tmp_path / "cut", "cpu"))
-    assert len(found) == 5  # once while memorising, at the 3rd, 8th and 16th step of the ramp
-    assert calls["ramp"] == 20  # none of them twice
-
-    def timeless(folder: str) -> list[Any]:
-        names = ("wiring.json", "learning_rates.json", "sanity.json")
-        files = [tmp_path / folder / "base-sanity" / name for name in names]
-        clocks = ("seconds", "wall_seconds", "tokens_per_s", "cost_usd")
-        found = [json.loads(path.read_text()) for path in files]
-        return [{k: v for k, v in content.items() if k not in clocks} for content in found]
-
-    assert timeless("cut") == timeless("whole")
-    assert not (tmp_path / "cut" / "base-sanity" / "ramp").exists()
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(sanity_training, "train_once", signalled)
+        sanity.check(cut)
+    assert not list((tmp_path / "cut" / "base-sanity").glob("*.json"))
+    clocks = ("wall_seconds", "tokens_per_s", "cost_usd")
+    again = sanity.check(cut)
+    assert {**again, **dict.fromkeys(clocks)} == {**whole, **dict.fromkeys(clocks)}
 
 
 def test_finished_checks_of_another_configuration_are_refused(
@@ -148,4 +137,4 @@ def test_finished_checks_of_another_configuration_are_refused(
     folder.mkdir()
     (folder / "sanity.json").write_text('{"config_digest": "another", "passed": true}')
     with pytest.raises(ValueError, match=r"sanity.json: found the checks of another"):
-        sanity.check(*loaded(tiny_sweep, "base"), tmp_path, "cpu")
+        sanity.check(asked(tiny_sweep, "base", tmp_path))

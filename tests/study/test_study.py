@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from src.study import sanity_training
 from src.study.processes import Start
 from src.study.state import Reader
 from tests import ROOT
+from tests.study import until
 from tests.study.test_plan import SANE
 
 BASE: dict[str, Any] = {
@@ -226,14 +226,6 @@ def test_a_publication_is_enough_to_go_on_elsewhere(
     assert rows["a/e10-rank"] == rows["a/e10-rank-seed1"] == rows["b/e15-rank"] == "finished"
     again = (tiny / "published" / "runs" / run / "curve.csv").read_text().splitlines()
     assert len(again) > 2
-
-
-def until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait for `ready()`, which must come before the process ends."""
-    deadline = time.monotonic() + 300
-    while not ready():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.005)
 
 
 def test_a_killed_study_can_be_started_again_at_once(tiny: Path) -> None:

@@ -134,7 +134,9 @@ def test_shares_meet_over_all_their_seeds(ten: Study) -> None:
 
 def test_a_leading_baseline_is_no_finalist(ten: Study) -> None:
     def home(job: Job) -> float:
-        gap = 0.3 * ("emb35" not in job.run.experiment) - 0.1 * ("emb35-lr4e-3" in job.run.experiment)
+        gap = 0.3 * ("emb35" not in job.run.experiment) - 0.1 * (
+            "emb35-lr4e-3" in job.run.experiment
+        )
         return 5.0 + gap + 0.001 * job.run.seed
 
     plan, _ = simulate(ten, home)
