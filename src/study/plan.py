@@ -64,6 +64,7 @@ class State:
     """What the log directory holds.
 
     results: metrics.json by run; a run that diverged stands as {"status": "failed", ...}.
+    beside: those of tuned runs and others that no plan knows.
     curves: dev checks by run. documents(run, split): its losses, None without them.
     train_tokens: tokens of the train split by vocabulary; absent where they are to be made.
     sanity: sanity.json by directory. latency: comparisons by job. threads: of every run that
@@ -71,6 +72,7 @@ class State:
     """
 
     results: Mapping[str, Metrics] = field(default_factory=dict)
+    beside: Mapping[str, Metrics] = field(default_factory=dict)
     curves: Mapping[str, kill_rule.Curve] = field(default_factory=dict)
     documents: Callable[[str, str], Documents | None] = lambda run, split: None
     train_tokens: Mapping[int, int] = field(default_factory=dict)

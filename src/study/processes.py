@@ -7,7 +7,6 @@ signal, is tried again. What becomes of a run that ended is the runner's busines
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -31,7 +30,6 @@ WITH_PARENT = Path(__file__).with_name("with_parent.py")
 MOST_IDLE_RERUNS = 10
 LONGEST_PAUSE_S = 60.0
 POLL_S = 0.05  # a run takes minutes
-_MANIFEST = re.compile(r"step-(\d{8,})\.json")
 
 
 class Process(Protocol):
@@ -66,16 +64,11 @@ def starter(jobs: int, threads: int) -> Start:
     return start
 
 
-def progress_of(run: Path) -> tuple[int, int]:
-    """(step of the newest checkpoint, bytes of metrics.jsonl): what another attempt would move,
-    also where the run is locked by a process of somebody else that gets on with it."""
-    steps = [
-        int(match[1])
-        for path in (run / "checkpoints").glob("step-*.json")
-        if (match := _MANIFEST.fullmatch(path.name))
-    ]
-    rows = run / "metrics.jsonl"
-    return max(steps, default=-1), rows.stat().st_size if rows.exists() else 0
+def progress_of(run: Path) -> tuple[list[str], int]:
+    """Checkpoints and bytes of metrics.jsonl: what another attempt would move, also where the run
+    is locked by a process of somebody else that gets on with it."""
+    checkpoints, rows = (run / "checkpoints").glob("step-*.json"), run / "metrics.jsonl"
+    return sorted(path.name for path in checkpoints), rows.stat().st_size if rows.exists() else 0
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
+from src.spec.command_line import OK, OUR_FAULT, TRY_AGAIN
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION
 from src.spec.progress import say
 from src.spec.strict_yaml import read_yaml
@@ -30,7 +30,7 @@ from src.storage.run_dir import check_log_dir, locked, write_atomic, write_json
 from src.study import blocks, costs, engines, speed
 from src.study.plan import Configuration, Decision, Job, Plan, Source, Study
 from src.study.processes import REPOSITORY, Start, Supervisor, progress_of, starter
-from src.study.state import Reader, diverged
+from src.study.state import Reader, diverged, runbook_spent
 
 SCHEMA = 1
 LAUNCH = "launch"  # where files for other schedulers go
@@ -74,11 +74,9 @@ def run(
     """Print the plan and what is next, then do it; returns an exit code.
 
     engine: local does it; slurm and sky write files for all runs that may begin now.
-
-    0: complete. 75: stopped by a signal, or a run is to be run again. 78: the budget is spent.
-    Else the worst code of a run that failed; the others were brought to their ends.
-    start: starts a command line; by default as a process that ends with this one. pause_s: before
-    the first rerun of what exited 75.
+    start: starts a command line. pause_s: before the first rerun of what exited 75.
+    0: complete. 75: stopped by a signal, or a run is to be run again. Else the worst code of a run
+    that failed; the others were brought to their ends. ValueError before the budget is spent.
     """
     log_dir = Path(study.config.log_dir)
     check_log_dir(log_dir)
@@ -96,7 +94,7 @@ def run(
         with locked(log_dir):
             reader.restore()
             return _write_files(found, engine, remote)
-    rate = reader.rate()
+    rate = reader.rate(found.state)
     print(costs.table(found, rate, reader.spent(found, rate), study.config.budget_usd))
     print(f"runs: {places}")
     following = [f"{job.name} ({job.stage})" for job in found.ready()[: places.jobs]]
@@ -157,17 +155,18 @@ class _Runner:
         """Returns the study's exit code; the supervisor's context stops what still runs then."""
         while True:
             found = blocks.plan(self.study, self.reader.state())
-            self.rate = self.reader.rate(self.rate)
+            self.rate = self.reader.rate(found.state, self.rate)
             spent = self.reader.spent(found, self.rate)
             self._tell_progress(found, sum(spent.values()))
-            write_json(self.log_dir / "study.json", summary(found, self.reader, spent))
+            write_json(self.log_dir / "study.json", summary(found, spent))
             for directory, checks in found.state.sanity.items():
                 if not checks["passed"]:
-                    return _say(
+                    print(
                         f"the sanity checks failed ({checks['reason']}): see {self.log_dir}/"
                         f"{directory}/sanity.json, mend it and delete that directory",
-                        OUR_FAULT,
+                        file=sys.stderr,
                     )
+                    return OUR_FAULT
             too_dear = self._start_ready(found, sum(spent.values()))
             if not self.supervisor.names or self.supervisor.stopped:
                 return self._end(found, spent, too_dear)
@@ -219,12 +218,11 @@ class _Runner:
             return max(self.failed.values())
         if too_dear is not None:
             asked = self.study.config
-            return _say(
+            raise ValueError(
                 f"stopped before {too_dear.name}: {sum(spent.values()):.2f} USD are spent and it "
                 f"would take about {costs.dollars(too_dear, self.rate):.2f}, but budget_usd in "
                 f"{self.study.file} is {asked.budget_usd:g}; raise it and run the same command "
-                "to go on",
-                BAD_INPUT,
+                "to go on"
             )
         assert found.complete, "nothing runs, nothing can begin and something is open"
         for decision in found.decisions:
@@ -276,18 +274,13 @@ def _need_corpus(found: Plan) -> None:
         )
 
 
-def _say(sentence: str, code: int) -> int:
-    print(sentence, file=sys.stderr)
-    return code
-
-
 # --------------------------------------------------------------------------------------- study.json
 
 
-def summary(found: Plan, reader: Reader, spent: Mapping[str, float]) -> dict[str, Any]:
+def summary(found: Plan, spent: Mapping[str, float]) -> dict[str, Any]:
     """study.json: decisions, aliases, runs and costs. No clocks, no paths of this machine."""
     asked, total = found.study.config, sum(spent.values())
-    runbook = reader.runbook_spent(found.state)
+    runbook = runbook_spent(found.state)
     stages = "; ".join(f"{stage}: {usd:.4f} USD" for stage, usd in spent.items())
     return {
         "schema": SCHEMA,

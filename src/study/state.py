@@ -29,8 +29,7 @@ from src.study.plan import Job, Plan, State, Study
 
 
 class Reader:
-    """Reads the log directory, and the publication where it has no run; what is finished is read
-    once."""
+    """Reads the log directory, and the publication where it has no run."""
 
     def __init__(self, study: Study, threads: int | None = None) -> None:
         self.study, self.threads = study, threads  # of every run; None: not settled yet
@@ -38,38 +37,26 @@ class Reader:
         self.published = None if published is None else Path(published)
         self.baseline = study.baseline()
         self._folders = sorted({"", *(block.folder for block in study.config.blocks)})
-        self._results: dict[str, Mapping[str, Any]] = {}
-        self._beside: dict[str, Mapping[str, Any]] = {}  # cost money, and judge nothing
-        self._curves: dict[str, Curve] = {}
-        self._documents: dict[tuple[str, str], Documents | None] = {}
 
     def state(self) -> State:
         """The log directory now."""
-        for path, name in self._files("*/metrics.json", published="runs"):
-            if name in self._results or name in self._beside:
-                continue
-            metrics = read_json(path)
-            if metrics.get("phase") not in config.PHASES:  # tuned, or not a run of ours
-                self._beside[name] = metrics
-                continue
-            self._results[name] = metrics
-            self._curves[name] = read_curve(path.parent) or [
-                (row["tokens"], row["dev_perplexity"])
-                for row in curve_rows(path.parent, metrics)
-                if row["kind"] == "dev"
-            ]
+        found = {name: path for path, name in self._files("*/metrics.json", published="runs")}
+        metrics = {name: read_json(path) for name, path in found.items()}
+        # What was tuned, or is not a run of ours, costs money and judges nothing.
+        runs = {name: one for name, one in metrics.items() if one.get("phase") in config.PHASES}
         failed = {
             name: {"status": "failed", "reason": read_json(path).get("message")}
-            for path, name in self._files("*/failure.json", published="runs")
+            for path, name in self._files("*/failure.json")
             if diverged(path.parent)
         }
-        checks = self._files("*-sanity/sanity.json")
         return State(
-            results={**failed, **self._results},
-            curves=self._curves,
+            results={**failed, **runs},
+            beside={name: one for name, one in metrics.items() if name not in runs},
+            curves={name: _curve(found[name].parent, one) for name, one in runs.items()},
             documents=self.documents,
             train_tokens=self._train_tokens(),
-            sanity={name: read_json(path) for path, name in checks},
+            sanity={name: read_json(path)
+                    for path, name in self._files("*-sanity/sanity.json")},
             latency={f"{name}/{path.name}": read_json(path)
                      for path, name in self._files("latency/*.json")},
             threads=self.threads,
@@ -107,12 +94,10 @@ class Reader:
 
     def documents(self, name: str, split: str) -> Documents | None:
         """Per-document losses of a finished run; None where it kept none."""
-        key, run = (name, split), self.log_dir / name
-        if key not in self._documents:
-            if self.published is not None and not (run / "metrics.json").is_file():
-                run = self.published / "runs" / name
-            self._documents[key] = documents.read(run, split)
-        return self._documents[key]
+        run = self.log_dir / name
+        if self.published is not None and not (run / "metrics.json").is_file():
+            run = self.published / "runs" / name
+        return documents.read(run, split)
 
     def _train_tokens(self) -> dict[int, int]:
         found = {}
@@ -123,9 +108,9 @@ class Reader:
 
     # ---------------------------------------------------------------------------- time and money
 
-    def rate(self, known: Rate | None = None) -> Rate:
+    def rate(self, state: State, known: Rate | None = None) -> Rate:
         """From finished runs here, else `known`, else the study file's speed, else a probe."""
-        done = [m for m in self._results.values() if m.get("train_seconds") and m.get("tokens")]
+        done = [m for m in state.results.values() if m.get("train_seconds") and m.get("tokens")]
         if not done:
             return known or self._probed()
         last = done[-1]
@@ -157,29 +142,40 @@ class Reader:
         """Dollars by stage: finished runs, the checks, and what unfinished runs have used."""
         totals: dict[str, float] = {}
         for job in found.jobs:
-            cost = 0.0 if job.alias_of else self._cost(job, found, rate)
+            cost = 0.0 if job.alias_of else self._cost(job, found.state, rate)
             totals[job.stage] = totals.get(job.stage, 0.0) + cost
         return totals
 
-    def _cost(self, job: Job, found: Plan, rate: Rate) -> float:
-        hourly, state = rate.usd_per_hour or 0.0, found.state
+    def _cost(self, job: Job, state: State, rate: Rate) -> float:
+        result = state.sanity.get(job.name) or state.results.get(job.name, {})
+        if result.get("cost_usd") is not None:
+            return float(result["cost_usd"])
         if job.kind == "latency":
-            return float(state.latency.get(job.name, {}).get("wall_seconds", 0)) / 3600 * hourly
-        result = state.sanity.get(job.name) or self._results.get(job.name)
-        if result is not None:
-            return float(result.get("cost_usd") or 0.0)
-        rows = read_rows(self.log_dir / job.name / "metrics.jsonl")
-        return max((row.get("elapsed_s", 0.0) for row in rows), default=0.0) / 3600 * hourly
+            seconds = state.latency.get(job.name, {}).get("wall_seconds", 0.0)
+        else:
+            rows = read_rows(self.log_dir / job.name / "metrics.jsonl")
+            seconds = max((row.get("elapsed_s", 0.0) for row in rows), default=0.0)
+        return seconds / 3600 * (rate.usd_per_hour or 0.0)
 
-    def runbook_spent(self, state: State) -> float:
-        """Dollars of everything in the log directory, tuning and runs by hand included."""
-        every = (*self._results.values(), *self._beside.values(), *state.sanity.values())
-        return sum(float(m.get("cost_usd") or 0.0) for m in every)
+
+def runbook_spent(state: State) -> float:
+    """Dollars of everything in the log directory, tuning and runs by hand included."""
+    every = (*state.results.values(), *state.beside.values(), *state.sanity.values())
+    return sum(float(found.get("cost_usd") or 0.0) for found in every)
 
 
 def diverged(path: Path) -> bool:
     """Whether the run's failure.json says that it met a NaN: a result, unlike other failures."""
     return (read_failure(path) or {}).get("kind") == "NonFinite"
+
+
+def _curve(run: Path, metrics: Mapping[str, Any]) -> Curve:
+    """Its dev checks, of a published run from its curve.csv."""
+    return read_curve(run) or [
+        (row["tokens"], row["dev_perplexity"])
+        for row in curve_rows(run, metrics)
+        if row["kind"] == "dev"
+    ]
 
 
 def curve_rows(place: Path, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
