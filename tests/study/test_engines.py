@@ -56,6 +56,13 @@ def launch(*arguments: Any, cwd: Path = ROOT, code: Path = ROOT) -> subprocess.P
     )  # fmt: skip
 
 
+def said(process: subprocess.Popen[str], code: int) -> str:
+    """What a process says until it ends, with this exit code."""
+    words, _ = process.communicate(timeout=180)
+    assert process.returncode == code, words
+    return words
+
+
 @pytest.fixture(scope="module")
 def reference(tiny_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run of `base`, run as a task of a Slurm array runs it."""
@@ -75,19 +82,16 @@ def test_an_interrupted_run_ends_bitwise_as_an_uninterrupted_one(tiny_sweep, tmp
     file = written(tmp_path, tiny_sweep, "base, idle", f"jobs: 2\noverrides: {list(LONGER)}")
     first = launch(file, "--log_dir", logs)
     until(lambda: rows(logs / "base") > 60)
-    os.kill(json.loads((logs / "base" / ".lock").read_text())["pid"], signal.SIGTERM)
-    stopped = json.loads((logs / "base" / ".lock").read_text())
-    until(
-        lambda: json.loads((logs / "base" / ".lock").read_text() or "null") not in (stopped, None)
-    )
+    lock = logs / "base" / ".lock"
+    stopped = json.loads(lock.read_text())
+    os.kill(stopped["pid"], signal.SIGTERM)
+    until(lambda: json.loads(lock.read_text() or "null") not in (stopped, None))
     until(lambda: rows(logs / "base") > 150)
     first.send_signal(signal.SIGTERM)
-    said, _ = first.communicate(timeout=120)
-    assert first.returncode == 75, said
-    assert "base: exited 75: again in 1 s" in said and "idle: failed: exit code 78" in said
-    second = launch(file, "--log_dir", logs)
-    said, _ = second.communicate(timeout=180)
-    assert second.returncode == 78 and said.count("begun with another config") == 1, said
+    words = said(first, 75)
+    assert "base: exited 75: again in 1 s" in words and "idle: failed: exit code 78" in words
+    words = said(launch(file, "--log_dir", logs), 78)
+    assert words.count("begun with another config") == 1, words
     assert differences(logs / "base", reference) == []
 
 
@@ -136,9 +140,8 @@ def test_time_limits_as_sbatch_reads_them(limit, seconds):
 
 def slurm_script(file: Path, here: Path) -> Path:
     """What --engine slurm writes, with logs and files below `here`."""
-    process = launch(file, "--engine", "slurm", "--log_dir", here / "logs", cwd=here)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "submit it with: sbatch" in said, said
+    words = said(launch(file, "--engine", "slurm", "--log_dir", here / "logs", cwd=here), 0)
+    assert "submit it with: sbatch" in words
     return here / "launch" / "tiny.sbatch"
 
 
@@ -228,19 +231,8 @@ def checkout(token_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def sky_files(checkout: Path, remote: str, names: str = "base", more: str = "") -> list[Path]:
     file = written(checkout, "configs/tiny.yaml", names, more)
-    process = launch(
-        file,
-        "--engine",
-        "sky",
-        "--remote",
-        remote,
-        "--log_dir",
-        "logs",
-        cwd=checkout,
-        code=checkout,
-    )
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    flags = ("--engine", "sky", "--remote", remote, "--log_dir", "logs")
+    said(launch(file, *flags, cwd=checkout, code=checkout), 0)
     return [checkout / "launch" / f"tiny-{name}.yaml" for name in names.split(", ")]
 
 
@@ -267,8 +259,7 @@ def test_only_where_the_tokens_are_and_the_code_is(checkout, tmp_path, monkeypat
     (checkout / "configs" / "bare.yaml").write_text(SWEEP.format(tokens=tmp_path / "nowhere"))
     file = written(checkout, "configs/bare.yaml", name="bare")
     process = launch(file, "--engine", "sky", "--remote", "s3://b/p", cwd=checkout, code=checkout)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 78 and "start this command once without --engine" in said
+    assert "start this command once without --engine" in said(process, 78)
 
 
 class Machine:
@@ -309,13 +300,9 @@ def test_the_run_section_goes_on_from_the_bucket_on_a_machine_with_an_empty_disk
     process = first.start()
     until(lambda: rows(first.workdir / "logs" / "base") > 100)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=90)
-    assert process.returncode == 75, said  # which SkyPilot recovers on, and on nothing else
+    said(process, 75)  # which SkyPilot recovers on, and on nothing else
     second = Machine(tmp_path / "second", checkout, file)
-    process = second.start()
-    said, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, said
-    assert "step 32/320" not in said, "it began again at step 0"
+    assert "step 32/320" not in said(second.start(), 0), "it began again at step 0"
     assert differences(second.workdir / "logs" / "base", reference) == []
 
 

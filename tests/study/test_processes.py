@@ -133,12 +133,11 @@ def test_an_error_in_between_asks_what_runs_to_end(tmp_path: Path) -> None:
 
 
 def test_progress_is_a_checkpoint_or_a_row(tmp_path: Path) -> None:
-    assert progress_of(tmp_path / "none") == (-1, 0)
+    assert progress_of(tmp_path / "none") == ([], 0)
     with RunDir.open(tmp_path, "r") as directory:
         directory.append({"step": 1})
         (directory.checkpoints / "step-00000040.json").touch()
-        (directory.checkpoints / "step-00000120.json").touch()
-        assert progress_of(directory.path) == (120, directory.offset())
+        assert progress_of(directory.path) == (["step-00000040.json"], directory.offset())
 
 
 def test_a_run_that_another_process_has_is_waited_for(tiny_sweep: Path, tmp_path: Path) -> None:
