@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -252,7 +253,7 @@ def _relative(
 ) -> decisions.Measured:
     """Latencies as the interleaved ratios say: medians of two processes differ by several percent
     from hour to hour, those of one process by the models."""
-    scaled = {}
+    scaled: dict[str, Any] = {}
     for length, (ratio, _, _) in ratios.items():
         key = f"latency_ms_l{length}"
         base = getattr(reference, key)
