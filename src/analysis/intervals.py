@@ -79,7 +79,9 @@ def paired_bootstrap(
 
     Raises ValueError for shapes that do not fit or numbers that are not finite.
     """
-    a, b, w = _document_losses(nats_a, nats_b, weights, paired_seeds)
+    a, b = (np.atleast_2d(np.asarray(x, dtype=np.float64)) for x in (nats_a, nats_b))
+    w = np.asarray(weights, dtype=np.float64)
+    _check_documents(a, b, w, paired_seeds)
     rng, everything = np.random.default_rng(seed), np.ones((1, w.size))
     estimate = float(_contrast(everything, a, b, w, measure)[0])
     samples = np.empty(draws)
@@ -110,11 +112,7 @@ def paired_bootstrap(
     )
 
 
-def _document_losses(
-    nats_a: ArrayLike, nats_b: ArrayLike, weights: ArrayLike, paired_seeds: bool
-) -> tuple[Floats, Floats, Floats]:
-    a, b = (np.atleast_2d(np.asarray(x, dtype=np.float64)) for x in (nats_a, nats_b))
-    w = np.asarray(weights, dtype=np.float64)
+def _check_documents(a: Floats, b: Floats, w: Floats, paired_seeds: bool) -> None:
     if w.ndim != 1 or w.size == 0 or a.shape[1:] != w.shape or b.shape[1:] != w.shape:
         raise ValueError(
             f"document losses have shapes {a.shape} and {b.shape} for {w.size} documents; expected "
@@ -127,7 +125,6 @@ def _document_losses(
         )
     if not (np.isfinite(a).all() and np.isfinite(b).all() and (w > 0).all()):
         raise ValueError("document losses must be finite and their weights positive.")
-    return a, b, w
 
 
 def _per_seed(counts: Floats, nats: Floats, w: Floats, measure: str) -> Floats:

@@ -62,7 +62,7 @@ def judged(rows: Sequence[Row], configs: Mapping[str, Config] | None = None) -> 
         return read_config(Path(row["path"]))[0] if configs is None else configs.get(row["run"], {})
 
     by_name = {row["run"]: row for row in rows}
-    by_content = {same_run(row): row for row in rows if _is_whole(row)}
+    by_content = {key: row for row in rows if _is_whole(row) and (key := same_run(row))}
     found = []
     for row in rows:
         if row.get("kill_verdict") is None or "path" not in row:
@@ -70,10 +70,10 @@ def judged(rows: Sequence[Row], configs: Mapping[str, Config] | None = None) -> 
         config = config_of(row)
         if not config.get("kill_rule"):  # an edited config.yaml is not read
             continue
-        baseline = by_name.get(_baseline_run(row))
+        name = run_name(row["baseline_name"], row["phase"], row["seed"])
+        baseline = by_name.get(PurePosixPath(row["run"]).with_name(name).as_posix())
         if baseline is not None and not _is_whole(baseline):  # another run may stand for it
-            key = same_run(baseline)
-            baseline = None if key is None else by_content.get(key)
+            baseline = by_content.get(same_run(baseline) or ())
         reference = None
         if baseline is not None:
             comparable = kill_rule.comparable(config, config_of(baseline))
@@ -107,11 +107,6 @@ def _judge(
 
 def _is_whole(row: Row) -> bool:
     return row["status"] == "finished" and "path" in row
-
-
-def _baseline_run(row: Row) -> str:
-    name = run_name(row["baseline_name"], row["phase"], row["seed"])
-    return PurePosixPath(row["run"]).with_name(name).as_posix()
 
 
 def differences(found: Iterable[Judged]) -> list[str]:

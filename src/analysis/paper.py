@@ -144,10 +144,10 @@ def draw_interval(ax: Axes, x: float, low: float, high: float, colour: str) -> b
 # --- figures ------------------------------------------------------------------------------------
 
 
-def grid(count: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
-    """`count` panels: one in a column's width, more in two columns over a page's; in inches."""
+def grid(count: int) -> tuple[Figure, list[Axes]]:
+    """`count` panels: one in a column's width, more in two columns over a page's."""
     columns, lines = min(count, 2), math.ceil(count / 2)
-    size = (COLUMN if columns == 1 else PAGE, height * lines)
+    size = (COLUMN if columns == 1 else PAGE, 2.3 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for ax in axes.flat[count:]:
         ax.remove()
@@ -168,11 +168,8 @@ def finish(
     never cut."""
     wide = figure.get_figwidth() > COLUMN + 1
     width = 118 if wide else 54  # characters of the title's size
-    head = "\n".join(
-        line
-        for text in (title, "" if runs is None else facts(runs), note)
-        for line in textwrap.wrap(text, width)
-    )
+    texts = (title, "" if runs is None else facts(runs), note)
+    head = "\n".join(line for text in texts for line in textwrap.wrap(text, width))
     figure.suptitle(head, x=0.01, ha="left")
     unique = list({handle.get_label(): handle for handle in handles}.values())
     order = {name: place for place, name in enumerate(styles or ())}
@@ -226,7 +223,7 @@ def named(
     """Legend entries of the configurations that were drawn, in the looks' order."""
     drawn, bases = set(shown), set(baseline)
     return [
-        point(f"{name}{BASELINE}" if name in bases else name, look)
+        point(f"{name}{BASELINE if name in bases else ''}", look)
         for name, look in styles.items()
         if name in drawn
     ]

@@ -24,15 +24,12 @@ def sentence(folder: Path) -> str:
         f"{row['embedding_ratio_built']:.2f}, GLU x{row['glu_expansion_built']:.2f})"
         for row in (rows[0], rows[-1])
     )
-    entropy = read_json(folder / "corpus" / "source.json")["splits"]["test"][
-        "entropy_bits_per_byte"
-    ]
-    reached = rows[0]["test_bits_per_byte"]
+    splits = read_json(folder / "corpus/source.json")["splits"]
+    entropy, bits = splits["test"]["entropy_bits_per_byte"], rows[0]["test_bits_per_byte"]
     return (
-        f"of {len(rows)} finished runs, one seed each, the lowest test perplexity is {best}, "
-        f"the highest {worst}; "
-        f"the best needs {reached:.4f} bits a byte, {reached / entropy - 1:.1%} more than the "
-        f"{entropy:.4f} of the language itself, below which no model can be expected"
+        f"of {len(rows)} finished runs, one seed each, the lowest test perplexity is {best}, the "
+        f"highest {worst}; the best needs {bits:.4f} bits a byte, {bits / entropy - 1:.1%} more "
+        f"than the {entropy:.4f} of the language itself, below which no model can be expected"
     )
 
 

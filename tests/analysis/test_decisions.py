@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,17 +16,17 @@ from src.analysis.repeats import Noise
 NOISE = Noise(sd=0.005, df=4)  # t(0.975, 4) = 2.776: threshold 0.0196 for one seed each
 
 
-def test_a_clear_lead_promotes_one() -> None:
-    result = promote({"emb35": [3.50], "emb25": [3.46], "emb45": [3.60]}, NOISE)
-    assert result.promoted == ("emb25",)
+@pytest.mark.parametrize(
+    ("second", "promoted", "told"),
+    [(3.50, ("emb25",), "one goes on"), (3.475, ("emb25", "emb35"), "two go on")],
+)
+def test_a_clear_lead_promotes_one_and_a_thin_one_two(
+    second: float, promoted: tuple[str, ...], told: str
+) -> None:
+    result = promote({"emb35": [second], "emb25": [3.46], "emb45": [3.60]}, NOISE)
+    assert result.promoted == promoted and told in result.reason
     assert [name for name, _ in result.ranking] == ["emb25", "emb35", "emb45"]
     assert result.threshold == pytest.approx(2.7764 * 0.005 * math.sqrt(2), rel=1e-4)
-
-
-def test_a_thin_lead_promotes_two() -> None:
-    result = promote({"emb35": [3.475], "emb25": [3.46], "emb45": [3.60]}, NOISE)
-    assert result.promoted == ("emb25", "emb35")
-    assert "two go on" in result.reason
 
 
 def test_more_seeds_make_the_same_lead_safe() -> None:
@@ -60,38 +61,26 @@ def measured(
 BASE = measured("emb35", 100.0)
 
 
-def test_exactly_five_percent_at_equal_cost_wins() -> None:
-    result = winner(BASE, [measured("emb25", 95.0)])
-    assert (result.winner_strict, result.winner_margin) == ("emb25", "emb25")
-
-
-def test_less_than_five_percent_is_no_winner() -> None:
-    result = winner(BASE, [measured("emb25", 95.1)])
-    assert (result.winner_strict, result.winner_margin) == (None, None)
-    assert "no winner" in result.readings
-    assert "not 5% below" in result.candidates[0].reasons[0]
-
-
 @pytest.mark.parametrize(
-    "slower",
-    [{"l128": 10.2}, {"l512": 20.4}, {"mib": 51.0}],
-    ids=["latency at 128", "latency at 512", "memory"],
+    ("ppl", "cost", "strict", "margin", "told"),
+    [
+        (95.0, {}, "emb25", "emb25", "at least 5% below"),
+        (95.1, {}, None, None, "not 5% below"),
+        (90.0, {"l128": 10.2}, None, "emb25", "latency at L=128 +2.00% (above"),
+        (90.0, {"l512": 20.4}, None, "emb25", "latency at L=512 +2.00% (above"),
+        (90.0, {"mib": 51.0}, None, "emb25", "peak memory +2.00% (above"),
+        (80.0, {"l128": 10.4}, None, None, "latency at L=128 +4.00% (above"),
+        (80.0, {"l512": None}, None, None, "latency at L=512 was not measured"),
+    ],
 )
-def test_two_percent_more_cost_passes_the_margin_reading_only(slower: dict[str, float]) -> None:
-    result = winner(BASE, [measured("emb25", 90.0, **slower)])
-    assert (result.winner_strict, result.winner_margin) == (None, "emb25")
-    assert "strict: no winner" in result.readings and "emb25" in result.readings
-
-
-def test_four_percent_more_latency_loses_both_readings() -> None:
-    result = winner(BASE, [measured("emb25", 80.0, l128=10.4)])
-    assert (result.winner_strict, result.winner_margin) == (None, None)
-
-
-def test_what_was_not_measured_cannot_win() -> None:
-    result = winner(BASE, [measured("emb25", 80.0, l512=None)])
-    assert result.winner_margin is None
-    assert any("not measured" in reason for reason in result.candidates[0].reasons)
+def test_five_percent_at_equal_cost_wins_and_three_percent_more_cost_with_the_margin(
+    ppl: float, cost: dict[str, Any], strict: str | None, margin: str | None, told: str
+) -> None:
+    result = winner(BASE, [measured("emb25", ppl, **cost)])
+    assert (result.winner_strict, result.winner_margin) == (strict, margin)
+    assert told in "; ".join(result.candidates[0].reasons)
+    assert f"strict: {strict or 'no winner'};" in result.readings
+    assert result.readings.endswith(f"margin: {margin or 'no winner'}")
 
 
 def test_both_readings_are_named_also_where_they_name_two_models() -> None:

@@ -180,15 +180,15 @@ def _blocks(runs: pd.DataFrame) -> list[int] | None:
 
 
 def _cell(runs: pd.DataFrame, split: str, reference: float, baseline: str) -> dict[str, Any]:
-    label = runs["configuration"].iloc[0]
+    first = runs.iloc[0]
     shape = ("n_layers", "d_model", "embedding_dim", "learning_rate", "attention_width_ratio")
     return {
-        "experiment": runs["experiment"].iloc[0],
-        "label": label,
-        "baseline": label == baseline,
+        "experiment": first["experiment"],
+        "label": first["configuration"],
+        "baseline": first["configuration"] == baseline,
         **{key: _plain(runs, key) for key in shape},
-        "share": runs[EMBEDDING_RATIO.built].iloc[0],
-        "glu": runs[GLU_EXPANSION.built].iloc[0],
+        "share": first[EMBEDDING_RATIO.built],
+        "glu": first[GLU_EXPANSION.built],
         "seeds": runs["seed"].astype(int).tolist(),
         "ln_bpb": _ln_bpb(runs, split).tolist(),
         "ln_ppl_ratio": (runs[f"{split}_loss"] - reference).tolist(),
