@@ -23,7 +23,16 @@ from src.spec.progress import say
 from src.storage.run_dir import Preemption
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WITH_PARENT = Path(__file__).with_name("with_parent.py")
+# The kernel sends SIGTERM when the parent dies, however it dies (prctl(2) PR_SET_PDEATHSIG, which
+# survives exec); in a process of its own, because a function between fork and exec may deadlock
+# under threads.
+_WITH_PARENT = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):  # it died before the kernel was told
+    sys.exit(75)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 # A command that exits 75 is run again as long as it gets somewhere. Without progress it is given up
 # after so many reruns, each after a longer pause: 1, 2, 4, ... 60 s, five minutes in all, more than
 # the three that `src.storage.remote` takes to replace an owner that died.
@@ -46,8 +55,11 @@ Start = Callable[[Sequence[str]], Process]
 
 
 def bound(line: Sequence[str]) -> list[str]:
-    """The command line that ends with this process (`src/study/with_parent.py`)."""
-    return [sys.executable, "-I", "-S", str(WITH_PARENT), str(os.getpid()), *line]
+    """The command line that is asked to end when this process dies. Elsewhere than on Linux it
+    lives on, and whoever comes next finds its run's lock held and waits."""
+    if sys.platform != "linux":
+        return [*line]
+    return [sys.executable, "-I", "-S", "-c", _WITH_PARENT, str(os.getpid()), *line]
 
 
 def starter(jobs: int, threads: int) -> Start:

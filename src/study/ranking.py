@@ -144,9 +144,6 @@ def kill_decisions(plan: Plan, some: Sequence[Configuration]) -> None:
             rule = stated.in_run(one.run.training.tokens)
             found = kill_rule.verdict(rule, curves[one.run.baseline], curves[name])
             verdict = f"{found.kind}; to the PRD's letter {found.literal_kind}"
-            live = (result or {}).get("kill_verdict")
-            if live is not None and live != found.kind:  # asked before the baseline's curve was
-                verdict += f"; while it trained {live}"
             plan.decide(
                 "1", "kill rule", [f"{name} against {one.run.baseline}"], verdict, found.reason
             )
