@@ -25,7 +25,7 @@ from src.storage.files import sha256_of
 
 TASKS_FILE = SMALLBENCH_TASKS
 BLIMP = "nyu-mll/blimp"
-METRICS = ("accuracy", "matthews", "perplexity")
+METRICS = ("accuracy", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

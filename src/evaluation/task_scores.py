@@ -32,16 +32,6 @@ def credit(scores: FloatArray, gold: int, tie: float = 0.0) -> float:
     return float(best[gold] / best.sum())
 
 
-def matthews(predictions: Sequence[int], golds: Sequence[int]) -> float | None:
-    """Correlation of predicted and right classes (Gorodkin 2004); None if either is constant."""
-    classes = max(*predictions, *golds) + 1
-    predicted = np.eye(classes)[list(predictions)]
-    right = np.eye(classes)[list(golds)]
-    predicted, right = predicted - predicted.mean(axis=0), right - right.mean(axis=0)
-    spread = math.sqrt(float((predicted**2).sum() * (right**2).sum()))
-    return float((predicted * right).sum()) / spread if spread > 1e-12 else None
-
-
 def standard_error(values: Sequence[float]) -> float | None:
     """Of the mean; None for a single value."""
     if len(values) < 2:
@@ -113,9 +103,6 @@ class TaskScores:
         }
         if not self.task.is_cloze:
             row |= self._choice_summary(credits)
-        if "matthews" in self.task.metrics:
-            predictions = [p for p in self.predictions() if p is not None]
-            row["matthews"] = matthews(predictions, self.golds)
         if "perplexity" in self.task.metrics:
             mean = -row["gold_logprob"]
             row["perplexity"] = math.exp(mean) if mean < 700 else None

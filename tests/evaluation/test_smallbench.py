@@ -19,7 +19,7 @@ from src.data import tasks as smallbench
 from src.data.requests import encode_requests
 from src.data.tasks import TASKS_FILE, Task, load_items, load_tasks, select_rows
 from src.evaluation.smallbench import evaluate, random_row, score_requests
-from src.evaluation.task_scores import credit, matthews
+from src.evaluation.task_scores import credit
 from tests.evaluation.models import small_transformer
 
 # One row of every dataset in the shipped list, with the prompt and choices it must become.
@@ -169,7 +169,7 @@ def test_adding_a_task_is_an_edit_of_the_list(tokenizer: Tokenizer, tmp_path: Pa
         "templates: {base: &base {path: me/toy, split: test, config: default}}\n"
         "tasks:\n"
         "- {<<: *base, name: toy, n: 3, prompt: '{{ q | upper }}', choices: {field: options},\n"
-        "   gold: '{{ options.index(answer) }}', metrics: [accuracy, matthews], chance: 0.5}\n"
+        "   gold: '{{ options.index(answer) }}', metrics: [accuracy, perplexity], chance: 0.5}\n"
     )
     rows = [{"q": "ab", "options": ["x", "y"], "answer": "y"}, {"q": "c", "options": ["x", "y"],
              "answer": "x"}]  # fmt: skip
@@ -332,15 +332,6 @@ def test_not_a_number_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
         run(ConstantModel(math.nan), tokenizer, [make_task()], tmp_path)
     with pytest.raises(ValueError, match="finite"):
         credit(np.array([0.0, math.nan]), 0)
-
-
-def test_matthews_correlation() -> None:
-    golds = [0, 0, 0, 1, 1, 1, 1, 1]
-    predictions = [0, 1, 0, 1, 1, 0, 1, 1]
-    # (TP TN - FP FN) / sqrt(...) with TP = 4, TN = 2, FP = 1, FN = 1
-    assert matthews(predictions, golds) == pytest.approx(7 / math.sqrt(5 * 5 * 3 * 3))
-    assert matthews(golds, golds) == pytest.approx(1.0)
-    assert matthews([1] * 8, golds) is None
 
 
 def test_a_label_bias_is_calibrated_away(tokenizer: Tokenizer, tmp_path: Path) -> None:
