@@ -61,68 +61,50 @@ def score_documents(
     the separator, which is read and never scored. With a stride of half the context most windows
     of the second reading are windows of the first, so the pair costs little more than one.
     """
-    plan = _WindowPlan()
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
-        plan.add(int(begin), int(end - begin) - 1, context)
-    rows = [tokens[start:end] for start, end in plan.rows]
-    queries = plan.queries(tokens)
-    nats, _ = score_positions(model, rows, queries, **reading)
+    rows, readings = _plan(offsets, context)
+    starts, (ends, lowest) = np.array(list(rows)), np.array(list(rows.values())).T
+    counts = ends - lowest + 1
+    row, first_query = np.repeat(np.arange(len(rows)), counts), np.cumsum(counts) - counts
+    target = np.arange(len(row)) + np.repeat(lowest - first_query, counts)
+    queries = np.stack((row, target - starts[row] - 1, tokens[target].astype(np.int64)), axis=1)
+    texts = [tokens[start:end] for start, (end, _) in rows.items()]
+    nats, _ = score_positions(model, texts, queries, **reading)
     if not np.isfinite(nats).all():
         raise ValueError(
             "the model's log-probabilities: found values that are not finite numbers, expected "
             "numbers; the weights have diverged, or need a wider precision than "
             f"{reading['autocast_dtype'] or torch.float32}"
         )
-    readings = [plan.gather(nats, r, int(offsets[-1])) for r in (plan.overlapping, plan.separate)]
-    counts = np.diff(offsets) - 1
-    assert all(np.isfinite(reading).sum() == counts.sum() for reading in readings)
-    # The separator's NaN counts nothing, so that no document is empty.
-    sums = [np.add.reduceat(np.nan_to_num(reading), offsets[:-1]) for reading in readings]
-    return sums[0], sums[1], counts
+    tokens_of = np.diff(offsets) - 1
+    nats_of = dict(zip(rows, np.split(nats, first_query[1:]), strict=True))
+    sums = []
+    for windows_read in readings:
+        scored = np.full(int(offsets[-1]), np.nan)  # nats of each target; a separator is none
+        for start, first in windows_read:
+            end, lowest_target = rows[start]
+            scored[first : end + 1] = nats_of[start][first - lowest_target :]
+        assert np.isfinite(scored).sum() == tokens_of.sum(), "each target is scored, once"
+        sums.append(np.add.reduceat(np.nan_to_num(scored), offsets[:-1]))
+    return sums[0], sums[1], tokens_of
 
 
-class _WindowPlan:
-    """Windows of all documents, each read once though two readings may use it."""
+def _plan(
+    offsets: IntArray, context: int
+) -> tuple[dict[int, tuple[int, int]], tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+    """Windows of all documents, each read once though both readings may use it.
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int]] = []
-        self.lowest: list[int] = []  # first target that any reading scores in the row
-        self.overlapping: list[tuple[int, int]] = []  # (row, first target it scores)
-        self.separate: list[tuple[int, int]] = []
-
-    def add(self, begin: int, length: int, context: int) -> None:
-        stride = max(1, context // 2)
-        known: dict[int, int] = {}
-        for size, reading in ((stride, self.overlapping), (context, self.separate)):
-            for start, end, first in windows(length, context, size):
-                if start not in known:
-                    known[start] = len(self.rows)
-                    self.rows.append((begin + start, begin + end))
-                    self.lowest.append(begin + first)
-                row = known[start]
-                self.lowest[row] = min(self.lowest[row], begin + first)
-                reading.append((row, begin + first))
-
-    def queries(self, tokens: NDArray[np.uint16]) -> IntArray:
-        """(Q, 3): for every row its targets lowest..end."""
-        starts, ends = np.array(self.rows, dtype=np.int64).T
-        lowest = np.array(self.lowest, dtype=np.int64)
-        counts = ends - lowest + 1
-        row = np.repeat(np.arange(len(self.rows)), counts)
-        self.first_query = np.concatenate(([0], np.cumsum(counts)))
-        target = np.arange(len(row)) + np.repeat(lowest - self.first_query[:-1], counts)
-        return np.stack((row, target - starts[row] - 1, tokens[target].astype(np.int64)), axis=1)
-
-    def gather(
-        self, nats: NDArray[np.float32], reading: list[tuple[int, int]], size: int
-    ) -> FloatArray:
-        """Nats of every token of the stream as one reading scores them; NaN elsewhere."""
-        out = np.full(size, np.nan)
-        for row, first in reading:
-            end = self.rows[row][1]
-            skip = first - self.lowest[row]
-            out[first : end + 1] = nats[self.first_query[row] + skip : self.first_query[row + 1]]
-        return out
+    By the first token that is read: the last target, and the first that any reading scores. And of
+    each reading (overlapping, separate) the windows: first token read, first target scored.
+    """
+    rows: dict[int, tuple[int, int]] = {}
+    readings: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        for stride, reading in zip((max(1, context // 2), context), readings, strict=True):
+            for start, stop, first in windows(end - begin - 1, context, stride):
+                _, lowest = rows.get(begin + start, (0, begin + first))
+                rows[begin + start] = (begin + stop, min(lowest, begin + first))
+                reading.append((begin + start, begin + first))
+    return rows, readings
 
 
 def evaluate_split(
