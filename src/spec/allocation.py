@@ -226,7 +226,9 @@ def _shapes(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> Itera
     """At this frame, the allowed d_ff nearest to the asked one for every depth (and number of
     heads) that leaves an allowed one."""
     if frame.n_layers and not frame.n_heads:
-        for n_heads in _slack_heads(request, frame, tolerance):
+        per_head = frame.n_layers * 4 * frame.d_model * frame.head_dim
+        most_heads = math.floor(1.01 * request.total_params / per_head)
+        for n_heads in range(MIN_HEADS_AS_SLACK, most_heads + 1):
             yield from _shapes(request, replace(frame, n_heads=n_heads), tolerance)
         return
     empty, one = (_allocation(request, frame, layers, 0).params for layers in (0, 1))
@@ -249,14 +251,6 @@ def _shapes(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> Itera
             allowed = _multiples(max(room[0], widths[0]), min(room[1], widths[-1]))
             for d_ff in _nearest(allowed, asked):
                 yield _allocation(request, frame, n_layers, d_ff)
-
-
-def _slack_heads(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> range:
-    """The numbers of heads that leave room for an FFN at this width and depth."""
-    headless = _allocation(request, frame, frame.n_layers, 0).params
-    _, most = _budget(request, headless.embedding + headless.projection, tolerance)
-    per_head = frame.n_layers * 4 * frame.d_model * frame.head_dim
-    return range(MIN_HEADS_AS_SLACK, math.floor((most - headless.total) / per_head) + 1)
 
 
 def _natural(request: ModelRequest, d_model: int, n_layers: int) -> bool:
