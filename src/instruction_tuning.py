@@ -9,17 +9,17 @@ Exit codes as in run_experiment.py. Shapes: B examples, T tokens, N answer token
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from src.compute import compute_config as machine
@@ -37,8 +37,8 @@ from src.spec.config import TrainingConfig
 from src.spec.metric_keys import REQUESTS, complete
 from src.spec.progress import Progress
 from src.storage import checkpoint
-from src.storage.files import read_json
-from src.storage.run_dir import Held, Preemption, RunDir, write_json
+from src.storage.files import read_json, write_json
+from src.storage.run_dir import Held, Preemption, RunDir
 from src.train import final_loss
 from src.training_step import NonFinite, Stepper, learning_rate, next_token_loss
 
@@ -46,15 +46,8 @@ SAMPLES = 4
 SAMPLE_TOKENS = 48
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """What decides a tuning run beside the run it starts from."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    seed: int
-
+# What decides a tuning run beside the run it starts from.
+SETTINGS = ("epochs", "batch_size", "learning_rate", "seed")
 
 # ----------------------------------------------------------------------------------------- losses
 
@@ -100,27 +93,25 @@ def generate(model: Transformer, prompt: Sequence[int], context: int, limit: int
     return made
 
 
-def samples(
-    model: Transformer, tokenizer: Tokenizer, rows: Sequence[dict[str, str]], context: int
-) -> list[str]:
-    """Answers to the first held-out prompts."""
-    model.eval()
+def samples(base: TrainedRun, rows: Sequence[dict[str, str]]) -> list[str]:
+    """Answers to the first prompts."""
+    base.model.eval()
     texts = []
     for row in rows[:SAMPLES]:
-        prompt = [END, *tokenizer.encode(row["prompt"], add_special_tokens=False).ids]
-        made = generate(model, prompt, context, min(SAMPLE_TOKENS, context // 2))
-        texts.append(tokenizer.decode(made))
+        prompt = [END, *base.tokenizer.encode(row["prompt"], add_special_tokens=False).ids]
+        made = generate(base.model, prompt, base.context, min(SAMPLE_TOKENS, base.context // 2))
+        texts.append(base.tokenizer.decode(made))
     return texts
 
 
 # ----------------------------------------------------------------------------------------- tuning
 
 
-def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: str) -> int:
-    """Tune `base_path` on `data_dir`, or go on with it; returns an exit code."""
+def tune(asked: argparse.Namespace) -> int:
+    """Tune the run that the command line asks for, or go on with it; returns an exit code."""
     begun = time.perf_counter()
-    rows = {name: read_rows(data_dir / f"{name}.jsonl") for name in ("train", "validation")}
-    base = load_run(base_path)
+    rows = {name: read_rows(asked.data / f"{name}.jsonl") for name in ("train", "validation")}
+    base = load_run(asked.run)
     examples = {
         name: [encode(base.tokenizer, r["prompt"], r["answer"], base.context) for r in part]
         for name, part in rows.items()
@@ -128,44 +119,38 @@ def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: s
     template = chat_template(row["prompt"] for row in rows["train"])
     batches = Batches(examples["train"], asked.batch_size, asked.seed)
     training = _training(base, asked, batches)
-    resolved = _resolved(base, asked, training, data_dir)
+    resolved = _resolved(base, asked, training)
     digest = config.digest(resolved)
     digests = {"config": digest, "tokenizer": base.resolved["tokenizer_sha256"],
                "data": resolved["data_sha256"]}  # fmt: skip
+    tokenizer_path = base.path / "final" / "tokenizer.json"
+    log_dir = asked.log_dir or asked.run.parent
     with RunDir.open(log_dir, resolved["experiment"]) as directory:
         directory.claim_config(resolved, digest)
         if directory.finished() is not None:
             export_again(
-                directory.path, base.model, base.path / "final" / "tokenizer.json",
+                directory.path, base.model, tokenizer_path,
                 digests=digests, steps=training.steps, context=base.context,
                 chat_template=template,
             )  # fmt: skip
             print(f"{directory.path}: finished before, nothing to do")
             return OK
         directory.clear_failure()
-        chosen = machine.choose(training, base.model.config, log_dir, device)
+        chosen = machine.choose(training, base.model.config, log_dir, asked.device)
         base.model.to(chosen.device)
-        before = samples(base.model, base.tokenizer, rows["validation"], base.context)
+        before = samples(base, rows["validation"])
         try:
             tuner = Tuner(base.model, training, batches, directory, chosen, digests)
-            done = tuner.run(examples["validation"])
-        except NonFinite as error:
-            directory.record_failure("NonFinite", str(error))
-            print(error, file=sys.stderr)
-            return OUR_FAULT
-        if not done:
-            print(f"{directory.path}: stopped at step {tuner.step}; run me again")
-            return TRY_AGAIN
-        losses = [row["answer_loss"] for row in directory.rows("dev")]
-        after = samples(base.model, base.tokenizer, rows["validation"], base.context)
-        found = _tuning_json(base, rows["validation"], losses, before, after)
-        write_json(directory.path / "tuning.json", found)
-        tokenizer_path = base.path / "final" / "tokenizer.json"
-        try:
+            if not tuner.run(examples["validation"]):
+                print(f"{directory.path}: stopped at step {tuner.step}; run me again")
+                return TRY_AGAIN
+            losses = [row["answer_loss"] for row in directory.rows("dev")]
+            found = _tuning_json(base, rows["validation"], losses, before)
+            write_json(directory.path / "tuning.json", found)
             export(base.model, tokenizer_path, directory.path / "final",
                    max_position_embeddings=base.context, chat_template=template)  # fmt: skip
-        except NotLoadable as error:
-            directory.record_failure("NotLoadable", str(error))
+        except (NonFinite, NotLoadable) as error:
+            directory.record_failure(type(error).__name__, str(error))
             print(error, file=sys.stderr)
             return OUR_FAULT
         wall = max(time.perf_counter() - begun, tuner.seconds)
@@ -174,7 +159,7 @@ def tune(base_path: Path, data_dir: Path, log_dir: Path, asked: Asked, device: s
     return OK
 
 
-def _training(base: TrainedRun, asked: Asked, batches: Batches) -> TrainingConfig:
+def _training(base: TrainedRun, asked: argparse.Namespace, batches: Batches) -> TrainingConfig:
     """The base run's recipe at the tuning's rate and length; a step counts context x batch."""
     stated = TrainingConfig(**base.resolved["training"])
     steps = asked.epochs * batches.per_epoch
@@ -189,10 +174,10 @@ def _training(base: TrainedRun, asked: Asked, batches: Batches) -> TrainingConfi
 
 
 def _resolved(
-    base: TrainedRun, asked: Asked, training: TrainingConfig, data_dir: Path
+    base: TrainedRun, asked: argparse.Namespace, training: TrainingConfig
 ) -> dict[str, Any]:
     """config.yaml's content; the digest covers all of it."""
-    files = [data_dir / f"{name}.jsonl" for name in ("train", "validation")]
+    files = [asked.data / f"{name}.jsonl" for name in ("train", "validation")]
     data = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
     name = f"{base.path.name}-tuned"
     return {
@@ -203,7 +188,7 @@ def _resolved(
         "base": {"run": base.path.name, "config_digest": base.resolved["config_digest"]},
         "model": base.resolved["model"],
         "training": config.to_dict(training),
-        "tuning": config.to_dict(asked),
+        "tuning": {name: getattr(asked, name) for name in SETTINGS},
         "tokenizer_sha256": base.resolved["tokenizer_sha256"],
         "data_sha256": data.hexdigest(),
     }
@@ -272,26 +257,28 @@ def _tuning_json(
     rows: Sequence[dict[str, str]],
     losses: Sequence[float],
     before: Sequence[str],
-    after: Sequence[str],
 ) -> dict[str, Any]:
     return {
         "base": base.path.name,
         "answer_loss_before": losses[0],
         "answer_loss_after": losses[-1],
-        "answer_loss_by_epoch": list(losses),
+        "answer_loss_by_epoch": losses,
         "samples": [
             {"prompt": row["prompt"], "expected": row["answer"], "before": b, "after": a}
-            for row, b, a in zip(rows, before, after, strict=False)
+            for row, b, a in zip(rows, before, samples(base, rows), strict=False)
         ],
     }
 
 
-_SHAPE_KEYS = (
+# Of metrics.json: what the base run has said of the model, and what config.yaml says.
+_OF_BASE = (
     *(quantity.built for quantity in REQUESTS),
     *"schema corpus vocab_size d_model n_layers n_heads head_dim d_ff embedding_dim".split(),
     *"tie_embeddings qk_norm attention_width_ratio flops_per_token".split(),
     *(f"params_{block}" for block in "embedding projection attention ffn norm".split()),
 )
+_OF_CONFIG = ("experiment", "phase", "seed", "tokenizer_sha256", "data_sha256")
+_OF_TRAINING = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio")
 
 
 def _metrics(
@@ -302,28 +289,20 @@ def _metrics(
     before = read_json(base.path / "metrics.json")
     stamp = runtime.environment_stamp(tuner.machine.device)
     device_name = runtime.device_name(tuner.machine.device)
-    training = tuner.training
     return complete(
         {
-            **{key: before.get(key) for key in _SHAPE_KEYS},
+            **{key: before.get(key) for key in _OF_BASE},
+            **{key: resolved[key] for key in _OF_CONFIG},
+            **{key: getattr(tuner.training, key) for key in _OF_TRAINING},
             "run": resolved["experiment"],
-            "experiment": resolved["experiment"],
             "sweep": "instruction_tuning",
             "baseline": False,
-            "phase": "tuning",
-            "seed": resolved["seed"],
             "status": "finished",
             "config_digest": digest,
-            "tokenizer_sha256": resolved["tokenizer_sha256"],
-            "data_sha256": resolved["data_sha256"],
             "git_sha": stamp.get("git_sha"),
             "git_dirty": stamp.get("git_dirty"),
-            "tokens": tuner.step * training.step_tokens,
+            "tokens": tuner.step * tuner.training.step_tokens,
             "steps": tuner.step,
-            "batch_size": training.batch_size,
-            "seq_len": training.seq_len,
-            "learning_rate": training.learning_rate,
-            "embedding_lr_ratio": training.embedding_lr_ratio,
             "train_loss": final_loss(tuner.directory.rows("train")),
             "train_seconds": tuner.seconds,
             **computed(tuner.machine, device_name, wall),
@@ -355,15 +334,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", default="auto")
-    found = parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
     try:
-        if not 0 < found.learning_rate <= 1:
-            raise ValueError(f"--learning_rate: found {found.learning_rate}, expected 0 to 1")
-        asked = Asked(
-            epochs=found.epochs, batch_size=found.batch_size, learning_rate=found.learning_rate,
-            seed=found.seed,
-        )  # fmt: skip
-        return tune(found.run, found.data, found.log_dir or found.run.parent, asked, found.device)
+        if not 0 < asked.learning_rate <= 1:
+            raise ValueError(f"--learning_rate: found {asked.learning_rate}, expected 0 to 1")
+        return tune(asked)
     except Held as held:
         print(held, file=sys.stderr)
         return TRY_AGAIN

@@ -5,11 +5,10 @@ docs/CORPUS.md is the format.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,19 @@ from src.storage.files import (
 )
 
 SPLITS = ("train", "validation", "test")
-READ_BYTES = 1 << 20
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+# What import_text.py reads.
+KINDS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
-def corpus_parser(description: str, example: str) -> Parser:
+def script_parser(docstring: str | None) -> Parser:
+    """Of a module that says in its first line what it does and in its third how it is called."""
+    says, _, example, *_ = str(docstring).splitlines()
+    return Parser(says, example=example.strip())
+
+
+def corpus_parser(docstring: str | None) -> Parser:
     """The arguments of every command that makes such a directory."""
-    parser = Parser(description.partition("\n")[0], example=example)
+    parser = script_parser(docstring)
     parser.add_argument("--output", type=Path, required=True, help="the directory to make")
     parser.add_argument("--force", action="store_true", help="replace what --output holds")
     return parser
@@ -49,8 +54,9 @@ def make_once(
     """Have a corpus directory made unless it is there: one process at a time, source.json last.
 
     `make` writes into the folder `files` of the scratch directory that it is given and returns
-    what source.json shall say. Returns whether anything was made. Raises Refusal where `output`
-    holds another corpus (unless `force`), a damaged one, or files of somebody else.
+    what source.json shall say beside the defaults below. Returns whether anything was made. Raises
+    Refusal where `output` holds another corpus (unless `force`), a damaged one, or files of
+    somebody else.
     """
     with writing_to(output):
         if not force and is_finished(output, dataset, config, splits):
@@ -58,7 +64,11 @@ def make_once(
             return False
         with workshop(output / ".partial") as partial:
             (partial / "files").mkdir()
-            source = make(partial)
+            source = {
+                **{"dataset": dataset, "config": config},
+                **{"revision": None, "mirror": False, "licence": None},
+                **make(partial),
+            }
             write_json(partial / "files" / "source.json", source)
             publish(partial / "files", output, "source.json")
     for split, facts in source["splits"].items():
@@ -102,57 +112,31 @@ def is_finished(output: Path, dataset: str, config: str | None, splits: Iterable
     return set(splits) <= held["splits"].keys()
 
 
-class SplitWriter:
-    """Writes one split and counts its documents, UTF-8 bytes and whitespace words.
+def write_documents(
+    folder: Path, splits: Iterable[str], documents: Iterable[tuple[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """Write pairs of split and text; what source.json says of each split.
 
-    Empty documents are left out. Lines end in \\n only (other separators stay inside a text).
+    Blank texts are left out. Lines end in \\n only (other separators stay inside a text).
     """
-
-    def __init__(self, file: Path) -> None:
-        self._out = file.open("wb")
-        self._digest = hashlib.sha256()
-        self.documents = self.bytes = self.words = 0
-
-    def write(self, text: str) -> None:
-        if not text.strip():
-            return
-        line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
-        self._out.write(line)
-        self._digest.update(line)
-        self.documents += 1
-        self.bytes += len(text.encode())
-        self.words += len(text.split())
-
-    def __enter__(self) -> SplitWriter:
-        return self
-
-    def __exit__(self, *failed: object) -> None:
-        self._out.close()
-
-    def facts(self) -> dict[str, Any]:
-        """What source.json says of the split."""
-        return {
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "words": self.words,
-            "sha256": self._digest.hexdigest(),
-        }
-
-
-def write_split(file: Path, documents: Iterable[str]) -> dict[str, Any]:
-    """Write a split of these documents; what source.json says of it."""
-    with SplitWriter(file) as writer:
-        for text in documents:
-            writer.write(text)
-    return writer.facts()
+    files = {split: folder / f"{split}.jsonl" for split in splits}
+    facts: dict[str, dict[str, Any]] = {
+        split: {"documents": 0, "bytes": 0, "words": 0} for split in files
+    }
+    with ExitStack() as stack:
+        out = {split: stack.enter_context(file.open("wb")) for split, file in files.items()}
+        for split, text in documents:
+            if text.strip():
+                out[split].write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+                facts[split]["documents"] += 1
+                facts[split]["bytes"] += len(text.encode())
+                facts[split]["words"] += len(text.split())
+    return {split: {**facts[split], "sha256": sha256_of(file)} for split, file in files.items()}
 
 
 def kind_of(file: Path) -> str | None:
-    """.txt, .jsonl or .parquet: how import_text.py reads a file; None for other files."""
-    name = file.name.lower()
-    packed = Path(name).suffix in COMPRESSED
-    kind = Path(name.rpartition(".")[0] if packed else name).suffix
-    return kind if kind in (".txt", ".jsonl") or (kind == ".parquet" and not packed) else None
+    """The ending by which import_text.py reads a file; None for other files."""
+    return next((kind for kind in KINDS if file.name.lower().endswith(kind)), None)
 
 
 def read_source(corpus: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
@@ -183,21 +167,16 @@ def read_source(corpus: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
 
 def check_split(file: Path, sha256: str) -> None:
     """Refusal for a missing, empty, not UTF-8 (with the byte offset) or changed file."""
-    digest = hashlib.sha256()
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+    digest, offset = hashlib.sha256(), 0
     try:
-        with file.open("rb") as data:
-            while block := data.read(READ_BYTES):
-                digest.update(block)
-                kept = len(decoder.getstate()[0])  # a character's bytes cut by the block's end
-                decoder.decode(block)
-                offset += len(block)
-            kept, block = len(decoder.getstate()[0]), b""
-            decoder.decode(b"", final=True)
+        with file.open("rb") as lines:
+            for line in lines:
+                line.decode("utf-8")
+                digest.update(line)
+                offset += len(line)
     except UnicodeDecodeError as error:
         raise Refusal(
-            f"{file}: byte {offset - kept + error.start}: found {error.object[error.start]:#04x}, "
+            f"{file}: byte {offset + error.start}: found {error.object[error.start]:#04x}, "
             f"expected UTF-8 ({error.reason}); mend the file or make the corpus again"
         ) from None
     except (FileNotFoundError, IsADirectoryError):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from src.data.corpus import SPLITS, corpus_parser, make_once, write_split
+from src.data.corpus import SPLITS, corpus_parser, make_once, write_documents
 from src.data.hub import MIRROR_HELP, find_mirror, load, where
 from src.spec.command_line import Refusal
 from src.spec.progress import track
@@ -21,12 +22,11 @@ WIKITEXT = "Salesforce/wikitext"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z0-9._-]+)?")
 # ` = Title = `, not ` = = Section = = `
 HEADING = re.compile(r" = (?!= ).*(?<! =) = \n")
+BLANK_LINES_AROUND = re.compile(r"\A( \n)+|(?<=\n)( \n)+\Z")
 
 
 def main() -> None:
-    parser = corpus_parser(
-        str(__doc__), "python scripts/download_wikitext.py --output data/wikitext-2"
-    )
+    parser = corpus_parser(__doc__)
     parser.add_argument(
         "--dataset",
         default="wikitext-2-v1",
@@ -80,23 +80,25 @@ def download(
 
     def make(partial: Path) -> dict[str, Any]:
         print(f"{path}, configuration {config or 'default'}, from {where(mirror)}", flush=True)
-        loaded = load(path, config, tuple(splits), mirror, partial / "cache")
-        facts = {}
+        loaded, origin = load(path, config, splits, mirror, partial / "cache")
+
+        def documents() -> Iterator[tuple[str, str]]:
+            for split in splits:
+                rows = loaded[split]
+                tracked = track(rows.texts(["text"]), f"{output}: {split}", "rows", len(rows))
+                texts = (row["text"] for row in tracked)
+                for text in articles(texts) if path == WIKITEXT else texts:
+                    yield split, text
+
+        facts = write_documents(partial / "files", splits, documents())
         for split in splits:
-            rows = loaded.splits[split]
-            tracked = track(rows.texts(["text"]), f"{output}: {split}", "rows", len(rows))
-            texts = (row["text"] for row in tracked)
-            documents = articles(texts) if path == WIKITEXT else texts
-            facts[split] = write_split(partial / "files" / f"{split}.jsonl", documents)
             if not facts[split]["documents"]:
                 raise Refusal(f"{path}, split {split}: found no text, expected documents")
-        return loaded.source(facts)
+        return {**origin, "splits": facts}
 
-    if make_once(output, path, config, splits, make, force=force):
-        note = ""
-        if path == WIKITEXT and config and "raw" not in config:
-            note = " (rare words read <unk>; --dataset wikitext-2-raw-v1 is the text without it)"
-        print(f"{output}: {path}, configuration {config or 'default'}{note}")
+    made = make_once(output, path, config, splits, make, force=force)
+    if made and path == WIKITEXT and config and "raw" not in config:
+        print("rare words read <unk>; --dataset wikitext-2-raw-v1 is the text without it")
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
@@ -107,21 +109,12 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     splits have the published 600, 60 and 60 articles).
     """
     parts: list[str] = []
-    pending: str | None = None  # a heading that the next line has to confirm
-    for line in lines:
-        blank = not line.strip()
-        if pending is not None:
-            if blank:
-                yield from joined(parts)
-                parts = []
-            parts.append(pending)
-            pending = None
-        if HEADING.fullmatch(line) and (not parts or not parts[-1].strip()):
-            pending = line
-        else:
-            parts.append(" \n" if blank else line)
-    if pending is not None:
-        parts.append(pending)
+    for line, following in pairwise(chain(lines, ["no blank line"])):
+        alone = not following.strip() and not (parts and parts[-1].strip())
+        if alone and HEADING.fullmatch(line):
+            yield from joined(parts)
+            parts = []
+        parts.append(line if line.strip() else " \n")
     yield from joined(parts)
 
 
@@ -129,8 +122,4 @@ def joined(parts: Sequence[str]) -> Iterator[str]:
     """One article, if there is anything in it, without the blank lines around it."""
     text = "".join(parts)
     if text.strip():
-        while text.endswith("\n \n"):
-            text = text[:-2]
-        while text.startswith(" \n"):
-            text = text[2:]
-        yield text
+        yield BLANK_LINES_AROUND.sub("", text)

@@ -29,9 +29,7 @@ SPLITS = ("train", "validation")
 
 
 def main() -> None:
-    parser = corpus_parser(
-        str(__doc__), "python scripts/download_instructions.py --output data/instructions"
-    )
+    parser = corpus_parser(__doc__)
     parser.add_argument(
         "--dataset", default=DATASET, help=f"<owner>/<name> with a train split (default {DATASET})"
     )
@@ -45,19 +43,15 @@ def download(dataset: str, mirror: Path | None, output: Path, *, force: bool = F
 
     def make(partial: Path) -> dict[str, Any]:
         print(f"{dataset} from {where(mirror)}", flush=True)
-        loaded = load(dataset, None, ("train",), mirror, partial / "cache")
-        train = loaded.splits["train"]
-        rows = track(pairs(dataset, train), str(output), "rows", len(train))
-        kept = [row for row in rows if row["prompt"].strip() and row["answer"].strip()]
-        return loaded.source(
-            {
-                split: write_rows(
-                    partial / "files" / f"{split}.jsonl",
-                    [row for row in kept if is_held_out(row) is (split == "validation")],
-                )
-                for split in SPLITS
-            }
-        )
+        loaded, origin = load(dataset, None, ["train"], mirror, partial / "cache")
+        train = loaded["train"]
+        parts: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+        for row in track(pairs(dataset, train), str(output), "rows", len(train)):
+            if row["prompt"].strip() and row["answer"].strip():
+                parts["validation" if is_held_out(row["prompt"]) else "train"].append(row)
+        files = {split: partial / "files" / f"{split}.jsonl" for split in SPLITS}
+        facts = {split: write_rows(file, parts[split]) for split, file in files.items()}
+        return {**origin, "splits": facts}
 
     make_once(output, dataset, None, SPLITS, make, force=force)
 
@@ -80,9 +74,9 @@ def pairs(dataset: str, split: Split) -> Iterator[dict[str, str]]:
         )
 
 
-def is_held_out(row: Mapping[str, str]) -> bool:
-    """By the prompt's hash: equal prompts never stand on both sides."""
-    digest = hashlib.sha256(row["prompt"].encode()).digest()
+def is_held_out(prompt: str) -> bool:
+    """By its hash: equal prompts never stand on both sides."""
+    digest = hashlib.sha256(prompt.encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 

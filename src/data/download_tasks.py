@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from src.data.corpus import corpus_parser, writing_to
-from src.data.hub import MIRROR_HELP, Loaded, find_mirror, load, where
-from src.data.parquet import is_plain
+from src.data.hub import MIRROR_HELP, find_mirror, load, where
+from src.data.parquet import Split, is_plain
 from src.data.tasks import TASKS_FILE, Task, load_tasks, needed_fields
 from src.spec.command_line import Refusal
 from src.spec.progress import say, track
@@ -23,9 +23,7 @@ from src.storage.files import publish, read_json, sha256_of, workshop, write_jso
 
 
 def main() -> None:
-    parser = corpus_parser(
-        str(__doc__), "python scripts/download_smallbench.py --output data/smallbench"
-    )
+    parser = corpus_parser(__doc__)
     parser.add_argument(
         "--tasks", type=Path, default=TASKS_FILE, help="task list (default: the repository's)"
     )
@@ -44,68 +42,58 @@ def main() -> None:
     tasks = [task for task in tasks if task.name not in left_out]
     output: Path = arguments.output
     with writing_to(output):
-        held = read_held(output, mirror is not None, force=arguments.force)
-        kept = {} if arguments.force else whole_tasks(output, held, tasks)
-        missing = [task for task in tasks if task.name not in kept]
-        if not missing and kept.keys() == held.keys():
-            print(f"{output}: holds the {len(kept)} tasks, whole and verified; nothing to do")
-            return
-        download(missing, kept, mirror, output)
-        for name in held.keys() - kept.keys() - {task.name for task in tasks}:
-            (output / f"{name}.jsonl").unlink(missing_ok=True)
+        held = {} if arguments.force else read_held(output, mirror is not None)
+        missing = [task for task in tasks if not is_whole(output, task, held.get(task.name, {}))]
+        if missing:
+            download(missing, held, mirror, output)
+        else:
+            print(f"{output}: holds the {len(tasks)} tasks, whole and verified; nothing to do")
 
 
-def read_held(output: Path, mirrored: bool, *, force: bool) -> dict[str, Any]:
-    """The tasks that `output` says it holds; Refusal where it holds something else."""
+def read_held(output: Path, mirrored: bool) -> dict[str, dict[str, Any]]:
+    """What `output` says of the tasks that it holds; Refusal where it holds something else."""
     try:
         source = read_json(output / "source.json")
     except FileNotFoundError:
         return {}
-    tasks = source.get("tasks")
-    if not isinstance(tasks, dict):
-        if force:
-            return {}
+    if not isinstance(source.get("tasks"), dict):
         raise Refusal(
             f"{output}: holds something else than SmallBench; choose another --output, or --force"
         )
     # Rows of a mirror and of the hub may differ: one directory never mixes them.
-    return tasks if source.get("mirror") is mirrored else {}
+    return source["tasks"] if source.get("mirror") is mirrored else {}
 
 
-def whole_tasks(
-    output: Path, held: Mapping[str, Any], tasks: Sequence[Task]
-) -> dict[str, dict[str, Any]]:
-    """What need not be downloaded again: same source as in the list, and the recorded bytes."""
-    kept = {}
-    for task in tasks:
-        facts = held.get(task.name, {})
-        same = all(facts.get(key) == getattr(task, key) for key in ("path", "config", "split"))
-        file = output / f"{task.name}.jsonl"
-        if same and file.is_file() and sha256_of(file) == facts.get("sha256"):
-            kept[task.name] = facts
-    return kept
+def is_whole(output: Path, task: Task, facts: Mapping[str, Any]) -> bool:
+    """Whether the rows are there: same source as in the list, and the recorded bytes."""
+    file = output / f"{task.name}.jsonl"
+    same = all(facts.get(key) == getattr(task, key) for key in ("path", "config", "split"))
+    return same and file.is_file() and sha256_of(file) == facts.get("sha256")
 
 
 def download(
-    missing: Sequence[Task], kept: Mapping[str, Any], mirror: Path | None, output: Path
+    missing: Sequence[Task], held: Mapping[str, Any], mirror: Path | None, output: Path
 ) -> None:
-    """Load the missing tasks and publish them, source.json last."""
+    """Load the missing tasks and publish them beside the others, source.json last."""
     print(f"{len(missing)} tasks from {where(mirror)}", flush=True)
-    facts = dict(kept)
+    facts = dict(held)
     with workshop(output / ".partial") as partial:
         (partial / "files").mkdir()
         for task in track(missing, str(output), "tasks"):
-            loaded = load(task.path, task.config, (task.split,), mirror, partial / "cache")
-            facts[task.name] = write_rows(task, loaded, partial / "files" / f"{task.name}.jsonl")
+            loaded, origin = load(task.path, task.config, [task.split], mirror, partial / "cache")
+            facts[task.name] = {
+                **{"path": task.path, "config": task.config, "split": task.split},
+                **write_rows(task, loaded[task.split], partial / "files" / f"{task.name}.jsonl"),
+                **{key: origin[key] for key in ("revision", "licence")},
+            }
         source = {"tasks": dict(sorted(facts.items())), "mirror": mirror is not None}
         write_json(partial / "files" / "source.json", source)
         publish(partial / "files", output, "source.json")
     print(f"{output}: {len(facts)} tasks, {sum(task['rows'] for task in facts.values()):,} rows")
 
 
-def write_rows(task: Task, loaded: Loaded, file: Path) -> dict[str, Any]:
-    """Write one task's rows as they are, numbered; return what source.json says of them."""
-    split = loaded.splits[task.split]
+def write_rows(task: Task, split: Split, file: Path) -> dict[str, Any]:
+    """Write one task's rows as they are, numbered; their number and hash."""
     needed = needed_fields(task)
     found = split.columns()
     columns = [c for c in found if c in needed or split.holds(c, is_plain)]
@@ -115,12 +103,4 @@ def write_rows(task: Task, loaded: Loaded, file: Path) -> dict[str, Any]:
         rows = split.rows(columns, is_plain, "texts, numbers, or lists or structs of them")
         for number, row in enumerate(rows):
             out.write(json.dumps({"_row": number, **row}, ensure_ascii=False) + "\n")
-    return {
-        "path": task.path,
-        "config": task.config,
-        "split": task.split,
-        "rows": len(split),
-        "sha256": sha256_of(file),
-        "revision": loaded.revision,
-        "licence": loaded.licence,
-    }
+    return {"rows": len(split), "sha256": sha256_of(file)}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from src.data.corpus import SPLITS, corpus_parser, make_once, read_source, read_texts, write_split
+from src.data.corpus import (
+    SPLITS,
+    corpus_parser,
+    make_once,
+    read_source,
+    read_texts,
+    write_documents,
+)
 from src.spec.command_line import Refusal
 from src.storage.files import make_directory, publish, sha256_of, write_json
 
@@ -56,9 +63,7 @@ PROBES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = corpus_parser(
-        str(__doc__), "python scripts/make_corpus.py --output data/generated --seed 0"
-    )
+    parser = corpus_parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
     parser.add_argument(
         "--documents", type=int, default=4000, help="train documents (default 4000, 1.2 MB)"
@@ -82,17 +87,16 @@ def main() -> None:
     def make(partial: Path) -> dict[str, Any]:
         rng = np.random.default_rng(asked.seed)
         language = make_language(rng, asked.lexicon, asked.successors)
+        files = partial / "files"
         splits = {}
         for split in SPLITS:
             count = asked.documents // (1 if split == "train" else HELD_OUT_SHARE)
-            splits[split] = make_split(language, rng, count, partial / "files" / f"{split}.jsonl")
+            splits[split] = make_split(language, rng, count, files, split)
         write_probes(language, rng, partial, output)
-        write_json(partial / "files" / "language.json", language.as_json())
+        arrays = ("successors", "weights", "stationary")
+        chain = {name: getattr(language, name).tolist() for name in arrays}
+        write_json(files / "language.json", {"lexicon": language.lexicon, **chain})
         return {
-            "dataset": DATASET,
-            "config": config,
-            "revision": None,
-            "mirror": False,
             "licence": "CC0-1.0",
             "splits": splits,
             "entropy_bits_per_word": language.bits_per_word,
@@ -134,14 +138,6 @@ class Language:
     def spell(self, words: Sequence[int]) -> str:
         """The text of a row of words."""
         return " ".join(self.lexicon[word] for word in words)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "lexicon": self.lexicon,
-            "successors": self.successors.tolist(),
-            "weights": self.weights.tolist(),
-            "stationary": self.stationary.tolist(),
-        }
 
 
 def entropy_bits(probabilities: np.ndarray) -> float:
@@ -193,7 +189,7 @@ def sample(
 
 
 def make_split(
-    language: Language, rng: np.random.Generator, documents: int, file: Path
+    language: Language, rng: np.random.Generator, documents: int, folder: Path, split: str
 ) -> dict[str, Any]:
     """Write one split; its facts, with two totals in bits beside the usual ones.
 
@@ -203,8 +199,8 @@ def make_split(
     shortest, longest = WORDS_PER_DOCUMENT
     lengths = rng.integers(shortest, longest, size=documents, endpoint=True)
     drawn, bits = sample(language, rng, documents, longest)
-    rows = zip(drawn, lengths, strict=True)
-    facts = write_split(file, (language.spell(row[:length].tolist()) for row, length in rows))
+    texts = (language.spell(row[:n].tolist()) for row, n in zip(drawn, lengths, strict=True))
+    facts = write_documents(folder, [split], ((split, text) for text in texts))[split]
     inside = np.arange(longest) < lengths[:, None]
     later_words = facts["words"] - documents
     expected = documents * language.bits_first_word + later_words * language.bits_per_word
@@ -226,14 +222,11 @@ def write_probes(language: Language, rng: np.random.Generator, partial: Path, ou
     for (task, entry), maker in zip(PROBES.items(), (replaced, next_word), strict=True):
         rows = probe_rows(language, rng, train, maker)
         lines = [json.dumps({"_row": i, **row}) + "\n" for i, row in enumerate(rows)]
-        (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+        file = folder / f"{task}.jsonl"
+        file.write_text("".join(lines), encoding="utf-8")
         source = {"path": DATASET, "config": task, "split": "test"}
         tasks.append({"name": task, **source, "n": PROBE_ITEMS, "metrics": ["accuracy"], **entry})
-        facts[task] = {
-            **source,
-            "rows": PROBE_ITEMS,
-            "sha256": sha256_of(folder / f"{task}.jsonl"),
-        }
+        facts[task] = {**source, "rows": PROBE_ITEMS, "sha256": sha256_of(file)}
     write_json(folder / "source.json", {"tasks": facts, "mirror": False})
     make_directory(output / "smallbench")
     publish(folder, output / "smallbench", "source.json")
@@ -247,19 +240,17 @@ Maker = Callable[[Language, np.random.Generator, list[int]], dict[str, Any] | No
 
 def probe_rows(
     language: Language, rng: np.random.Generator, train: str, maker: Maker
-) -> Iterator[dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """PROBE_ITEMS rows made of new sentences; those that stand in train are drawn again."""
-    made = 0
+    rows: list[dict[str, Any]] = []
     for _ in range(1000):  # rounds, far more than any language needs
         drawn, _bits = sample(language, rng, PROBE_ITEMS, PROBE_WORDS)
         for words in drawn.tolist():
             row = maker(language, rng, words)
-            if row is None or any(held in train for held in row.values() if isinstance(held, str)):
-                continue
-            yield row
-            made += 1
-            if made == PROBE_ITEMS:
-                return
+            if row and not any(text in train for text in row.values() if isinstance(text, str)):
+                rows.append(row)
+            if len(rows) == PROBE_ITEMS:
+                return rows
     raise Refusal("--lexicon, --successors: leave no sentence for the probes; ask for more words")
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +25,8 @@ ANSWER_SECONDS = 10
 CONVERTED = "refs/convert/parquet"
 # One of a split's files; old ones end in a hash of their own.
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.[^/]+")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded:
-    """Splits of one dataset, and where they are from."""
-
-    splits: dict[str, Split]
-    dataset: str
-    config: str
-    revision: str | None  # the hub's commit; None from a mirror
-    licence: str | None
-
-    def source(self, splits: dict[str, Any]) -> dict[str, Any]:
-        """source.json's content, `splits` being what was written of them."""
-        return {
-            "dataset": self.dataset,
-            "config": self.config,
-            "revision": self.revision,
-            "mirror": self.revision is None,
-            "licence": self.licence,
-            "splits": splits,
-        }
+Loaded = tuple[dict[str, Split], dict[str, Any]]
+Configurations = Mapping[str, Mapping[str, Sequence[str]]]  # files by configuration and split
 
 
 def find_mirror(argument: str | None) -> Path | None:
@@ -69,9 +46,10 @@ def where(mirror: Path | None) -> str:
 
 
 def load(
-    path: str, config: str | None, wanted: tuple[str, ...], mirror: Path | None, cache: Path
+    path: str, config: str | None, wanted: Sequence[str], mirror: Path | None, cache: Path
 ) -> Loaded:
-    """The `wanted` splits of hub dataset `path`; `config` None takes its only or default one.
+    """The `wanted` splits of hub dataset `path`, and what source.json says of where they are from;
+    `config` None takes its only or default one.
 
     `cache` is a scratch directory that must outlive the use of the result. Raises Refusal for a
     dataset, configuration or split that is not there, naming what is, and for a hub that cannot be
@@ -79,147 +57,152 @@ def load(
     """
     if mirror is not None:
         return _load_mirrored(path, config, wanted, mirror)
-    return _load_from_hub(path, config, wanted, cache)
+    with _hub_errors(path, config):
+        return _load_from_hub(path, config, wanted, cache)
 
 
-def check_shards(where: str, files: Iterable[str]) -> None:
+def _choose(
+    path: str, config: str | None, wanted: Sequence[str], found: Configurations, place: str
+) -> str:
+    """The configuration asked for, the only or the default one; Refusal where that or a split of it
+    is not there, or not whole."""
+    shelf = "; ".join(f"{name} ({', '.join(splits)})" for name, splits in found.items())
+    config = config or (next(iter(found)) if len(found) == 1 else "default")
+    if config not in found:
+        raise Refusal(f"{path}: {place} has no configuration {config!r}; it has {shelf}")
+    if missing := [split for split in wanted if split not in found[config]]:
+        raise Refusal(
+            f"{path}, configuration {config}: {place} lacks the split {', '.join(missing)}; "
+            f"complete or not, it has {shelf}"
+        )
+    for split in wanted:
+        check_shards(found[config][split])
+    return config
+
+
+def check_shards(files: Iterable[str]) -> None:
     """Refusal where numbered files are missing or doubled: part of a corpus is another corpus."""
-    numbered: dict[str, list[tuple[int, int]]] = {}
+    numbered: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for file in files:
-        if shard := SHARD.fullmatch(file):
-            numbered.setdefault(shard["split"], []).append(
-                (int(shard["number"]), int(shard["count"]))
-            )
-    for split, found in numbered.items():
+        folder, _, name = file.rpartition("/")
+        if shard := SHARD.fullmatch(name):
+            numbered[folder, shard["split"]].append((int(shard["number"]), int(shard["count"])))
+    for (folder, split), found in numbered.items():
         count = max(count for _, count in found)
         if sorted(found) != [(number, count) for number in range(count)]:
             names = ", ".join(f"{number:05d}-of-{count:05d}" for number, count in sorted(found)[:8])
             raise Refusal(
-                f"{where}: {split}: found {len(found)} files ({names}), expected each of "
+                f"{folder}: {split}: found {len(found)} files ({names}), expected each of "
                 f"00000-of-{count:05d} to {count - 1:05d}-of-{count:05d} once; fetch what is "
                 "missing, or remove the files of another version"
             )
 
 
-def _load_mirrored(path: str, config: str | None, wanted: tuple[str, ...], mirror: Path) -> Loaded:
+def _load_mirrored(path: str, config: str | None, wanted: Sequence[str], mirror: Path) -> Loaded:
     """By the layout alone: a README that `datasets` cannot read is no reason to refuse the data."""
     folder = mirror / path
-    found = {f.name: _mirrored_splits(f) for f in sorted(folder.glob("*")) if f.is_dir()}
-    if not any(found.values()):
+    found = {f.name: splits for f in sorted(folder.glob("*")) if (splits := _mirrored_splits(f))}
+    if not found:
         raise Refusal(f"{path}: {where(mirror)} does not have this dataset; use another mirror")
-    shelf = "; ".join(f"{name} ({', '.join(splits)})" for name, splits in found.items() if splits)
-    if config is None:
-        config = "default" if "default" in found or len(found) > 1 else next(iter(found))
-    if config not in found:
-        raise Refusal(f"{path}: {where(mirror)} has no configuration {config!r}; it has {shelf}")
-    missing = [split for split in wanted if split not in found[config]]
-    if missing:
-        raise Refusal(
-            f"{path}, configuration {config}: {where(mirror)} lacks the split "
-            f"{', '.join(missing)}; complete or not, it has {shelf}"
-        )
-    for split in wanted:
-        check_shards(str(folder / config), [file.name for file in found[config][split]])
-    splits = {split: Split(split, found[config][split]) for split in wanted}
-    licence = _licence(folder)
-    return Loaded(splits=splits, dataset=path, config=config, revision=None, licence=licence)
+    config = _choose(path, config, wanted, found, where(mirror))
+    files = {split: [Path(file) for file in found[config][split]] for split in wanted}
+    splits = {split: Split(split, files[split]) for split in wanted}
+    return splits, _origin(config, None, _licence(folder))
 
 
-def _mirrored_splits(folder: Path) -> dict[str, list[Path]]:
+def _mirrored_splits(folder: Path) -> dict[str, list[str]]:
     """The splits of one configuration's folder, each with its parquet files in order."""
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str, list[str]] = defaultdict(list)
     for file in sorted(folder.glob("*.parquet")):
         shard = SHARD.fullmatch(file.name)
         if shard is None:
             raise Refusal(f"{file}: found this name, expected {MIRROR_HELP.partition(' (')[0]}")
-        splits.setdefault(shard["split"], []).append(file)
+        splits[shard["split"]].append(str(file))
     return splits
 
 
-def _licence(folder: Path) -> str | None:
+def _origin(config: str, revision: str | None, licence: Any) -> dict[str, Any]:
+    stated = licence if isinstance(licence, list) else [licence]
+    named = ", ".join(name for name in stated if isinstance(name, str)) or None
+    return {"config": config, "revision": revision, "mirror": revision is None, "licence": named}
+
+
+def _licence(folder: Path) -> Any:
     """The licence in the header of a dataset's README; no reason to refuse sound data."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        parts = text.split("---\n")
+        start, header, *_ = (folder / "README.md").read_text(encoding="utf-8").split("---\n")
         # BaseLoader: every scalar is a text, also one that looks like a date
-        header = yaml.load(parts[1], yaml.BaseLoader) if text.startswith("---\n") else None
-    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError):
+        stated = None if start else yaml.load(header, yaml.BaseLoader)
+    except (FileNotFoundError, ValueError, yaml.YAMLError, RecursionError):
         return None
-    return _licence_text(header.get("license")) if isinstance(header, dict) else None
+    return stated.get("license") if isinstance(stated, dict) else None
 
 
-def _licence_text(stated: Any) -> str | None:
-    named = stated if isinstance(stated, list) else [stated]
-    return ", ".join(name for name in named if isinstance(name, str)) or None
-
-
-def _load_from_hub(path: str, config: str | None, wanted: tuple[str, ...], cache: Path) -> Loaded:
-    _require_hub(path)
+def _load_from_hub(path: str, config: str | None, wanted: Sequence[str], cache: Path) -> Loaded:
     import datasets
-    from huggingface_hub import HfApi, utils
+    from huggingface_hub import utils
 
     if not has_terminal():
         datasets.disable_progress_bars()
         utils.disable_progress_bars()
-    with _hub_errors(path, config):
-        info = HfApi().dataset_info(path, timeout=ANSWER_SECONDS)
-        revision = str(info.sha)
-        try:
-            config, files = _hub_files(path, config, revision, cache)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            config, files, revision = _converted_files(path, config)
-        missing = [split for split in wanted if split not in files]
-        if missing:
-            raise Refusal(
-                f"{path}, configuration {config}: the hub lacks the split {', '.join(missing)}; "
-                f"it has {', '.join(files)}"
-            )
-        splits = {}
-        for split in wanted:
-            check_shards(f"{path} on the hub", files[split])
-            splits[split] = _fetch(path, config, split, files[split], revision, cache)
+    info = _dataset_info(path)
+    revision = str(info.sha)
+    try:
+        found = datasets.load_dataset_builder(
+            path, config, revision=revision, cache_dir=str(cache)
+        ).config
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        revision, configs = _converted_files(path)
+    else:
+        config, listed = str(found.name), found.data_files or {}
+        configs = {
+            config: {
+                str(split): [url.partition(f"@{revision}/")[2] for url in urls]
+                for split, urls in listed.items()
+            }
+        }
+    config = _choose(path, config, wanted, configs, "the hub")
+    files = configs[config]
+    splits = {split: _fetch(path, config, split, files[split], revision, cache) for split in wanted}
     card = info.card_data.to_dict() if info.card_data else {}
-    licence = _licence_text(card.get("license"))
-    return Loaded(splits=splits, dataset=path, config=config, revision=revision, licence=licence)
+    return splits, _origin(config, revision, card.get("license"))
 
 
-def _hub_files(
-    path: str, config: str | None, revision: str, cache: Path
-) -> tuple[str, dict[str, list[str]]]:
-    """The configuration and its splits' files in the repository, as `datasets` resolves them."""
-    import datasets
+def _dataset_info(path: str, revision: str | None = None) -> Any:
+    """The hub's answer; Refusal within seconds where there is no hub: other calls would retry for
+    minutes."""
+    from huggingface_hub import HfApi, errors
 
-    found = datasets.load_dataset_builder(path, config, revision=revision, cache_dir=str(cache))
-    listed = found.config.data_files or {}
-    return str(found.config.name), {
-        str(split): [url.partition(f"@{revision}/")[2] for url in urls]
-        for split, urls in listed.items()
-    }
+    hub = HfApi()
+    # Its bases are the HTTP library's own error, whichever library this version uses, and OSError.
+    transport_errors: Any = errors.HfHubHTTPError.__bases__
+    try:
+        return hub.dataset_info(path, revision=revision, timeout=ANSWER_SECONDS)
+    except errors.HfHubHTTPError:
+        raise  # it answers
+    except transport_errors as error:
+        raise Refusal(
+            f"{path}: the hub {hub.endpoint} cannot be reached ({error}) and no mirror is named; "
+            "connect, or name a mirror with --mirror or HUB_MIRROR, then run the same command again"
+        ) from None
 
 
-def _converted_files(path: str, config: str | None) -> tuple[str, dict[str, list[str]], str]:
-    """The same, and the commit, of a dataset of the script era: the hub's own parquet copy of it,
+def _converted_files(path: str) -> tuple[str, Configurations]:
+    """Commit and files of the hub's own parquet copy of a dataset of the script era:
     <config>/<split>/*.parquet."""
-    from huggingface_hub import HfApi
-
-    info = HfApi().dataset_info(path, revision=CONVERTED, timeout=ANSWER_SECONDS)
-    configs: dict[str, dict[str, list[str]]] = {}
+    info = _dataset_info(path, CONVERTED)
+    configs: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(file.rfilename for file in info.siblings or []):
         if name.endswith(".parquet"):
-            configuration, split, _ = name.split("/")
-            configs.setdefault(configuration, {}).setdefault(split, []).append(name)
-    config = config or (next(iter(configs)) if len(configs) == 1 else "default")
-    if config not in configs:
-        raise Refusal(
-            f"{path}: the hub has no configuration {config!r}; it has {', '.join(configs)}"
-        )
-    return config, configs[config], str(info.sha)
+            config, split, _ = name.split("/")
+            configs[config][split].append(name)
+    return str(info.sha), configs
 
 
 def _fetch(
-    path: str, config: str, split: str, names: list[str], revision: str, cache: Path
+    path: str, config: str, split: str, names: Sequence[str], revision: str, cache: Path
 ) -> Split:
     """Download one split; what is not parquet, `datasets` reads first."""
     import datasets
@@ -240,7 +223,6 @@ def _hub_errors(path: str, config: str | None) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
     from huggingface_hub import errors
 
-    # The first base is the HTTP library's own error, whichever library this version uses.
     transport_errors: Any = errors.HfHubHTTPError.__bases__
     try:
         yield
@@ -252,31 +234,9 @@ def _hub_errors(path: str, config: str | None) -> Iterator[None]:
     except (DatasetsError, ValueError, FileNotFoundError) as error:
         # unknown configuration; no data files; files that are damaged
         cause = error.__cause__ or error
-        if isinstance(cause, (*transport_errors, OSError)) and cause is not error:
+        if isinstance(cause, transport_errors) and cause is not error:
             raise OSError(f"{path} from the hub: {cause}") from error
         reason = " ".join(str(cause).split())
         raise Refusal(f"{path}: the hub cannot give configuration {config}: {reason}") from None
     except transport_errors as error:
         raise OSError(f"{path} from the hub: {error}") from error
-
-
-@functools.cache
-def _require_hub(path: str) -> None:
-    """Refusal within seconds where there is no hub: its client would retry for minutes."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    way_out = (
-        "connect, or name a mirror with --mirror or HUB_MIRROR, then run the same command again"
-    )
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise Refusal(f"{path}: HF_HUB_OFFLINE forbids the hub and no mirror is named; {way_out}")
-    try:
-        with urllib.request.urlopen(endpoint, timeout=ANSWER_SECONDS):
-            pass
-    except urllib.error.HTTPError:
-        pass  # it answers; what it thinks of this page is not the question
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise Refusal(
-            f"{path}: the hub {endpoint} cannot be reached ({reason}) and no mirror is named; "
-            f"{way_out}"
-        ) from None

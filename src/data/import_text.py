@@ -12,39 +12,45 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from src.data.corpus import (
-    COMPRESSED,
+    KINDS,
     SPLITS,
-    SplitWriter,
     corpus_parser,
     kind_of,
     make_once,
     read_source,
     text_of,
+    write_documents,
 )
 from src.data.parquet import Split
-from src.spec.command_line import Parser, Refusal
-from src.spec.progress import Progress, say, track
+from src.spec.command_line import Refusal
+from src.spec.progress import say, track
 from src.storage.files import sha256_of
 
-KINDS = ".txt, .jsonl, .parquet, .txt.gz, .txt.zst, .jsonl.gz or .jsonl.zst"
 COLUMN_HINT = "; name what holds the texts with --text_column"
 BLOCK_BYTES = 32 << 20
 # (train bytes from which, a vocabulary that they can fill): what is printed as the next command
 VOCABULARIES = ((10_000_000, 16_000), (1_000_000, 4_096), (0, 512))
-FEW_DOCUMENTS = 20
-FEWEST_DOCUMENTS = 10  # below, no share gives three splits worth the name
 
 
 def main() -> None:
-    parser = _parser()
+    parser = corpus_parser(__doc__)
+    read = f"folders (searched through) and files: {', '.join(KINDS)}"
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help=read)
+    parser.add_argument("--text_column", default="text", help="of .jsonl and parquet rows (text)")
+    parser.add_argument(
+        "--separator",
+        help=r"what stands between the documents of a .txt file, such as '\n\n\n' or "
+        "'<|endoftext|>' (default: a file is one document)",
+    )
+    for split in ("validation", "test"):
+        share = "share of the documents (0.02)"
+        parser.add_argument(f"--{split}", type=float, default=0.02, help=share)
     asked = parser.parse_args()
     if not (0 < asked.validation and 0 < asked.test and asked.validation + asked.test < 1):
         raise Refusal(
@@ -59,56 +65,19 @@ def main() -> None:
     listed = [(name, sha256_of(file)) for name, file in tracked]
     # Twelve digits that stand for these bytes under these names, cut in this way.
     config = hashlib.sha256(json.dumps([listed, settings]).encode()).hexdigest()[:12]
-    dataset = f"own/{output.absolute().name}"
 
     def make(partial: Path) -> dict[str, Any]:
-        return {
-            "dataset": dataset,
-            "config": config,
-            "revision": None,
-            "mirror": False,
-            "licence": None,
-            "splits": write_splits(files, partial / "files", *settings),
-        }
+        return {"splits": write_splits(files, partial / "files", *settings)}
 
+    dataset = f"own/{output.absolute().name}"
     if make_once(output, dataset, config, SPLITS, make, force=asked.force):
-        splits = read_source(output)["splits"]
-        for split in ("validation", "test"):
-            if (count := splits[split]["documents"]) < FEW_DOCUMENTS:
-                say(split, f"{count} documents are few to measure on; --{split} 0.1 takes more")
-        size = splits["train"]["bytes"]
+        size = read_source(output)["splits"]["train"]["bytes"]
         vocabulary = next(entries for least, entries in VOCABULARIES if size >= least)
         print(
             f"{output}: a corpus of {len(files):,} files; next:\n"
             f"  python scripts/preprocess_lm.py --input {output} --vocab_size {vocabulary} "
             f"--output {output}_tokenized"
         )
-
-
-def _parser() -> Parser:
-    parser = corpus_parser(
-        str(__doc__), "python scripts/import_text.py --input texts/ --output data/mine"
-    )
-    parser.add_argument(
-        "--input",
-        type=Path,
-        nargs="+",
-        required=True,
-        help=f"folders (searched through) and files: {KINDS}",
-    )
-    parser.add_argument(
-        "--text_column", default="text", help="of .jsonl and parquet rows (default: text)"
-    )
-    parser.add_argument(
-        "--separator",
-        help=r"what stands between the documents of a .txt file, such as '\n\n\n' or "
-        "'<|endoftext|>' (default: a file is one document)",
-    )
-    for name in ("validation", "test"):
-        parser.add_argument(
-            f"--{name}", type=float, default=0.02, help="share of the documents (default 0.02)"
-        )
-    return parser
 
 
 def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
@@ -118,8 +87,6 @@ def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
     for path in named:
         if not path.exists():
             raise Refusal(f"--input {path}: found nothing at {path.absolute()}, expected texts")
-        if path.is_file() and kind_of(path) is None:
-            raise Refusal(f"--input {path}: found another kind of file, expected {KINDS}")
         if output.resolve().is_relative_to(path.resolve()):
             raise Refusal(f"--output {output}: lies inside --input {path}; choose another place")
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
@@ -128,8 +95,7 @@ def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
                 continue
             if kind_of(file) is None:
                 others[file.suffix or "without an ending"] += 1
-                continue
-            if files.setdefault(str(inside), file) != file:
+            elif files.setdefault(str(inside), file) != file:
                 raise Refusal(
                     f"--input: found two files called {inside} ({files[str(inside)]} and {file}), "
                     "expected different names; name the folder above them"
@@ -139,12 +105,12 @@ def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
         say("--input", f"left out {others.total():,} files of other kinds ({kinds})")
     if not files:
         places = ", ".join(str(path.absolute()) for path in named)
-        raise Refusal(f"--input: found no texts in {places}, expected {KINDS}")
+        raise Refusal(f"--input: found no texts in {places}, expected {', '.join(KINDS)}")
     return dict(sorted(files.items()))
 
 
 def write_splits(
-    files: dict[str, Path],
+    files: Mapping[str, Path],
     folder: Path,
     column: str,
     separator: str | None,
@@ -152,35 +118,26 @@ def write_splits(
     test: float,
 ) -> dict[str, dict[str, Any]]:
     """Write the three splits, every document where its hash belongs; Refusal for an empty one."""
-    empty, places = 0, [1.0, 0.0]  # the lowest and the highest of a document
-    total = sum(file.stat().st_size for file in files.values())
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress("--input: reading", total / 1e6, "MB"))
-        writers = {
-            split: stack.enter_context(SplitWriter(folder / f"{split}.jsonl")) for split in SPLITS
-        }
-        for file in files.values():
-            for text in documents(file, column, separator, progress):
-                if not text.strip():
-                    empty += 1
-                    continue
-                place = place_of(text)
-                places = [min(places[0], place), max(places[1], place)]
-                held_out = "validation" if place < validation else "test"
-                writers[held_out if not validation <= place < 1 - test else "train"].write(text)
-    splits = {split: writer.facts() for split, writer in writers.items()}
+    empty = 0
+
+    def documents() -> Iterator[tuple[str, str]]:
+        nonlocal empty
+        found = (text for file in files.values() for text in read_texts(file, column, separator))
+        for text in track(found, "--input: reading", "documents"):
+            place = place_of(text)
+            held_out = "validation" if place < validation else "test"
+            yield held_out if not validation <= place < 1 - test else "train", text
+            empty += not text.strip()
+
+    splits = write_documents(folder, SPLITS, documents())
     if empty:
         say("--input", f"left out {empty:,} documents without a visible character")
     if lacking := [split for split, facts in splits.items() if not facts["documents"]]:
         count = sum(facts["documents"] for facts in splits.values())
-        enough = [math.floor(share * 100 + 1) / 100 for share in (places[0], 1 - places[1])]
-        way_out = "give more files, or cut .txt files into documents with --separator"
-        if count >= FEWEST_DOCUMENTS and sum(enough) < 0.5:
-            shares = f"--validation {max(enough[0], validation)} --test {max(enough[1], test)}"
-            way_out = f"these documents have some for each with {shares}"
         raise Refusal(
             f"--input: found {count:,} documents, none of them for {' and '.join(lacking)} "
-            f"at these shares, expected some in every split; {way_out}"
+            "at these shares, expected some in every split; raise --validation and --test, give "
+            "more files, or cut .txt files into documents with --separator"
         )
     return splits
 
@@ -190,9 +147,9 @@ def place_of(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
 
 
-def documents(file: Path, column: str, separator: str | None, progress: Progress) -> Iterator[str]:
+def read_texts(file: Path, column: str, separator: str | None) -> Iterator[str]:
     """The documents of one file; Refusal names file, line and what to do."""
-    kind = kind_of(file)
+    kind = kind_of(file) or ""
     if kind == ".parquet":
         split = Split("input", [file])
         if column not in split.columns():
@@ -201,29 +158,16 @@ def documents(file: Path, column: str, separator: str | None, progress: Progress
                 f"{column}{COLUMN_HINT}"
             )
         yield from (row[column] for row in split.texts([column]))
-        progress.advance(file.stat().st_size / 1e6)
         return
-    with opened(file) as (stream, position):
-        done = 0
-        for text in (
-            rows(file, stream, column) if kind == ".jsonl" else texts(file, stream, separator)
-        ):
-            yield text
-            progress.advance((position() - done) / 1e6)
-            done = position()
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
-    """A file's bytes, decompressed, and how many of the file itself are read; Refusal for a
-    compressed file that is damaged or cut."""
     import pyarrow as pa
 
-    raw = pa.OSFile(str(file))
-    packed = COMPRESSED.get(file.suffix.lower())
-    stream = io.BufferedReader(pa.CompressedInputStream(raw, packed) if packed else raw, 1 << 20)
+    packed = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
     try:
-        yield stream, raw.tell
+        stream = io.BufferedReader(pa.input_stream(str(file), compression=packed), 1 << 20)
+        if kind.startswith(".jsonl"):
+            yield from rows(file, stream, column)
+        else:
+            yield from texts(file, stream, separator)
     except OSError as error:
         if error.errno or packed is None:
             raise

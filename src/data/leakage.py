@@ -49,22 +49,15 @@ def contaminated_rows(
             f"{path}: found a report on another train split ({str(found)[:12]}), expected "
             f"{str(expected)[:12]}; run scripts/check_leakage.py on this corpus"
         )
-    _check_rows(path, checked, smallbench_dir)
-    return rows
-
-
-def _check_rows(path: Path, checked: Mapping[str, str], smallbench_dir: Path) -> None:
-    """Row numbers of another download would leave out the wrong rows, and none of a new task."""
+    # Row numbers of another download would leave out the wrong rows, and none of a new task.
     source = smallbench_dir / "source.json"
-    way_out = f"run python scripts/check_leakage.py --smallbench {smallbench_dir} again"
     for task, facts in held_tasks(smallbench_dir).items():
-        sha256 = facts["sha256"]
-        if task not in checked:
+        held = checked.get(task)
+        if held != facts["sha256"]:
+            what = f".{task}.sha256: found {held[:12]}" if held else f": found no {task}"
             raise ValueError(
-                f"{path}: tasks: found no {task}, expected every task of {source}; {way_out}"
+                f"{path}: tasks{what}, expected {facts['sha256'][:12]} as in {source}, so the "
+                "report is on other rows; run python scripts/check_leakage.py --smallbench "
+                f"{smallbench_dir} again"
             )
-        if checked[task] != sha256:
-            raise ValueError(
-                f"{path}: tasks.{task}.sha256: found {checked[task][:12]}, expected "
-                f"{sha256[:12]} as in {source}, so the report is on other rows; {way_out}"
-            )
+    return rows

@@ -5,12 +5,14 @@ Imports no torch. `configs/smallbench.yaml` explains the keys of a task.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import jinja2.sandbox
 
 from src.spec.command_line import Refusal
 from src.spec.config import SMALLBENCH_TASKS
-from src.spec.strict_yaml import read_yaml
+from src.spec.strict_yaml import known_keys, read_yaml
 from src.storage.files import sha256_of
 
 TASKS_FILE = SMALLBENCH_TASKS
@@ -78,22 +80,16 @@ class Item:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """Context and continuation of each choice."""
-        prompts = (
-            (self.prompt,) * len(self.choices) if isinstance(self.prompt, str) else self.prompt
-        )
-        return [
-            (prompt, self.delimiter + choice)
-            for prompt, choice in zip(prompts, self.choices, strict=True)
-        ]
+        one = isinstance(self.prompt, str)
+        prompts = [self.prompt] * len(self.choices) if one else self.prompt
+        return [(p, self.delimiter + c) for p, c in zip(prompts, self.choices, strict=True)]
 
 
 def load_tasks(path: Path) -> list[Task]:
     """Read a task list; ValueError names file, task, key, what was found and what is expected."""
     listed = read_yaml(path, "a list of tasks")
-    if not isinstance(listed, dict) or not isinstance(listed.get("tasks"), list):
+    if not isinstance(listed, dict) or not _is_list(listed.get("tasks"), lambda _: True):
         raise ValueError(f"{path}: tasks: found no list, expected a list of tasks under this key")
-    if not listed["tasks"]:
-        raise ValueError(f"{path}: tasks: found an empty list, expected at least one task")
     seed = listed.get("seed", 0)
     if not isinstance(seed, int):
         raise ValueError(f"{path}: seed: found {seed!r}, expected a whole number")
@@ -105,69 +101,53 @@ def load_tasks(path: Path) -> list[Task]:
     return tasks
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "path", "config", "split", "gold"), (str,)),
-    **dict.fromkeys(("group", "balanced", "keep"), (str, type(None))),
-    "target_delimiter": (str,),
-    "prompt": (str, list),
-    "choices": (list, dict),
-    "metrics": (list,),
-    "n": (int, type(None)),
-    "chance": (float, int, type(None)),
-    "only_in_mirror": (bool,),
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any, suits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(suits, value))
+
+
+# What a key may hold, in words and as a test.
+_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a file name", lambda v: _is_text(v) and "/" not in v and v[:1] not in ("", ".")),
+    **dict.fromkeys(("path", "config", "split"), ("a name", lambda v: _is_text(v) and v != "")),
+    **dict.fromkeys(("gold", "target_delimiter"), ("str", _is_text)),
+    **dict.fromkeys(("group", "balanced", "keep"), ("str", lambda v: v is None or _is_text(v))),
+    "prompt": ("one text, or one for each choice", lambda v: _is_text(v) or _is_list(v, _is_text)),
+    "choices": (
+        "{field: expression}, or texts",
+        lambda v: _is_list(v, _is_text) or (isinstance(v, dict) and [*v] == ["field"]),
+    ),
+    "metrics": (f"some of {', '.join(METRICS)}", lambda v: _is_list(v, METRICS.__contains__)),
+    "n": ("at least 1, or null for all", lambda v: v is None or (type(v) is int and v > 0)),
+    "chance": ("a number", lambda v: v is None or type(v) in (int, float)),
+    "only_in_mirror": ("true or false", lambda v: isinstance(v, bool)),
 }
+_REQUIRED = ("name", "path", "config", "split", "prompt", "choices", "gold")
 
 
 def _task(where: str, entry: Any, seed: int) -> Task:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: found {entry!r}, expected keys and values")
-    fields = dict(entry)
-    where = f"{where} ({fields.get('name', 'without a name')})"
-    required = [f.name for f in dataclasses.fields(Task) if f.default is dataclasses.MISSING]
-    for key in required:
-        if key not in fields:
-            raise ValueError(f"{where}: {key}: found no such key, expected it in every task")
+    fields = dict.fromkeys(_REQUIRED) | entry
+    where = f"{where} ({fields['name']})"
+    known_keys(f"{where}: ", fields, list(_KEYS))
     for key, value in fields.items():
-        if key not in _KINDS:
-            raise ValueError(
-                f"{where}: {key}: found an unknown key, expected one of {', '.join(_KINDS)}"
+        expected, suits = _KEYS[key]
+        if not suits(value):
+            found = (
+                ", ".join(map(repr, value)) if value and isinstance(value, list) else repr(value)
             )
-        if not isinstance(value, _KINDS[key]) or (value is True and key != "only_in_mirror"):
-            kinds = " or ".join("null" if k is type(None) else k.__name__ for k in _KINDS[key])
-            raise ValueError(f"{where}: {key}: found {value!r}, expected {kinds}")
-    for key in ("name", "path", "config", "split"):
-        if not fields[key]:
-            raise ValueError(f"{where}: {key}: found an empty text, expected a name")
-    if "/" in fields["name"] or fields["name"].startswith("."):
-        raise ValueError(f"{where}: name: found {fields['name']!r}, expected a plain file name")
-    choices = fields["choices"]
+            raise ValueError(f"{where}: {key}: found {found}, expected {expected}")
+    prompts, choices = fields["prompt"], fields["choices"]
     if isinstance(choices, dict):
-        if list(choices) != ["field"]:
-            raise ValueError(f"{where}: choices: found {choices!r}, expected {{field: expression}}")
         fields["choices"] = str(choices["field"])
-    elif not choices or not all(isinstance(choice, str) for choice in choices):
-        raise ValueError(f"{where}: choices: found {choices!r}, expected texts")
-    else:
-        fields["choices"] = tuple(choices)
-    prompts = fields["prompt"]
-    if isinstance(prompts, list):
-        listed = fields["choices"]
-        if not all(isinstance(prompt, str) for prompt in prompts) or (
-            isinstance(listed, tuple) and len(prompts) != len(listed)
-        ):
-            raise ValueError(
-                f"{where}: prompt: found {prompts!r}, expected one text, or one for each choice"
-            )
-        fields["prompt"] = tuple(prompts)
-    if fields.get("n") is not None and fields["n"] < 1:
-        raise ValueError(f"{where}: n: found {fields['n']}, expected at least 1, or null for all")
-    fields["metrics"] = tuple(fields.get("metrics", ("accuracy",)))
-    for metric in fields["metrics"]:
-        if metric not in METRICS:
-            raise ValueError(
-                f"{where}: metrics: found {metric!r}, expected some of {', '.join(METRICS)}"
-            )
-    return Task(**fields, seed=seed)
+    elif isinstance(prompts, list) and len(prompts) != len(choices):
+        raise ValueError(f"{where}: prompt: found {prompts}, expected {_KEYS['prompt'][0]}")
+    as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    return Task(**as_tuples, seed=seed)
 
 
 def wikihow(text: str) -> str:
@@ -191,62 +171,59 @@ class _Renderer:
         )
         environment.filters |= {"wikihow": wikihow, "full_stop": full_stop}
         self.task = task
-        prompts = (task.prompt,) if isinstance(task.prompt, str) else task.prompt
-        as_choices = (
-            (f"{{{{ {task.choices} }}}}",) if isinstance(task.choices, str) else task.choices
-        )
+        as_list = isinstance(task.choices, str)
+        prompts = [task.prompt] if isinstance(task.prompt, str) else task.prompt
+        choices = [f"{{{{ {task.choices} }}}}"] if as_list else task.choices
+        keep = task.keep or "True"
         try:
-            parsed = [
-                environment.parse(text)
-                for text in (*prompts, task.gold, task.keep or "", *as_choices)
-            ]
+            parsed = map(environment.parse, (*prompts, *choices, task.gold, keep))
             self.fields = set[str]().union(*map(jinja2.meta.find_undeclared_variables, parsed))
             self.prompts = [environment.from_string(text) for text in prompts]
-            self.gold = environment.from_string(task.gold)
-            self.keep = environment.from_string(task.keep or "True")
-            if isinstance(task.choices, str):
-                # undefined_to_none=False: a misspelt field is an error, not no choices
-                self.choices = environment.compile_expression(task.choices, False)
-            else:
-                self.choices_list = [environment.from_string(text) for text in task.choices]
+            self.gold, self.keep = environment.from_string(task.gold), environment.from_string(keep)
+            self.choices = [environment.from_string(text) for text in choices]
+            # undefined_to_none=False: a misspelt field is an error, not no choices
+            self.choice_list = as_list and environment.compile_expression(task.choices, False)
         except jinja2.TemplateError as error:
             raise ValueError(f"task {task.name}: a template is not valid Jinja2: {error}") from None
 
     def kept(self, row: Mapping[str, Any]) -> bool:
-        return self._guard(row, lambda: self.keep.render(row)).strip() == "True"
+        with self._naming(row):
+            return self.keep.render(row).strip() == "True"
 
     def item(self, row: Mapping[str, Any]) -> Item:
-        return self._guard(row, lambda: self._item(row))
-
-    def _item(self, row: Mapping[str, Any]) -> Item:
         task = self.task
-        if isinstance(task.choices, str):
-            found = self.choices(**row)
-            if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-                raise ValueError(f"choices: {task.choices!r} gives {found!r}, expected texts")
-            # Alone, a choice is right whatever the model says (lm-evaluation-harness 0.4.13 counts
-            # it so): every such row would raise the accuracy by itself.
-            if len(found) == 1:
-                raise ValueError(
-                    f"choices: found {found[0]!r} alone, expected several in every row; leave such "
-                    "rows out with keep, or ask for what greedy decoding writes with a list of one "
-                    "template"
-                )
-            choices = tuple(found)
-        else:
-            choices = tuple(template.render(row) for template in self.choices_list)
-        gold = int(self.gold.render(row))
-        if not 0 <= gold < len(choices):
-            raise ValueError(f"gold: found {gold}, expected an index below {len(choices)}")
-        prompts = tuple(template.render(row) for template in self.prompts)
-        prompt = prompts[0] if isinstance(task.prompt, str) else prompts
-        if isinstance(prompt, tuple) and len(prompt) != len(choices):
-            raise ValueError(f"prompt: found {len(prompt)} for {len(choices)} choices")
-        return Item(task.name, int(row["_row"]), prompt, choices, gold, task.target_delimiter)
+        with self._naming(row):
+            choices = tuple(self._choices(row))
+            gold = int(self.gold.render(row))
+            if not 0 <= gold < len(choices):
+                raise ValueError(f"gold: found {gold}, expected an index below {len(choices)}")
+            prompts = tuple(template.render(row) for template in self.prompts)
+            prompt = prompts[0] if isinstance(task.prompt, str) else prompts
+            if isinstance(prompt, tuple) and len(prompt) != len(choices):
+                raise ValueError(f"prompt: found {len(prompt)} for {len(choices)} choices")
+            return Item(task.name, int(row["_row"]), prompt, choices, gold, task.target_delimiter)
 
-    def _guard(self, row: Mapping[str, Any], render: Any) -> Any:
+    def _choices(self, row: Mapping[str, Any]) -> list[str]:
+        if not self.choice_list:
+            return [template.render(row) for template in self.choices]
+        found = self.choice_list(**row)
+        if not isinstance(found, list) or not all(map(_is_text, found)):
+            raise ValueError(f"choices: {self.task.choices!r} gives {found!r}, expected texts")
+        # Alone, a choice is right whatever the model says (lm-evaluation-harness 0.4.13 counts
+        # it so): every such row would raise the accuracy by itself.
+        if len(found) == 1:
+            raise ValueError(
+                f"choices: found {found[0]!r} alone, expected several in every row; leave such "
+                "rows out with keep, or ask for what greedy decoding writes with a list of one "
+                "template"
+            )
+        return found
+
+    @contextlib.contextmanager
+    def _naming(self, row: Mapping[str, Any]) -> Iterator[None]:
+        """What goes wrong inside is said with the task, the row and its fields."""
         try:
-            return render()
+            yield
         except (jinja2.TemplateError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"task {self.task.name}, row {row['_row']}: {error}; the rows have the fields "
@@ -256,19 +233,19 @@ class _Renderer:
 
 def read_rows(task: Task, data_dir: Path) -> list[dict[str, Any]] | None:
     """The downloaded rows, checked against `source.json`; None where only a mirror has them."""
-    source = held_tasks(data_dir)
-    way_out = _way_out(data_dir)
-    said = source.get(task.name)
+    said = held_tasks(data_dir).get(task.name)
     if said is None and task.only_in_mirror:
         return None
     path = data_dir / f"{task.name}.jsonl"
     if said is None or not path.is_file():
-        raise ValueError(f"{path}: found no rows of this task, expected its download; {way_out}")
+        raise ValueError(
+            f"{path}: found no rows of this task, expected its download; {_way_out(data_dir)}"
+        )
     for key in ("path", "config", "split"):
         if said.get(key, getattr(task, key)) != getattr(task, key):
             raise ValueError(
                 f"{path}: {key}: found the rows of {said[key]!r}, expected "
-                f"{getattr(task, key)!r} as in the task list; {way_out}"
+                f"{getattr(task, key)!r} as in the task list; {_way_out(data_dir)}"
             )
     check_rows(path, said["sha256"])
     return [json.loads(line) for line in path.read_bytes().splitlines()]
@@ -294,13 +271,13 @@ def check_rows(file: Path, sha256: str) -> None:
         raise Refusal(f"{file}: found other bytes than source.json says; {_way_out(file.parent)}")
 
 
+def _way_out(data_dir: Path) -> str:
+    return f"run python scripts/download_smallbench.py --output {data_dir}"
+
+
 def needed_fields(task: Task) -> set[str]:
     """The fields of a row that the task's templates name."""
     return _Renderer(task).fields | ({task.balanced} if task.balanced else set())
-
-
-def _way_out(data_dir: Path) -> str:
-    return f"run python scripts/download_smallbench.py --output {data_dir}"
 
 
 def select_rows(task: Task, rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]]:
@@ -319,12 +296,12 @@ def select_rows(task: Task, rows: Sequence[dict[str, Any]], n: int | None) -> li
             raise ValueError(
                 f"task {task.name}: balanced: found rows without the field {task.balanced!r}"
             )
-        turns: dict[str, int] = {}
+        turns: Counter[str] = Counter()
         ranked = []
         for row in order:
             value = str(row[task.balanced])
-            turns[value] = turns.get(value, -1) + 1
             ranked.append((turns[value], value, row))
+            turns[value] += 1
         order = [row for _, _, row in sorted(ranked, key=lambda entry: entry[:2])]
     return sorted(order if n is None else order[:n], key=lambda row: row["_row"])
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from src.data.corpus import SPLITS, check_split, read_source, read_texts
 from src.data.tokenizer import load_tokenizer
+from src.storage.files import sha256_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +97,7 @@ def load(path: Path, vocab_size: int, train_tokens: int | None = None) -> TokenD
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != expected:
         raise ValueError(f"{path.name}: found sha256 {found[:12]}..., expected {expected[:12]}...")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from src.data.leakage import contaminated_rows
-from src.data.leakage_check import Hasher
+from src.data.leakage_check import word_hashes
 from tests.data.test_data_scripts import refused, run, sha256, write_corpus
 
 ITEMS = 12
@@ -218,8 +218,8 @@ def test_combining_marks_do_not_cut_words(tmp_path: Path) -> None:
         "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
     ]  # Persian, with a joiner
     for label in labels:
-        assert len(Hasher().words(f"{label}, {label}!")) == 2
-    assert len(Hasher().words("a \u2764\ufe0f b 1\ufe0f\u20e3")) == 3  # a selector is no word
+        assert len(word_hashes(f"{label}, {label}!")) == 2
+    assert len(word_hashes("a \u2764\ufe0f b 1\ufe0f\u20e3")) == 3  # a selector is no word
     items = [{"text": words(rng, 7), "label": label} for label in labels]
     items.append({"text": " ".join(labels[i % 4] + str(i) for i in range(6)), "label": "x"})
     train = [plant(rng, " ".join(labels)), plant(rng, items[-1]["text"])]

@@ -114,8 +114,8 @@ def test_a_file_that_cannot_be_counted_is_refused(folder: Path) -> None:
 def test_a_split_with_dashes_in_its_name_is_one_of_its_own(folder: Path) -> None:
     for i in range(2):
         write(folder / f"train-small-{i:05d}-of-00002.parquet", ROWS[i : i + 1])
-    loaded = hub.load("a/b", None, ("train", "train-small"), folder.parents[2], folder)
-    assert [len(loaded.splits[split]) for split in ("train", "train-small")] == [60, 2]
+    loaded, _ = hub.load("a/b", None, ("train", "train-small"), folder.parents[2], folder)
+    assert [len(loaded[split]) for split in ("train", "train-small")] == [60, 2]
 
 
 def rows_lost(data: bytes) -> bytes:
