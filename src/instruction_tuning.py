@@ -44,8 +44,6 @@ from src.training_step import NonFinite, Stepper, learning_rate, next_token_loss
 
 SAMPLES = 4
 SAMPLE_TOKENS = 48
-
-
 # What decides a tuning run beside the run it starts from.
 SETTINGS = ("epochs", "batch_size", "learning_rate", "seed")
 
@@ -82,13 +80,11 @@ def generate(model: Transformer, prompt: Sequence[int], context: int, limit: int
     cache = model.new_cache(1, context)
     logits = model(torch.tensor([kept], device=device), cache)[:, -1]
     made: list[int] = []
-    while len(made) < limit:
+    for _ in range(min(limit, context - len(kept))):
         token = int(logits.argmax())
         if token == END:
             break
         made.append(token)
-        if len(kept) + len(made) >= context:
-            break
         logits = model(torch.tensor([[token]], device=device), cache)[:, -1]
     return made
 
@@ -155,7 +151,6 @@ def tune(asked: argparse.Namespace) -> int:
             return OUR_FAULT
         wall = max(time.perf_counter() - begun, tuner.seconds)
         directory.finish(_metrics(base, resolved, digest, tuner, wall))
-        _tell(found)
     return OK
 
 
@@ -258,15 +253,21 @@ def _tuning_json(
     losses: Sequence[float],
     before: Sequence[str],
 ) -> dict[str, Any]:
+    """What tuning has changed; also said aloud."""
+    texts = []
+    for row, old, new in zip(rows, before, samples(base, rows), strict=False):
+        texts.append(
+            {"prompt": row["prompt"], "expected": row["answer"], "before": old, "after": new}
+        )
+        print(f"prompt: {row['prompt'][-160:]!r}\n  before: {old!r}\n  after:  {new!r}")
+    name, first, last = base.path.name, losses[0], losses[-1]
+    print(f"{name}: held-out answer loss {first:.4f} before, {last:.4f} after")
     return {
-        "base": base.path.name,
-        "answer_loss_before": losses[0],
-        "answer_loss_after": losses[-1],
+        "base": name,
+        "answer_loss_before": first,
+        "answer_loss_after": last,
         "answer_loss_by_epoch": losses,
-        "samples": [
-            {"prompt": row["prompt"], "expected": row["answer"], "before": b, "after": a}
-            for row, b, a in zip(rows, before, samples(base, rows), strict=False)
-        ],
+        "samples": texts,
     }
 
 
@@ -307,16 +308,6 @@ def _metrics(
             "train_seconds": tuner.seconds,
             **computed(tuner.machine, device_name, wall),
         }
-    )
-
-
-def _tell(found: dict[str, Any]) -> None:
-    for sample in found["samples"]:
-        print(f"prompt: {sample['prompt'][-160:]!r}")
-        print(f"  before: {sample['before']!r}\n  after:  {sample['after']!r}")
-    print(
-        f"{found['base']}: held-out answer loss {found['answer_loss_before']:.4f} before, "
-        f"{found['answer_loss_after']:.4f} after"
     )
 
 

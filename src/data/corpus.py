@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from src.spec.command_line import Parser, Refusal
+from src.spec.progress import Progress, say
 from src.storage.files import (
     locked,
     make_directory,
@@ -113,9 +114,9 @@ def is_finished(output: Path, dataset: str, config: str | None, splits: Iterable
 
 
 def write_documents(
-    folder: Path, splits: Iterable[str], documents: Iterable[tuple[str, str]]
+    folder: Path, splits: Iterable[str], documents: Iterable[tuple[str, str]], way_out: str = ""
 ) -> dict[str, dict[str, Any]]:
-    """Write pairs of split and text; what source.json says of each split.
+    """Write pairs of split and text; what source.json says of each split, Refusal for an empty one.
 
     Blank texts are left out. Lines end in \\n only (other separators stay inside a text).
     """
@@ -123,14 +124,25 @@ def write_documents(
     facts: dict[str, dict[str, Any]] = {
         split: {"documents": 0, "bytes": 0, "words": 0} for split in files
     }
+    blank = 0
     with ExitStack() as stack:
         out = {split: stack.enter_context(file.open("wb")) for split, file in files.items()}
         for split, text in documents:
-            if text.strip():
-                out[split].write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
-                facts[split]["documents"] += 1
-                facts[split]["bytes"] += len(text.encode())
-                facts[split]["words"] += len(text.split())
+            if not text.strip():
+                blank += 1
+                continue
+            out[split].write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+            facts[split]["documents"] += 1
+            facts[split]["bytes"] += len(text.encode())
+            facts[split]["words"] += len(text.split())
+    if blank:
+        say("corpus", f"left out {blank:,} documents without a visible character")
+    if lacking := [split for split in files if not facts[split]["documents"]]:
+        count = sum(held["documents"] for held in facts.values())
+        raise Refusal(
+            f"found {count:,} documents, none of them for {' and '.join(lacking)}, expected some "
+            f"in every split{way_out}"
+        )
     return {split: {**facts[split], "sha256": sha256_of(file)} for split, file in files.items()}
 
 
@@ -200,6 +212,14 @@ def read_texts(file: Path) -> Iterator[str]:
             if text is None:
                 raise Refusal(f"{file}: line {number}: found null, expected a text")
             yield text
+
+
+def counted_texts(file: Path, what: str) -> Iterator[str]:
+    """`read_texts`, saying how far it is in `what` (characters for bytes)."""
+    with Progress(f"{file}: {what}", file.stat().st_size / 1e6, "MB") as progress:
+        for text in read_texts(file):
+            yield text
+            progress.advance(len(text) / 1e6)
 
 
 def text_of(line: bytes, where: str, column: str = "text", way_out: str = "") -> str | None:

@@ -30,9 +30,8 @@ SPLITS = ("train", "validation")
 
 def main() -> None:
     parser = corpus_parser(__doc__)
-    parser.add_argument(
-        "--dataset", default=DATASET, help=f"<owner>/<name> with a train split (default {DATASET})"
-    )
+    named = f"<owner>/<name> with a train split (default {DATASET})"
+    parser.add_argument("--dataset", default=DATASET, help=named)
     parser.add_argument("--mirror", help=MIRROR_HELP)
     asked = parser.parse_args()
     download(asked.dataset, find_mirror(asked.mirror), asked.output, force=asked.force)

@@ -24,9 +24,8 @@ from src.storage.files import publish, read_json, sha256_of, workshop, write_jso
 
 def main() -> None:
     parser = corpus_parser(__doc__)
-    parser.add_argument(
-        "--tasks", type=Path, default=TASKS_FILE, help="task list (default: the repository's)"
-    )
+    listed = "task list (default: the repository's)"
+    parser.add_argument("--tasks", type=Path, default=TASKS_FILE, help=listed)
     parser.add_argument("--mirror", help=MIRROR_HELP)
     arguments = parser.parse_args()
     try:

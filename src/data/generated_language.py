@@ -33,12 +33,13 @@ from src.data.corpus import (
     read_texts,
     write_documents,
 )
-from src.spec.command_line import Refusal
+from src.spec.command_line import Refusal, at_least
 from src.storage.files import make_directory, publish, sha256_of, write_json
 
 DATASET = "generated/markov-words"
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 LETTERS = 4  # of every word
+LARGEST_LEXICON = 4096
 WORDS_PER_DOCUMENT = (40, 80)  # uniform, both included, independent of the words
 HELD_OUT_SHARE = 10  # validation and test have a tenth of train's documents each
 PROBE_ITEMS = 200
@@ -64,25 +65,19 @@ PROBES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = corpus_parser(__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
-    parser.add_argument(
-        "--documents", type=int, default=4000, help="train documents (default 4000, 1.2 MB)"
-    )
-    parser.add_argument("--lexicon", type=int, default=96, help="words (default 96)")
-    parser.add_argument("--successors", type=int, default=8, help="of each word (default 8)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of everything (0)")
+    parser.add_argument("--documents", type=at_least(10), default=4000, help="of train (4000)")
+    parser.add_argument("--lexicon", type=at_least(16), default=96, help="words (96)")
+    parser.add_argument("--successors", type=at_least(2), default=8, help="of each word (8)")
     asked = parser.parse_args()
-    ranges = {
-        "seed": (0, 2**32 - 1),
-        "documents": (HELD_OUT_SHARE, 10_000_000),
-        "lexicon": (16, 4096),
-        "successors": (2, asked.lexicon // 4),
-    }
-    for option, (least, most) in ranges.items():
-        value = getattr(asked, option)
-        if not least <= value <= most:
-            raise Refusal(f"--{option}: found {value}, expected {least} to {most:,}")
+    if asked.lexicon > LARGEST_LEXICON or asked.successors > asked.lexicon // 4:
+        raise Refusal(
+            f"--lexicon, --successors: found {asked.lexicon} and {asked.successors}, expected at "
+            f"most {LARGEST_LEXICON:,} words and a quarter of them as successors"
+        )
     output: Path = asked.output
-    config = "-".join(f"{option}{getattr(asked, option)}" for option in ranges)
+    options = ("seed", "documents", "lexicon", "successors")
+    config = "-".join(f"{option}{getattr(asked, option)}" for option in options)
 
     def make(partial: Path) -> dict[str, Any]:
         rng = np.random.default_rng(asked.seed)
@@ -128,15 +123,12 @@ class Language:
 
     @property
     def bits_first_word(self) -> float:
-        """Entropy of a document's first word."""
         return entropy_bits(self.stationary)
 
     def allows(self, first: int, second: int) -> bool:
-        """Whether `second` can follow `first` at all."""
         return bool((self.successors[first] == second).any())
 
     def spell(self, words: Sequence[int]) -> str:
-        """The text of a row of words."""
         return " ".join(self.lexicon[word] for word in words)
 
 
@@ -191,11 +183,8 @@ def sample(
 def make_split(
     language: Language, rng: np.random.Generator, documents: int, folder: Path, split: str
 ) -> dict[str, Any]:
-    """Write one split; its facts, with two totals in bits beside the usual ones.
-
-    `entropy_bits` is expected of texts of these lengths; `true_bits` is -log2 of the probability of
-    this very split, which differs by sampling error only.
-    """
+    """Write one split. Among its facts, `entropy_bits` is expected of texts of these lengths;
+    `true_bits` is -log2 of this very split's probability, which differs by sampling error only."""
     shortest, longest = WORDS_PER_DOCUMENT
     lengths = rng.integers(shortest, longest, size=documents, endpoint=True)
     drawn, bits = sample(language, rng, documents, longest)

@@ -101,7 +101,7 @@ def check_shards(files: Iterable[str]) -> None:
 def _load_mirrored(path: str, config: str | None, wanted: Sequence[str], mirror: Path) -> Loaded:
     """By the layout alone: a README that `datasets` cannot read is no reason to refuse the data."""
     folder = mirror / path
-    found = {f.name: splits for f in sorted(folder.glob("*")) if (splits := _mirrored_splits(f))}
+    found = {f.name: held for f in sorted(folder.glob("*")) if (held := _mirrored_splits(f))}
     if not found:
         raise Refusal(f"{path}: {where(mirror)} does not have this dataset; use another mirror")
     config = _choose(path, config, wanted, found, where(mirror))

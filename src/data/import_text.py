@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ from src.spec.progress import say, track
 from src.storage.files import sha256_of
 
 COLUMN_HINT = "; name what holds the texts with --text_column"
+MORE = (
+    "; raise --validation and --test, give more files, or cut .txt files into documents with "
+    "--separator"
+)
 BLOCK_BYTES = 32 << 20
 # (train bytes from which, a vocabulary that they can fill): what is printed as the next command
 VOCABULARIES = ((10_000_000, 16_000), (1_000_000, 4_096), (0, 512))
@@ -60,14 +64,19 @@ def main() -> None:
     output: Path = asked.output
     files = find_files(asked.input, output)
     separator = asked.separator and asked.separator.replace("\\n", "\n").replace("\\t", "\t")
-    settings = (asked.text_column, separator, asked.validation, asked.test)
+    column, shares = asked.text_column, (asked.validation, asked.test)
     tracked = track(files.items(), "--input: hashing", "files", len(files))
     listed = [(name, sha256_of(file)) for name, file in tracked]
     # Twelve digits that stand for these bytes under these names, cut in this way.
-    config = hashlib.sha256(json.dumps([listed, settings]).encode()).hexdigest()[:12]
+    config = hashlib.sha256(
+        json.dumps([listed, [column, separator, *shares]]).encode()
+    ).hexdigest()[:12]
 
     def make(partial: Path) -> dict[str, Any]:
-        return {"splits": write_splits(files, partial / "files", *settings)}
+        found = (text for file in files.values() for text in read_texts(file, column, separator))
+        tracked = track(found, "--input: reading", "documents")
+        documents = ((split_of(text, *shares), text) for text in tracked)
+        return {"splits": write_documents(partial / "files", SPLITS, documents, MORE)}
 
     dataset = f"own/{output.absolute().name}"
     if make_once(output, dataset, config, SPLITS, make, force=asked.force):
@@ -109,42 +118,12 @@ def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def write_splits(
-    files: Mapping[str, Path],
-    folder: Path,
-    column: str,
-    separator: str | None,
-    validation: float,
-    test: float,
-) -> dict[str, dict[str, Any]]:
-    """Write the three splits, every document where its hash belongs; Refusal for an empty one."""
-    empty = 0
-
-    def documents() -> Iterator[tuple[str, str]]:
-        nonlocal empty
-        found = (text for file in files.values() for text in read_texts(file, column, separator))
-        for text in track(found, "--input: reading", "documents"):
-            place = place_of(text)
-            held_out = "validation" if place < validation else "test"
-            yield held_out if not validation <= place < 1 - test else "train", text
-            empty += not text.strip()
-
-    splits = write_documents(folder, SPLITS, documents())
-    if empty:
-        say("--input", f"left out {empty:,} documents without a visible character")
-    if lacking := [split for split, facts in splits.items() if not facts["documents"]]:
-        count = sum(facts["documents"] for facts in splits.values())
-        raise Refusal(
-            f"--input: found {count:,} documents, none of them for {' and '.join(lacking)} "
-            "at these shares, expected some in every split; raise --validation and --test, give "
-            "more files, or cut .txt files into documents with --separator"
-        )
-    return splits
-
-
-def place_of(text: str) -> float:
-    """Where the hash of a text stands between 0 and 1."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
+def split_of(text: str, validation: float, test: float) -> str:
+    """By where the hash of the text stands between 0 and 1."""
+    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
+    if place < validation:
+        return "validation"
+    return "test" if place >= 1 - test else "train"
 
 
 def read_texts(file: Path, column: str, separator: str | None) -> Iterator[str]:

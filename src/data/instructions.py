@@ -5,7 +5,6 @@ Shapes: B examples, T tokens.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from src.data.tokens import epoch_orders
 
 END = 0  # <|endoftext|>: begins each prompt and ends each answer
 
@@ -70,16 +71,10 @@ class Batches:
     """The batch of a step depends on (seed, step) alone, so a resumed run has nothing to replay."""
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
-        self._examples, self._seed = examples, seed
+        self._examples = examples
         self.size = min(batch_size, len(examples))
-        self._order = functools.lru_cache(maxsize=2)(self._permutation)
-
-    @property
-    def per_epoch(self) -> int:
-        return len(self._examples) // self.size
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
+        self.per_epoch = len(examples) // self.size
+        self._order = epoch_orders(len(examples), seed)
 
     def __getitem__(self, step: int) -> list[Example]:
         epoch, place = divmod(step, self.per_epoch)

@@ -11,10 +11,8 @@ from src.data.tasks import held_tasks
 
 
 def report_path(stated: str | None, smallbench_dir: Path, corpus: Mapping[str, Any]) -> Path | None:
-    """The report to use: the stated file, else the one the script wrote for this corpus.
-
-    `corpus` is the token directory's record of its source; None where there is no report.
-    """
+    """The report to use: the stated file, else the one the script wrote for this `corpus` (a
+    source.json); None where there is none."""
     if stated is not None:
         return Path(stated)
     train = corpus.get("splits", {}).get("train", {}).get("sha256")

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from src.data.corpus import check_split, read_source, read_texts, script_parser
+from src.data.corpus import check_split, counted_texts, read_source, read_texts, script_parser
 from src.data.tasks import check_rows, held_tasks
-from src.spec.progress import Progress, track
+from src.spec.progress import track
 from src.storage.files import make_directory, write_json
 
 SCHEMA = 2
@@ -203,13 +203,11 @@ def joined_documents(file: Path) -> Iterator[np.ndarray]:
     border = ~word_hashes("border")  # no word's hash, save by accident
     parts: list[np.ndarray] = []
     words = 0
-    with Progress(f"{file}: searching", file.stat().st_size / 1e6, "MB") as progress:
-        for text in read_texts(file):
-            parts += [word_hashes(text), border]
-            words += len(parts[-2])
-            progress.advance(len(text) / 1e6)
-            if words >= WORDS_AT_ONCE:
-                yield np.concatenate(parts)
-                parts, words = [], 0
+    for text in counted_texts(file, "searching"):
+        parts += [word_hashes(text), border]
+        words += len(parts[-2])
+        if words >= WORDS_AT_ONCE:
+            yield np.concatenate(parts)
+            parts, words = [], 0
     if parts:
         yield np.concatenate(parts)

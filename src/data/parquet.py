@@ -103,20 +103,16 @@ def is_text(kind: pa.DataType) -> bool:
     from pyarrow import types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return any(
-        is_kind(kind)
-        for is_kind in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    )
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return any(is_kind(kind) for is_kind in texts)
 
 
 def is_plain(kind: pa.DataType) -> bool:
     """Whether JSON holds this type as it is: texts, numbers, lists and structs of them."""
     from pyarrow import types
 
-    if types.is_struct(kind):
-        return all(is_plain(field.type) for field in kind)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return is_plain(kind.value_type)
-    return (
-        is_text(kind) or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
-    )
+    nested = (types.is_struct, types.is_list, types.is_large_list, types.is_fixed_size_list)
+    if any(is_kind(kind) for is_kind in nested):
+        return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
+    numbers = (types.is_boolean, types.is_integer, types.is_floating)
+    return is_text(kind) or any(is_kind(kind) for is_kind in numbers)

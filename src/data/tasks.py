@@ -11,9 +11,10 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ class Item:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """Context and continuation of each choice."""
-        one = isinstance(self.prompt, str)
-        prompts = [self.prompt] * len(self.choices) if one else self.prompt
+        same = self.prompt
+        prompts = [same] * len(self.choices) if isinstance(same, str) else same
         return [(p, self.delimiter + c) for p, c in zip(prompts, self.choices, strict=True)]
 
 
@@ -131,7 +132,7 @@ _REQUIRED = ("name", "path", "config", "split", "prompt", "choices", "gold")
 def _task(where: str, entry: Any, seed: int) -> Task:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: found {entry!r}, expected keys and values")
-    fields = dict.fromkeys(_REQUIRED) | entry
+    fields: dict[str, Any] = dict.fromkeys(_REQUIRED) | entry
     where = f"{where} ({fields['name']})"
     known_keys(f"{where}: ", fields, list(_KEYS))
     for key, value in fields.items():
@@ -146,8 +147,9 @@ def _task(where: str, entry: Any, seed: int) -> Task:
         fields["choices"] = str(choices["field"])
     elif isinstance(prompts, list) and len(prompts) != len(choices):
         raise ValueError(f"{where}: prompt: found {prompts}, expected {_KEYS['prompt'][0]}")
-    as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-    return Task(**as_tuples, seed=seed)
+    for key, value in fields.items():
+        fields[key] = tuple(value) if isinstance(value, list) else value
+    return Task(**fields, seed=seed)
 
 
 def wikihow(text: str) -> str:
@@ -171,9 +173,9 @@ class _Renderer:
         )
         environment.filters |= {"wikihow": wikihow, "full_stop": full_stop}
         self.task = task
-        as_list = isinstance(task.choices, str)
         prompts = [task.prompt] if isinstance(task.prompt, str) else task.prompt
-        choices = [f"{{{{ {task.choices} }}}}"] if as_list else task.choices
+        listed = task.choices if isinstance(task.choices, str) else None  # one expression
+        choices = [f"{{{{ {listed} }}}}"] if listed else task.choices
         keep = task.keep or "True"
         try:
             parsed = map(environment.parse, (*prompts, *choices, task.gold, keep))
@@ -182,7 +184,7 @@ class _Renderer:
             self.gold, self.keep = environment.from_string(task.gold), environment.from_string(keep)
             self.choices = [environment.from_string(text) for text in choices]
             # undefined_to_none=False: a misspelt field is an error, not no choices
-            self.choice_list = as_list and environment.compile_expression(task.choices, False)
+            self.choice_list = listed and environment.compile_expression(listed, False)
         except jinja2.TemplateError as error:
             raise ValueError(f"task {task.name}: a template is not valid Jinja2: {error}") from None
 
@@ -253,15 +255,15 @@ def read_rows(task: Task, data_dir: Path) -> list[dict[str, Any]] | None:
 
 def held_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
     """What `source.json` says of each downloaded task; Refusal where it says nothing."""
+    source = data_dir / "source.json"
     try:
-        tasks = json.loads((data_dir / "source.json").read_bytes())["tasks"]
+        tasks = json.loads(source.read_bytes())["tasks"]
         if all(isinstance(facts["sha256"], str) for facts in tasks.values()):
             return tasks
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError, ValueError):
         pass
     raise Refusal(
-        f"{data_dir}/source.json: found no list of downloaded tasks, expected one; "
-        f"{_way_out(data_dir)}"
+        f"{source}: found no list of downloaded tasks, expected one; {_way_out(data_dir)}"
     )
 
 
@@ -296,13 +298,11 @@ def select_rows(task: Task, rows: Sequence[dict[str, Any]], n: int | None) -> li
             raise ValueError(
                 f"task {task.name}: balanced: found rows without the field {task.balanced!r}"
             )
-        turns: Counter[str] = Counter()
-        ranked = []
+        by_value: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in order:
-            value = str(row[task.balanced])
-            ranked.append((turns[value], value, row))
-            turns[value] += 1
-        order = [row for _, _, row in sorted(ranked, key=lambda entry: entry[:2])]
+            by_value[str(row[task.balanced])].append(row)
+        turns = zip_longest(*(by_value[value] for value in sorted(by_value)))
+        order = [row for turn in turns for row in turn if row is not None]
     return sorted(order if n is None else order[:n], key=lambda row: row["_row"])
 
 

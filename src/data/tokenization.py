@@ -14,17 +14,16 @@ import functools
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from src.data import tokens
-from src.data.corpus import SPLITS, check_split, corpus_parser, read_source, read_texts
+from src.data.corpus import SPLITS, check_split, corpus_parser, counted_texts, read_source
 from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.spec.command_line import Refusal
-from src.spec.progress import Progress
 from src.storage.files import (
     fsync_directory,
     locked,
@@ -134,7 +133,7 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     parts = pre_tokenizers.Split(Regex(ENDLESS_WORD), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([parts, words])
-    tokenizer.train_from_iterator(counted(read_texts(file), file, "learning from"), trainer)
+    tokenizer.train_from_iterator(counted_texts(file, "learning from"), trainer)
     tokenizer.pre_tokenizer = words
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
@@ -146,14 +145,6 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def counted(texts: Iterator[str], file: Path, what: str) -> Iterator[str]:
-    """The texts one by one, and how far they are (characters for bytes)."""
-    with Progress(f"{file}: {what}", file.stat().st_size / 1e6, "MB") as progress:
-        for text in texts:
-            yield text
-            progress.advance(len(text) / 1e6)
-
-
 def encode_split(
     encode: Callable[[str], bytes], corpus: Path, split: str, folder: Path
 ) -> dict[str, Any]:
@@ -162,7 +153,7 @@ def encode_split(
     rows: list[tuple[int, int, int]] = []
     count = 0
     with (folder / f"{split}.bin").open("wb") as out:
-        for text in counted(read_texts(file), file, "encoding"):
+        for text in counted_texts(file, "encoding"):
             ids = struct.pack("<H", END_ID) + encode(text)
             rows.append((count, len(text.encode()), len(text.split())))
             count += len(ids) // 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ def load(path: Path, vocab_size: int, train_tokens: int | None = None) -> TokenD
     """Open and verify `path` (sizes, SHA-256, ids); ValueError with the way out if not sound.
 
     `train_tokens` keeps only the first so many of the train split, under a digest of its own.
-    A corpus is read once for its hash: 120 MB take about 0.1 s.
     """
     command = (
         f"python scripts/preprocess_lm.py --input CORPUS --vocab_size {vocab_size} "
@@ -71,29 +71,29 @@ def load(path: Path, vocab_size: int, train_tokens: int | None = None) -> TokenD
         )
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
-        found_vocab = int(meta["vocab_size"])
-        if found_vocab != vocab_size:
-            raise ValueError(f"vocab_size: found {found_vocab}, expected {vocab_size}")
+        if meta["vocab_size"] != vocab_size:
+            raise ValueError(f"vocab_size: found {meta['vocab_size']}, expected {vocab_size}")
         if not isinstance(meta["corpus"], dict):
             raise ValueError(f"corpus: found {meta['corpus']!r}, expected keys and values")
         _check_hash(path / "tokenizer.json", meta["tokenizer_sha256"])
-        splits = {
+        kept: dict[str, Any] = {
             name: _load_split(path, name, meta["splits"][name], vocab_size) for name in SPLITS
         }
-        found = TokenData(
-            path=path,
-            vocab_size=vocab_size,
-            eot_id=int(meta["eot_id"]),
-            tokenizer_sha256=meta["tokenizer_sha256"],
-            corpus=meta["corpus"],
-            **splits,
-        )
+        kept |= {key: meta[key] for key in ("vocab_size", "eot_id", "tokenizer_sha256", "corpus")}
+        found = TokenData(path=path, **kept)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{meta_path}: {what}; delete {path} and run: {command}") from None
     if train_tokens is None:
         return found
-    return replace(found, train=_first(found.train, train_tokens))
+    train, count = found.train, len(found.train.tokens)
+    if train_tokens > count:
+        raise ValueError(
+            f"data.train_tokens: found {train_tokens:,}, but train has {count:,} tokens"
+        )
+    digest = f"{train.sha256}:{train_tokens}"
+    first = replace(train, tokens=train.tokens[:train_tokens], sha256=digest)
+    return replace(found, train=first)
 
 
 def _check_hash(path: Path, expected: str) -> None:
@@ -121,10 +121,8 @@ def _load_split(path: Path, name: str, meta: dict[str, Any], vocab_size: int) ->
 
 
 def outside_texts(corpus: Path, name: str) -> tuple[list[str], str]:
-    """The documents of a split of another corpus directory, and its hash.
-
-    Raises ValueError for a corpus that is not there or not what its source.json says.
-    """
+    """The documents of a split of another corpus directory, and its hash; ValueError where it is
+    not what its source.json says."""
     file = corpus / f"{name}.jsonl"
     try:
         sha256 = read_source(corpus, [name])["splits"][name]["sha256"]
@@ -141,28 +139,27 @@ def outside_texts(corpus: Path, name: str) -> tuple[list[str], str]:
 
 
 def outside_split(corpus: Path, name: str, tokenizer_path: Path, eot_id: int) -> Split:
-    """A split of another corpus directory, encoded with the run's own tokenizer.
-
-    Raises ValueError as `outside_texts` does.
-    """
+    """`outside_texts`, encoded with the run's own tokenizer."""
     texts, sha256 = outside_texts(corpus, name)
     tokenizer = load_tokenizer(tokenizer_path)
     ids = [entry.ids for entry in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     starts = np.cumsum([0] + [len(row) + 1 for row in ids[:-1]])
-    sizes = [(len(text.encode()), len(text.split())) for text in texts]
+    sizes = np.array([(len(text.encode()), len(text.split())) for text in texts], dtype=np.int64)
     return Split(
         tokens=np.concatenate([np.array([eot_id, *row], dtype=np.uint16) for row in ids]),
-        documents=np.column_stack((starts, np.array(sizes, dtype=np.int64))),
+        documents=np.column_stack((starts, sizes)),
         sha256=sha256,
     )
 
 
-def _first(split: Split, count: int) -> Split:
-    if count > len(split.tokens):
-        raise ValueError(
-            f"data.train_tokens: found {count:,}, but train has {len(split.tokens):,} tokens"
-        )
-    return replace(split, tokens=split.tokens[:count], sha256=f"{split.sha256}:{count}")
+def epoch_orders(count: int, seed: int) -> Callable[[int], NDArray[np.int64]]:
+    """The order in which an epoch reads `count` things, drawn afresh from the seed."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([seed, epoch]).permutation(count)
+
+    return order
 
 
 class Windows:
@@ -176,7 +173,7 @@ class Windows:
         self, tokens: NDArray[np.uint16], *, batch_size: int, seq_len: int, seed: int
     ) -> None:
         self._tokens = tokens
-        self._batch_size, self._seq_len, self._seed = batch_size, seq_len, seed
+        self._batch_size, self._seq_len = batch_size, seq_len
         self.count = (len(tokens) - 1) // seq_len
         if self.count < batch_size:
             raise ValueError(
@@ -184,10 +181,7 @@ class Windows:
                 f"train split has {self.count}; expected at least one batch, so lower batch_size "
                 "or use a larger corpus"
             )
-        self._order = functools.lru_cache(maxsize=2)(self._permutation)
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self._seed, epoch]).permutation(self.count)
+        self._order = epoch_orders(self.count, seed)
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """(B, T + 1) token ids of optimizer step `step` (from 0)."""
