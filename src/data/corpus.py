@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,8 @@ def make_once(
             return False
         with workshop(output / ".partial") as partial:
             (partial / "files").mkdir()
-            source = {
-                **{"dataset": dataset, "config": config},
-                **{"revision": None, "mirror": False, "licence": None},
-                **make(partial),
-            }
+            source: dict[str, Any] = {"dataset": dataset, "config": config}
+            source |= {"revision": None, "mirror": False, "licence": None, **make(partial)}
             write_json(partial / "files" / "source.json", source)
             publish(partial / "files", output, "source.json")
     for split, facts in source["splits"].items():
@@ -144,6 +141,16 @@ def write_documents(
             f"in every split{way_out}"
         )
     return {split: {**facts[split], "sha256": sha256_of(file)} for split, file in files.items()}
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write JSON Lines; their number and hash."""
+    count = 0
+    with file.open("wb") as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return {"rows": count, "sha256": sha256_of(file)}
 
 
 def kind_of(file: Path) -> str | None:

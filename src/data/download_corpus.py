@@ -38,9 +38,8 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help=fewer)
     parser.add_argument("--mirror", help=MIRROR_HELP)
     asked = parser.parse_args()
-    path, config = parse_dataset(asked.dataset)
     mirror = find_mirror(asked.mirror)
-    download(path, config, asked.splits, mirror, asked.output, force=asked.force)
+    download(asked.dataset, asked.splits, mirror, asked.output, force=asked.force)
 
 
 def parse_dataset(name: str) -> tuple[str, str | None]:
@@ -57,15 +56,10 @@ def parse_dataset(name: str) -> tuple[str, str | None]:
 
 
 def download(
-    path: str,
-    config: str | None,
-    splits: Sequence[str],
-    mirror: Path | None,
-    output: Path,
-    *,
-    force: bool = False,
+    dataset: str, splits: Sequence[str], mirror: Path | None, output: Path, *, force: bool = False
 ) -> None:
     """Have the dataset as a corpus directory; nothing half-done is ever visible."""
+    path, config = parse_dataset(dataset)
 
     def make(partial: Path) -> dict[str, Any]:
         print(f"{path}, configuration {config or 'default'}, from {where(mirror)}", flush=True)

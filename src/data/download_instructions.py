@@ -10,18 +10,16 @@ response are taken as they are; instruction, input, output get the same Alpaca w
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from src.data.chat_template import CLOSING, OPENING
-from src.data.corpus import corpus_parser, make_once
+from src.data.corpus import corpus_parser, make_once, write_rows
 from src.data.hub import MIRROR_HELP, find_mirror, load, where
 from src.data.parquet import Split
 from src.spec.command_line import Refusal
 from src.spec.progress import track
-from src.storage.files import sha256_of
 
 DATASET = "mosaicml/dolly_hhrlhf"
 HELD_OUT_ONE_IN = 10
@@ -50,6 +48,8 @@ def download(dataset: str, mirror: Path | None, output: Path, *, force: bool = F
                 parts["validation" if is_held_out(row["prompt"]) else "train"].append(row)
         files = {split: partial / "files" / f"{split}.jsonl" for split in SPLITS}
         facts = {split: write_rows(file, parts[split]) for split, file in files.items()}
+        if not all(parts.values()):
+            raise Refusal(f"{dataset}: found too few rows with a prompt and an answer")
         return {**origin, "splits": facts}
 
     make_once(output, dataset, None, SPLITS, make, force=force)
@@ -77,12 +77,3 @@ def is_held_out(prompt: str) -> bool:
     """By its hash: equal prompts never stand on both sides."""
     digest = hashlib.sha256(prompt.encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
-
-
-def write_rows(file: Path, rows: Iterable[Mapping[str, str]]) -> dict[str, Any]:
-    """Write one split; Refusal where it is empty."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    if not lines:
-        raise Refusal(f"{file.stem}: found no row with a prompt and an answer, expected some")
-    file.write_text("".join(lines), encoding="utf-8", newline="\n")
-    return {"rows": len(lines), "sha256": sha256_of(file)}

@@ -8,12 +8,11 @@ last. A task added to the list is all that a second call downloads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.data.corpus import corpus_parser, writing_to
+from src.data.corpus import corpus_parser, write_rows, writing_to
 from src.data.hub import MIRROR_HELP, find_mirror, load, where
 from src.data.parquet import Split, is_plain
 from src.data.tasks import TASKS_FILE, Task, load_tasks, needed_fields
@@ -82,7 +81,7 @@ def download(
             loaded, origin = load(task.path, task.config, [task.split], mirror, partial / "cache")
             facts[task.name] = {
                 **{"path": task.path, "config": task.config, "split": task.split},
-                **write_rows(task, loaded[task.split], partial / "files" / f"{task.name}.jsonl"),
+                **write_task(task, loaded[task.split], partial / "files" / f"{task.name}.jsonl"),
                 **{key: origin[key] for key in ("revision", "licence")},
             }
         source = {"tasks": dict(sorted(facts.items())), "mirror": mirror is not None}
@@ -91,15 +90,12 @@ def download(
     print(f"{output}: {len(facts)} tasks, {sum(task['rows'] for task in facts.values()):,} rows")
 
 
-def write_rows(task: Task, split: Split, file: Path) -> dict[str, Any]:
+def write_task(task: Task, split: Split, file: Path) -> dict[str, Any]:
     """Write one task's rows as they are, numbered; their number and hash."""
     needed = needed_fields(task)
     found = split.columns()
     columns = [c for c in found if c in needed or split.holds(c, is_plain)]
     if left_out := sorted({*found} - {*columns}):
         say(task.name, f"without {', '.join(left_out)}, which no template reads")
-    with file.open("w", encoding="utf-8", newline="\n") as out:
-        rows = split.rows(columns, is_plain, "texts, numbers, or lists or structs of them")
-        for number, row in enumerate(rows):
-            out.write(json.dumps({"_row": number, **row}, ensure_ascii=False) + "\n")
-    return {"rows": len(split), "sha256": sha256_of(file)}
+    rows = split.rows(columns, is_plain, "texts, numbers, or lists or structs of them")
+    return write_rows(file, ({"_row": number, **row} for number, row in enumerate(rows)))

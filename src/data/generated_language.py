@@ -15,7 +15,6 @@ the probes: smallbench.yaml, a task list, and smallbench/, their rows. Needs no 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +31,10 @@ from src.data.corpus import (
     read_source,
     read_texts,
     write_documents,
+    write_rows,
 )
 from src.spec.command_line import Refusal, at_least
-from src.storage.files import make_directory, publish, sha256_of, write_json
+from src.storage.files import make_directory, publish, write_json
 
 DATASET = "generated/markov-words"
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
@@ -210,12 +210,10 @@ def write_probes(language: Language, rng: np.random.Generator, partial: Path, ou
     tasks, facts = [], {}
     for (task, entry), maker in zip(PROBES.items(), (replaced, next_word), strict=True):
         rows = probe_rows(language, rng, train, maker)
-        lines = [json.dumps({"_row": i, **row}) + "\n" for i, row in enumerate(rows)]
-        file = folder / f"{task}.jsonl"
-        file.write_text("".join(lines), encoding="utf-8")
+        numbered = ({"_row": number, **row} for number, row in enumerate(rows))
         source = {"path": DATASET, "config": task, "split": "test"}
         tasks.append({"name": task, **source, "n": PROBE_ITEMS, "metrics": ["accuracy"], **entry})
-        facts[task] = {**source, "rows": PROBE_ITEMS, "sha256": sha256_of(file)}
+        facts[task] = {**source, **write_rows(folder / f"{task}.jsonl", numbered)}
     write_json(folder / "source.json", {"tasks": facts, "mirror": False})
     make_directory(output / "smallbench")
     publish(folder, output / "smallbench", "source.json")

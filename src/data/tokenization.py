@@ -195,10 +195,8 @@ def replace_directory(new: Path, final: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     fsync_directory(new)
-    if final.exists():
-        with workshop(final.with_name(f".{final.name}.replaced")) as old:
+    with workshop(final.with_name(f".{final.name}.replaced")) as old:
+        if final.exists():
             os.rename(final, old / final.name)
-            os.rename(new, final)
-    else:
         os.rename(new, final)
     fsync_directory(final.parent)

@@ -43,7 +43,7 @@ def write(file: Path, rows: list[dict[str, Any]], **columns: Any) -> None:
 def corpus(folder: Path) -> list[str]:
     mirror, output = folder.parents[2], folder.parents[3] / "corpus"
     output.mkdir()
-    download_corpus.download("a/b", None, ("train",), mirror, output)
+    download_corpus.download("a/b", ["train"], mirror, output)
     lines = (output / "train.jsonl").read_bytes().splitlines()
     return [json.loads(line)["text"] for line in lines]
 
