@@ -14,9 +14,6 @@ from tokenizers import Tokenizer
 from src.data.tasks import Item, fixed_labels
 from src.data.tokenizer import END_OF_TEXT
 
-# Other items' prompts under which an item's own choices are scored for the calibration.
-HELD_OUT_PROMPTS = 1
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -32,23 +29,22 @@ def own_pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
 
 
 def held_out_pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
-    """Every item's choices under the prompts of other items, evenly spaced over the list.
+    """Every item's choices under another item's prompt, half the list away, for the calibration.
 
     Empty where that says nothing: for choices that stand alone, for prompts that are equal or
     differ by choice, and for labels, which are calibrated for nothing from the scores that are
     there anyway.
     """
-    count = len(items)
-    alone = any(len(item.choices) == 1 for item in items)
     prompts = [item.prompt for item in items if isinstance(item.prompt, str)]
-    by_choice = len(prompts) < count
-    if alone or by_choice or fixed_labels(items) or len(set(prompts)) <= HELD_OUT_PROMPTS:
+    alone = any(len(item.choices) == 1 for item in items)
+    by_choice = len(prompts) < len(items)
+    if alone or by_choice or fixed_labels(items) or len(set(prompts)) <= 1:
         return []
-    shifts = [round(count * (k + 1) / (HELD_OUT_PROMPTS + 1)) for k in range(HELD_OUT_PROMPTS)]
+    half = round(len(items) / 2)
+    other = prompts[half:] + prompts[:half]
     return [
-        (prompts[(i + shift) % count], item.delimiter + choice)
-        for i, item in enumerate(items)
-        for shift in shifts
+        (prompt, item.delimiter + choice)
+        for prompt, item in zip(other, items, strict=True)
         for choice in item.choices
     ]
 
