@@ -3,7 +3,7 @@
     python run_experiment.py --config configs/embed_ratio.yaml --exp emb35 --phase sanity
 
 Writes <log_dir>/<exp>-sanity/{learning_rates.json, learning_rates.png} and, last, sanity.json. Cut
-before that, it begins again. torch is imported once the directory is held.
+in the ramp, it goes on there. torch is imported once the directory is held.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check(asked: RunContext) -> dict[str, Any]:
     """All checks of one experiment; returns (and writes) sanity.json's content.
 
     A finished check is read back, not repeated. Raises Held where another process is at it,
-    ValueError for finished checks of another configuration.
+    Preempted after a signal, ValueError for finished checks of another configuration.
     """
     training, model = asked.run.training, asked.allocation.model
     directory = asked.log_dir / f"{asked.run.experiment}-sanity"
@@ -56,7 +56,7 @@ def check(asked: RunContext) -> dict[str, Any]:
             training, model, asked.log_dir, asked.device, directory.name
         )
         found = {"experiment": asked.run.experiment, "config_digest": digest}
-        found |= sanity_training.measure(asked, machine, directory)
+        found |= sanity_training.measure(asked, machine, directory, digest)
         price = costs.price_per_hour(found["device"], found["device_name"])
         found["cost_usd"] = None if price is None else found["wall_seconds"] / 3600 * price
         write_json(done, found)

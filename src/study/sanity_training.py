@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +18,17 @@ from torch import Tensor
 
 from src.compute import runtime
 from src.compute.compute_config import Machine
+from src.data.tokens import Windows
 from src.models.transformer import Transformer
 from src.preflight import RunContext
+from src.run import Preempted
 from src.spec import config
 from src.spec.allocation import Allocation
 from src.spec.config import RunConfig
 from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
 from src.spec.progress import Progress
-from src.storage.files import write_json
+from src.storage import checkpoint
+from src.storage.run_dir import Preemption, write_json
 from src.training_step import (
     NonFinite,
     Stepper,
@@ -140,9 +144,40 @@ def blocks(model: Transformer) -> dict[str, int]:
 # ---------------------------------------------------------------------------------- the phase
 
 
-def measure(asked: RunContext, machine: Machine, directory: Path) -> dict[str, Any]:
+def resumable(
+    stepper: Stepper, windows: Windows, directory: Path, digests: dict[str, str], stop: Preemption
+) -> Callable[[int, float], float]:
+    """`ramp`'s step over the training windows, in whole batches: 25 minutes on a CPU, so it goes on
+    from `directory`, where losses and state are saved every `checkpoint_minutes` and on a signal
+    (then it raises Preempted)."""
+    losses: list[float] = []
+    if found := checkpoint.load_latest(directory, digests=digests):
+        state, _ = found
+        stepper.load_state(state)
+        losses += state["losses"]
+    saved = time.perf_counter()
+
+    def step(number: int, rate: float) -> float:
+        nonlocal saved
+        if number < len(losses):
+            return losses[number]
+        now = time.perf_counter()
+        if stop.requested or now - saved >= 60 * stepper.training.checkpoint_minutes:
+            stepper.save_state(directory, digests, losses=list(losses))
+            saved = now
+        if stop.requested:
+            raise Preempted(f"a signal during the checks in {directory.parent}")
+        losses.append(train_once(stepper, torch.from_numpy(windows.batch(number)), rate))
+        return losses[-1]
+
+    return step
+
+
+def measure(
+    asked: RunContext, machine: Machine, directory: Path, config_digest: str
+) -> dict[str, Any]:
     """All checks of one experiment, as sanity.json has them; the ramp's files are left in
-    `directory`."""
+    `directory`. Raises Preempted after a signal, with the ramp's state saved."""
     run, training, allocation = asked.run, asked.run.training, asked.allocation
     windows, begun = training_windows(asked.data, training), time.perf_counter()
     first = torch.from_numpy(windows.batch(0))
@@ -151,18 +186,22 @@ def measure(asked: RunContext, machine: Machine, directory: Path) -> dict[str, A
     at_first, params = initial_loss(stepper, first), blocks(stepper.model)
     loss, steps = overfit(stepper, first[:sequences], directory.name)
 
-    ramp_begun, stepper = time.perf_counter(), fresh_stepper(run, allocation, machine)
-
-    def step(number: int, rate: float) -> float:
-        return train_once(stepper, torch.from_numpy(windows.batch(number)), rate)
-
-    rows = ramp(step, directory.name)
-    ended, suggested = time.perf_counter(), suggested_rate(rows)
+    memorised, stepper = time.perf_counter(), fresh_stepper(run, allocation, machine)
+    digests = {
+        "config": config_digest,
+        "tokenizer": asked.data.tokenizer_sha256,
+        "data": asked.data.sha256,
+    }
+    with Preemption() as stop:
+        step = resumable(stepper, windows, directory / "ramp", digests, stop)
+        rows = ramp(step, directory.name)
+    ramp_seconds, suggested = stepper.seconds, suggested_rate(rows)
     write_json(
         directory / "learning_rates.json",
         {"rule": RANGE_RULE, "suggested": suggested, "rows": rows},
     )
     draw(rows, suggested, training.learning_rate, directory / "learning_rates.png")
+    shutil.rmtree(directory / "ramp", ignore_errors=True)
     ln_vocab = math.log(run.model.vocab_size)
     checks = {
         "initial loss near ln V": abs(at_first - ln_vocab) <= INITIAL_TOLERANCE,
@@ -183,8 +222,8 @@ def measure(asked: RunContext, machine: Machine, directory: Path) -> dict[str, A
         "params": params,
         TOTAL_PARAMS.built: allocation.params.total,
         EMBEDDING_RATIO.built: allocation.params.share,
-        "tokens_per_s": len(rows) * training.step_tokens / (ended - ramp_begun),
-        "wall_seconds": ended - begun,
+        "tokens_per_s": len(rows) * training.step_tokens / ramp_seconds,
+        "wall_seconds": memorised - begun + ramp_seconds,
         "device": machine.device.type,
         "device_name": runtime.device_name(machine.device),
         "reason": f"limits: {OVERFIT_LOSS} nats within {OVERFIT_STEPS} steps; ln V +- "

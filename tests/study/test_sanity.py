@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -103,31 +105,33 @@ def test_a_model_that_cannot_learn_fails_the_phase(
     assert "FAIL overfits" in sanity.report(found)
 
 
-def test_checks_that_were_cut_begin_again_and_find_the_same(
+def test_a_ramp_that_was_cut_goes_on_and_finds_the_same(
     tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sanity_training, "RANGE_STEPS", 20)
-    monkeypatch.setattr(sanity_training, "OVERFIT_LOSS", 4.5)
+    monkeypatch.setattr(sanity_training, "OVERFIT_TOKENS", 64)  # two sequences
     whole = sanity.check(asked(tiny_sweep, "base", tmp_path / "whole"))
-    cut, train_once, rates = (
-        asked(tiny_sweep, "base", tmp_path / "cut"),
-        sanity_training.train_once,
-        [],
-    )
+    cut, train_once = asked(tiny_sweep, "base", tmp_path / "cut"), sanity_training.train_once
+    ramped: list[float] = []
 
     def signalled(stepper: Any, batch: Tensor, rate: float) -> float:
-        rates.append(rate)
-        if rate > 1e-3 and len(rates) > 20:  # in the ramp
-            raise Preempted("SIGTERM")
+        if len(batch) > 2:
+            ramped.append(rate)
+            if len(ramped) in (3, 8, 16):
+                os.kill(os.getpid(), signal.SIGTERM)
         return train_once(stepper, batch, rate)
 
-    with monkeypatch.context() as patch, pytest.raises(Preempted):
-        patch.setattr(sanity_training, "train_once", signalled)
-        sanity.check(cut)
-    assert not list((tmp_path / "cut" / "base-sanity").glob("*.json"))
-    clocks = ("wall_seconds", "tokens_per_s", "cost_usd")
+    monkeypatch.setattr(sanity_training, "train_once", signalled)
+    for _ in range(3):
+        with pytest.raises(Preempted):
+            sanity.check(cut)
     again = sanity.check(cut)
+    assert len(ramped) == len(set(ramped)) == 20  # no step twice
+    clocks = ("wall_seconds", "tokens_per_s", "cost_usd")
     assert {**again, **dict.fromkeys(clocks)} == {**whole, **dict.fromkeys(clocks)}
+    rows = [tmp_path / name / "base-sanity/learning_rates.json" for name in ("cut", "whole")]
+    assert rows[0].read_bytes() == rows[1].read_bytes()
+    assert not (tmp_path / "cut" / "base-sanity" / "ramp").exists()
 
 
 def test_finished_checks_of_another_configuration_are_refused(
