@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
         rows = _rows_from_logs(options)
         kills = kill_table.judged(rows)
     else:
-        rows = read_csv(options.from_csv)
+        rows = _rows_from_csv(options.from_csv)
         published = options.from_csv.with_name(bundle.NAME)
         if published.is_file():
             kills = kill_table.judged(rows, read_json(published)["runs"])
@@ -135,6 +135,15 @@ def _rows_from_logs(options: argparse.Namespace) -> list[Row]:
             f"--log_dir {', '.join(map(str, options.log_dir))} holds no run directory (one with "
             "config.yaml, metrics.jsonl or metrics.json): run an experiment first."
         )
+    return rows
+
+
+def _rows_from_csv(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise ValueError(f"--from_csv {path} is not a file.")
+    rows = read_csv(path)
+    if not rows or not all("run" in row and "status" in row for row in rows):
+        raise ValueError(f"--from_csv {path} has no rows with a run and a status in it.")
     return rows
 
 

@@ -59,6 +59,7 @@ def score_requests(
         [np.frombuffer(row, dtype=np.uint16) for row in rows],
         queries[order],
         greedy=True,
+        share_prefixes=True,
         **reading,
     )
     scores, misses = np.zeros(len(requests)), np.zeros(len(requests), dtype=np.int64)

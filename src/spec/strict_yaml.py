@@ -20,14 +20,28 @@ import yaml
 # ------------------------------------------------------------------------------------ strict YAML
 
 
+LARGEST = 100_000  # values of a file, an alias counting as all that it stands for; ours: 5,000
+
+
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars (3e-4 is a number, 010 and `no` are not numbers or
-    booleans in disguise) and merge keys, without silent duplicate keys."""
+    booleans in disguise) and merge keys, without silent duplicate keys and without aliases that
+    blow a small file up."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.sizes: dict[yaml.Node, int] = {}  # of the collections that are complete
+
+    def compose_sequence_node(self, anchor: Any) -> Any:
+        node = super().compose_sequence_node(anchor)
+        self._measure(node, node.value)
+        return node
+
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
+        self._measure(node, [part for pair in node.value for part in pair])
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
@@ -41,6 +55,22 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen[key_node.value] = line
         return node
+
+    def _measure(self, node: yaml.Node, parts: Sequence[yaml.Node]) -> None:
+        size = 1
+        for part in parts:
+            if isinstance(part, yaml.CollectionNode) and part not in self.sizes:
+                raise ValueError(
+                    f"line {part.start_mark.line + 1}: found an alias inside of what it stands "
+                    "for, expected plain values"
+                )
+            size += self.sizes.get(part, 1)
+        if size > LARGEST:
+            raise ValueError(
+                f"line {node.start_mark.line + 1}: found {size:,} values, its aliases "
+                f"written out, expected at most {LARGEST:,}"
+            )
+        self.sizes[node] = size
 
 
 def _strict_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from src.analysis import run_csv, run_table, sweep_figures
+from src.analysis.aggregate import main
 from src.analysis.blocks import blocks
 from src.spec import metric_keys
 from tests import ROOT
@@ -239,6 +240,17 @@ def test_wrong_arguments_are_one_sentence(tmp_path: Path, wrong: list[str]) -> N
     assert done.returncode == 78 and done.stderr.count("\n") == 1
     assert ("--report" if "--from_csv" in wrong else "--nonsense") in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_a_csv_that_is_none_of_ours_is_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, foreign = tmp_path / "page.md", tmp_path / "foreign.csv"
+    report.write_text("no tables")
+    foreign.write_text("a,b\n1,2\n")
+    for csv_file in (tmp_path / "gone.csv", foreign):
+        assert main(["--from_csv", str(csv_file), "--report", str(report)]) == 78
+        assert csv_file.name in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_told_in_one_sentence(tmp_path: Path) -> None:

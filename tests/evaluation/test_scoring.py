@@ -1,4 +1,4 @@
-"""The scorer: what is batched, and by which code it is read, changes no score beyond rounding."""
+"""The scorer: what is read together, and by which code, changes no score beyond rounding."""
 
 from __future__ import annotations
 
@@ -54,13 +54,35 @@ def questions(seed: int, prompts: int, choices: int) -> tuple[list[np.ndarray], 
 def test_a_score_depends_on_nothing_but_its_row(
     seed: int, prompts: int, choices: int, batch_tokens: int
 ) -> None:
-    """Padding and batches of every size against each row read alone."""
+    """Shared beginnings, padding, parts and batches of every size against each row read alone."""
     rows, queries = questions(seed, prompts, choices)
-    nats, greedy = scored(rows, queries, batch_tokens=batch_tokens)
+    nats, greedy = scored(rows, queries, share_prefixes=True, batch_tokens=batch_tokens)
     for (row, position, target), found, hit in zip(queries, nats, greedy, strict=True):
         expected, best = alone(rows[row], position, target)
         assert found == pytest.approx(expected, abs=1e-4)
         assert hit == best
+
+
+def test_what_rows_begin_with_is_read_once() -> None:
+    prompt = np.arange(20, dtype=np.uint16)
+    rows = [np.append(prompt, np.array(end, dtype=np.uint16)) for end in ([1], [2, 3], [2, 4, 5])]
+    queries = np.array([(i, len(row) - 1, 7) for i, row in enumerate(rows)], dtype=np.int64)
+    read: list[tuple[int, ...]] = []
+
+    class Counting(Transformer):
+        def hidden(self, tokens, cache=None):  # type: ignore[no-untyped-def]
+            read.append(tuple(tokens.shape))
+            return super().hidden(tokens, cache)
+
+    model = Counting(MODEL.config)
+    model.load_state_dict(MODEL.state_dict())
+    options = {"device": "cpu", "autocast_dtype": None}
+    shared, _ = score_positions(model, rows, queries, share_prefixes=True, **options)  # type: ignore[arg-type]
+    assert read == [(1, 20), (3, 3)]
+    read.clear()
+    apart, _ = score_positions(model, rows, queries, **options)  # type: ignore[arg-type]
+    assert read == [(3, 23)]
+    np.testing.assert_allclose(shared, apart, atol=1e-5)
 
 
 def test_a_position_costs_one_row_of_logits() -> None:
@@ -81,6 +103,14 @@ def test_a_position_costs_one_row_of_logits() -> None:
     assert counted == [1] and greedy.sum() == 1
     assert np.exp(-nats.astype(np.float64)).sum() == pytest.approx(1.0, abs=1e-5)
     assert greedy.argmax() == nats.argmin()
+
+
+def test_the_first_of_equal_logits_is_the_greedy_one() -> None:
+    logits = torch.zeros(1, 5)
+    logits[0, [1, 3]] = 2.0
+    place = torch.zeros(5, dtype=torch.int64)
+    hits = scoring._is_best(logits, place, torch.arange(5))
+    assert hits.tolist() == [False, True, False, False, False]
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")

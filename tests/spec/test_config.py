@@ -262,6 +262,15 @@ BAD = {
     "not YAML": ("data: {dir: [\n", ["line 1", "not valid YAML"]),
     "a Python object": ("data: !!python/object:os.system {}\n", ["not valid YAML"]),
     "a tag and a value that do not fit": ("data: !!timestamp x\n", ["sweep.yaml", "tag"]),
+}
+
+LEVELS = 5  # ten times as many values each: a file of 30 lines that stands for 100,000
+ALIASES = "a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, LEVELS)
+)
+BAD |= {
+    "aliases of aliases": (ALIASES, ["111,111 values", "at most 100,000"]),
+    "an alias inside of itself": ("data: &a {dir: [*a]}\n", ["line 17", "an alias inside"]),
     "a merge of no mapping": ("data: {<<: [3]}\n", ["not valid YAML", "for merging"]),
 }
 
