@@ -248,17 +248,13 @@ class Tuner(Stepper):
 
 
 def _tuning_json(
-    base: TrainedRun,
-    rows: Sequence[dict[str, str]],
-    losses: Sequence[float],
-    before: Sequence[str],
+    base: TrainedRun, rows: Sequence[dict[str, str]], losses: list[float], before: list[str]
 ) -> dict[str, Any]:
     """What tuning has changed; also said aloud."""
     texts = []
     for row, old, new in zip(rows, before, samples(base, rows), strict=False):
-        texts.append(
-            {"prompt": row["prompt"], "expected": row["answer"], "before": old, "after": new}
-        )
+        shown = {"prompt": row["prompt"], "expected": row["answer"]}
+        texts.append({**shown, "before": old, "after": new})
         print(f"prompt: {row['prompt'][-160:]!r}\n  before: {old!r}\n  after:  {new!r}")
     name, first, last = base.path.name, losses[0], losses[-1]
     print(f"{name}: held-out answer loss {first:.4f} before, {last:.4f} after")

@@ -29,6 +29,9 @@ SPLITS = ("train", "validation", "test")
 KINDS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
+Make = Callable[[Path], dict[str, Any]]
+
+
 def script_parser(docstring: str | None) -> Parser:
     """Of a module that says in its first line what it does and in its third how it is called."""
     says, _, example, *_ = str(docstring).splitlines()
@@ -44,13 +47,7 @@ def corpus_parser(docstring: str | None) -> Parser:
 
 
 def make_once(
-    output: Path,
-    dataset: str,
-    config: str | None,
-    splits: Sequence[str],
-    make: Callable[[Path], dict[str, Any]],
-    *,
-    force: bool,
+    output: Path, dataset: str, config: str | None, splits: Sequence[str], make: Make, force: bool
 ) -> bool:
     """Have a corpus directory made unless it is there: one process at a time, source.json last.
 
@@ -215,10 +212,7 @@ def read_texts(file: Path) -> Iterator[str]:
     """The documents of one split, streamed; Refusal names the line of what is not a text."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            text = text_of(line, f"{file}: line {number}")
-            if text is None:
-                raise Refusal(f"{file}: line {number}: found null, expected a text")
-            yield text
+            yield text_of(line, f"{file}: line {number}")
 
 
 def counted_texts(file: Path, what: str) -> Iterator[str]:
@@ -229,8 +223,8 @@ def counted_texts(file: Path, what: str) -> Iterator[str]:
             progress.advance(len(text) / 1e6)
 
 
-def text_of(line: bytes, where: str, column: str = "text", way_out: str = "") -> str | None:
-    """The text in a line of JSON, or null; Refusal, which begins with `where`, for another line."""
+def text_of(line: bytes, where: str, column: str = "text", way_out: str = "") -> str:
+    """The text in a line of JSON, null being an empty one; Refusal for another line."""
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -246,4 +240,4 @@ def text_of(line: bytes, where: str, column: str = "text", way_out: str = "") ->
         (text or "").encode()
     except UnicodeEncodeError as error:  # JSON can escape halves of characters
         raise Refusal(f"{where}: {column}: found half of a character ({error})") from None
-    return text
+    return text or ""

@@ -28,13 +28,14 @@ from src.data.corpus import (
     SPLITS,
     corpus_parser,
     make_once,
-    read_source,
     read_texts,
     write_documents,
     write_rows,
 )
 from src.spec.command_line import Refusal, at_least
 from src.storage.files import make_directory, publish, write_json
+
+Rng = np.random.Generator
 
 DATASET = "generated/markov-words"
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
@@ -91,6 +92,10 @@ def main() -> None:
         arrays = ("successors", "weights", "stationary")
         chain = {name: getattr(language, name).tolist() for name in arrays}
         write_json(files / "language.json", {"lexicon": language.lexicon, **chain})
+        print(
+            f"{output}: {config}, {language.bits_per_word:.4f} bits a word, "
+            f"{splits['test']['entropy_bits_per_byte']:.4f} bits a byte of test"
+        )
         return {
             "licence": "CC0-1.0",
             "splits": splits,
@@ -99,12 +104,7 @@ def main() -> None:
             "entropy_bits_per_byte": language.bits_per_word / (LETTERS + 1),
         }
 
-    if make_once(output, DATASET, config, SPLITS, make, force=asked.force):
-        source = read_source(output)
-        print(
-            f"{output}: {config}, {source['entropy_bits_per_word']:.4f} bits a word, "
-            f"{source['splits']['test']['entropy_bits_per_byte']:.4f} bits a byte of test"
-        )
+    make_once(output, DATASET, config, SPLITS, make, force=asked.force)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def entropy_bits(probabilities: np.ndarray) -> float:
     return -math.fsum(p * math.log2(p) for p in probabilities.tolist())
 
 
-def make_language(rng: np.random.Generator, words: int, successors: int) -> Language:
+def make_language(rng: Rng, words: int, successors: int) -> Language:
     """Draw lexicon and successors; word w + 1 is always among w's, so every word is reached."""
     syllables = [c + v for c in CONSONANTS for v in VOWELS]
     numbers = rng.choice(len(syllables) ** 2, size=words, replace=False).tolist()
@@ -164,7 +164,7 @@ def stationary_distribution(successors: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def sample(
-    language: Language, rng: np.random.Generator, documents: int, words: int
+    language: Language, rng: Rng, documents: int, words: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(D, T) words and (D, T) -log2 probability of each given what stands before it."""
     starts = np.searchsorted(np.cumsum(language.stationary)[:-1], rng.random(documents), "right")
@@ -181,7 +181,7 @@ def sample(
 
 
 def make_split(
-    language: Language, rng: np.random.Generator, documents: int, folder: Path, split: str
+    language: Language, rng: Rng, documents: int, folder: Path, split: str
 ) -> dict[str, Any]:
     """Write one split. Among its facts, `entropy_bits` is expected of texts of these lengths;
     `true_bits` is -log2 of this very split's probability, which differs by sampling error only."""
@@ -201,7 +201,7 @@ def make_split(
     }
 
 
-def write_probes(language: Language, rng: np.random.Generator, partial: Path, output: Path) -> None:
+def write_probes(language: Language, rng: Rng, partial: Path, output: Path) -> None:
     """Write the probe tasks beside the corpus, in SmallBench's format."""
     train = "\n".join(read_texts(partial / "files" / "train.jsonl"))
     # A directory of its own, moved in before the corpus' source.json says that all is there.
@@ -222,12 +222,10 @@ def write_probes(language: Language, rng: np.random.Generator, partial: Path, ou
     (partial / "files" / "smallbench.yaml").write_text(text, encoding="utf-8")
 
 
-Maker = Callable[[Language, np.random.Generator, list[int]], dict[str, Any] | None]
+Maker = Callable[[Language, Rng, list[int]], dict[str, Any] | None]
 
 
-def probe_rows(
-    language: Language, rng: np.random.Generator, train: str, maker: Maker
-) -> list[dict[str, Any]]:
+def probe_rows(language: Language, rng: Rng, train: str, maker: Maker) -> list[dict[str, Any]]:
     """PROBE_ITEMS rows made of new sentences; those that stand in train are drawn again."""
     rows: list[dict[str, Any]] = []
     for _ in range(1000):  # rounds, far more than any language needs
@@ -241,9 +239,7 @@ def probe_rows(
     raise Refusal("--lexicon, --successors: leave no sentence for the probes; ask for more words")
 
 
-def replaced(
-    language: Language, rng: np.random.Generator, words: list[int]
-) -> dict[str, Any] | None:
+def replaced(language: Language, rng: Rng, words: list[int]) -> dict[str, Any] | None:
     """Minimal pair: one word gives way to a word that cannot stand after the one before it."""
     at = int(rng.integers(1, len(words) - 1))
     other = int(rng.integers(len(language.lexicon)))
@@ -253,9 +249,7 @@ def replaced(
     return {"sentence_good": language.spell(words), "sentence_bad": language.spell(bad)}
 
 
-def next_word(
-    language: Language, rng: np.random.Generator, words: list[int]
-) -> dict[str, Any] | None:
+def next_word(language: Language, rng: Rng, words: list[int]) -> dict[str, Any] | None:
     """Multiple choice: only one of the choices can come next."""
     *start, right = words
     others = rng.permutation(len(language.lexicon)).tolist()

@@ -156,11 +156,11 @@ def read_texts(file: Path, column: str, separator: str | None) -> Iterator[str]:
 
 
 def rows(file: Path, stream: io.BufferedReader, column: str) -> Iterator[str]:
-    """The texts of a .jsonl file, line by line; null is a missing text, so an empty one."""
+    """The texts of a .jsonl file, line by line."""
     for number, line in enumerate(stream, 1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
-            yield text_of(line, f"{file}: line {number}", column, COLUMN_HINT) or ""
+            yield text_of(line, f"{file}: line {number}", column, COLUMN_HINT)
 
 
 def texts(file: Path, stream: io.BufferedReader, separator: str | None) -> Iterator[str]:

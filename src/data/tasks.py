@@ -138,10 +138,9 @@ def _task(where: str, entry: Any, seed: int) -> Task:
     for key, value in fields.items():
         expected, suits = _KEYS[key]
         if not suits(value):
-            found = (
-                ", ".join(map(repr, value)) if value and isinstance(value, list) else repr(value)
-            )
-            raise ValueError(f"{where}: {key}: found {found}, expected {expected}")
+            found = value if value and isinstance(value, list) else [value]
+            shown = ", ".join(map(repr, found))
+            raise ValueError(f"{where}: {key}: found {shown}, expected {expected}")
     prompts, choices = fields["prompt"], fields["choices"]
     if isinstance(choices, dict):
         fields["choices"] = str(choices["field"])

@@ -41,6 +41,13 @@ def check(corpus: Path, smallbench: Path, *more: Any) -> dict[str, Any]:
     return json.loads((smallbench / f"leakage-{train_sha256[:12]}.json").read_bytes())
 
 
+def check_task(folder: Path, train: Sequence[str], items: Sequence[Mapping[str, Any]]) -> Any:
+    """What the report says of a task with these rows."""
+    held_out = {split: [words(random.Random(split), 60)] for split in ("validation", "test")}
+    corpus = write_corpus(folder / "corpus", {"train": train, **held_out})
+    return check(corpus, write_smallbench(folder / "bench", {"task": items}))["tasks"]["task"]
+
+
 def sentence_tasks(rng: random.Random, length: int) -> list[dict[str, Any]]:
     return [{"sentence": words(rng, length), "label": i % 2} for i in range(ITEMS)]
 
@@ -106,10 +113,7 @@ def test_a_long_item_is_found_by_any_13_words_of_it(tmp_path: Path) -> None:
     items = sentence_tasks(rng, 50)
     pieces = [items[i]["sentence"].split()[at : at + 13] for i, at in ((0, 0), (3, 20), (9, 37))]
     train = [plant(rng, " ".join(piece)) for piece in pieces]
-    held_out = {"validation": [words(rng, 60)], "test": [words(rng, 60)]}
-    corpus = write_corpus(tmp_path / "corpus", {"train": train, **held_out})
-    report = check(corpus, write_smallbench(tmp_path / "bench", {"task": items}))
-    assert report["tasks"]["task"]["contaminated"] == [100, 103, 109]
+    assert check_task(tmp_path, train, items)["contaminated"] == [100, 103, 109]
 
 
 def test_spelling_of_the_same_words_does_not_hide_them(tmp_path: Path) -> None:
@@ -123,10 +127,7 @@ def test_spelling_of_the_same_words_does_not_hide_them(tmp_path: Path) -> None:
         plant(rng, "the cat 's 1 @,@ 000 mice @-@ they ran away , zoe\u0308 .")
         + " five\nfine\tfish find\u00a0fields"
     ]
-    held_out = {"validation": [words(rng, 60)], "test": [words(rng, 60)]}
-    corpus = write_corpus(tmp_path / "corpus", {"train": train, **held_out})
-    report = check(corpus, write_smallbench(tmp_path / "bench", {"task": items}))
-    assert report["tasks"]["task"]["contaminated"] == [100, 101]
+    assert check_task(tmp_path, train, items)["contaminated"] == [100, 101]
 
 
 def test_every_string_of_an_item_counts_and_short_ones_are_reported(tmp_path: Path) -> None:
@@ -181,10 +182,7 @@ def test_documents_joined_to_be_searched_stay_documents(tmp_path: Path) -> None:
         train[at] = f"{items[item]['sentence']} {train[at]} {items[item + 3]['sentence']}"
     half = items[8]["sentence"].split()
     train[4], train[5] = f"{train[4]} {' '.join(half[:3])}", f"{' '.join(half[3:])} {train[5]}"
-    held_out = {"validation": [words(rng, 60)], "test": [words(rng, 60)]}
-    corpus = write_corpus(tmp_path / "corpus", {"train": train, **held_out})
-    report = check(corpus, write_smallbench(tmp_path / "bench", {"task": items}))
-    assert report["tasks"]["task"]["contaminated"] == [100, 101, 102, 103, 104, 105]
+    assert check_task(tmp_path, train, items)["contaminated"] == [100, 101, 102, 103, 104, 105]
 
 
 def test_missing_and_changed_inputs_are_refused(tmp_path: Path) -> None:
@@ -223,7 +221,4 @@ def test_combining_marks_do_not_cut_words(tmp_path: Path) -> None:
     items = [{"text": words(rng, 7), "label": label} for label in labels]
     items.append({"text": " ".join(labels[i % 4] + str(i) for i in range(6)), "label": "x"})
     train = [plant(rng, " ".join(labels)), plant(rng, items[-1]["text"])]
-    held_out = {"validation": [words(rng, 60)], "test": [words(rng, 60)]}
-    corpus = write_corpus(tmp_path / "corpus", {"train": train, **held_out})
-    report = check(corpus, write_smallbench(tmp_path / "bench", {"task": items}))
-    assert report["tasks"]["task"]["contaminated"] == [104]
+    assert check_task(tmp_path, train, items)["contaminated"] == [104]
