@@ -14,7 +14,7 @@ import functools
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from src.data import tokens
 from src.data.corpus import SPLITS, check_split, corpus_parser, counted_texts, read_source
 from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.spec.command_line import Refusal
+from src.spec.progress import say
 from src.storage.files import (
     fsync_directory,
     locked,
@@ -51,6 +52,8 @@ CHUNK = re.compile(r"\s*\S+(?:[^\S \n]\s*\S*)*|\s+")
 # reads the words that it touches from end to end. Merges are learned from parts of such runs; no
 # language has words of that length.
 ENDLESS_WORD = r" ?\p{L}{1000}| ?\p{N}{1000}| ?[^\s\p{L}\p{N}]{1000}|\s{1000}"
+# Where a text may hold one: looked for at every 500th character first, which is much faster.
+LONG_RUN, HALF_RUN = (re.compile(rf"\S{{{size}}}|\s{{{size}}}") for size in (1_000, 500))
 
 
 def main() -> None:
@@ -133,7 +136,7 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     parts = pre_tokenizers.Split(Regex(ENDLESS_WORD), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([parts, words])
-    tokenizer.train_from_iterator(counted_texts(file, "learning from"), trainer)
+    tokenizer.train_from_iterator(_learned_from(file), trainer)
     tokenizer.pre_tokenizer = words
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
@@ -143,6 +146,22 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
         )
     assert tokenizer.token_to_id(END_OF_TEXT) == END_ID
     return tokenizer
+
+
+def _learned_from(file: Path) -> Iterator[str]:
+    """The documents; says which of them merges are learned from in parts."""
+    lines = []
+    for line, text in enumerate(counted_texts(file, "learning from"), 1):
+        halves = (HALF_RUN.match(text, at) for at in range(0, len(text), 500))
+        if any(halves) and LONG_RUN.search(text):
+            lines.append(line)
+        yield text
+    if lines:
+        say(
+            f"{file}",
+            f"{len(lines):,} documents have runs of 1,000 characters or more, the first in line "
+            f"{lines[0]:,}; merges are learned from parts of them",
+        )
 
 
 def encode_split(
