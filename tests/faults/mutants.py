@@ -177,7 +177,7 @@ MUTANTS = (
         (("        self._store.put(object_key, data)\n", ""),
          ("        self._prune()\n\n    def _prune",
           "        self._store.put(object_key, data)\n        self._prune()\n\n    def _prune")),
-        "F7 killed while it uploads",
+        "F7 killed before each write",
     ),
 )  # fmt: skip
 
@@ -203,7 +203,8 @@ def checks() -> dict[str, Check]:
     def uploading(bench: Bench) -> list[str]:
         os.environ |= store.SETTINGS
         with store.server(bench) as port:
-            return [problem for n in range(3) for problem in store.trial(bench, port, n)[0]]
+            writes = range(1, 1 + 2 * store.WRITES)
+            return [problem for n in writes for problem in store.killed_before(bench, port, n)]
 
     return {
         "F1 first manifest half written": point("manifest half written", 1),
@@ -221,7 +222,7 @@ def checks() -> dict[str, Check]:
         ),
         "F5 two at once": lambda bench: locks.pair(bench, 0)[0],
         "F6 seven at once": seven,
-        "F7 killed while it uploads": uploading,
+        "F7 killed before each write": uploading,
         "F9 checkpoints of another run": damage.foreign_checkpoints,
         "F9 another config": damage.foreign_config,
         "F9 malicious pickle": lambda bench: odd.malicious(bench, "torch"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -29,6 +30,7 @@ SETTINGS = {
 KINDS = ("reset", "stall", "cut")
 ATTEMPTS = 12  # a machine that exits 74 or 75 is started again; the proxy heals after half of them
 AGAIN = (74, 75)
+WRITES = 3  # of an upload: object, metrics, manifest
 _context = multiprocessing.get_context("fork")
 
 
@@ -47,6 +49,12 @@ def run(bench: Bench) -> list[Tally]:
                 totals[name] += counts.get(name, 0)
             line.add(problems, trial=f"{KINDS[number % 3]} {number}")
         line.notes += [f"{count} {name}" for name, count in totals.items()]
+    with (
+        server(bench) as port,
+        tally(tallies, "F7", "killed before each write of two uploads") as line,
+    ):
+        for write in [WRITES] if bench.quick else range(1, 1 + 2 * WRITES):
+            line.add(killed_before(bench, port, write), trial=f"write {write}")
     return tallies
 
 
@@ -154,6 +162,45 @@ def slowed(seconds: float) -> Callable[[], None]:
         checkpoint.save = save
 
     return arm
+
+
+def dies_before(write: int) -> Callable[[], None]:
+    """Before the process's so many-th write of a checkpoint to the store."""
+
+    def arm() -> None:
+        from src.storage.object_store import ObjectStore
+
+        real, count = ObjectStore.put, itertools.count(1)
+
+        def put(store: ObjectStore, key: str, data: bytes) -> None:
+            if key.startswith(("objects/", "manifests/")) and next(count) == write:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(store, key, data)
+
+        ObjectStore.put = put  # type: ignore[method-assign]
+
+    return arm
+
+
+def killed_before(bench: Bench, port: int, write: int) -> list[str]:
+    """A machine dies before that write; the store holds whole uploads alone, and another machine
+    ends the run."""
+    run_uri = f"{BUCKET}/write-{write}"
+    remote = ("--remote", f"s3://{run_uri}?scheme=http&endpoint_override=127.0.0.1%3A{port}")
+    a, b = (bench.logs("F7", f"write-{name}-{write}") for name in "ab")
+    arms = [quick_timing, slowed(0.6), dies_before(write)]
+    child = start(bench, bench.argv(a, extra=remote), arms)
+    if child.wait() != -signal.SIGKILL:
+        return [f"A was not killed but ended with {child.code}: {child.output[-500:]}"]
+    steps, problems = inspect(bench, port, f"{run_uri}/{EXPERIMENT}", write)
+    if problems or len(steps) != (write - 1) // WRITES:
+        return [*problems, f"the store has the steps {steps} after {write - 1} writes"]
+    code, deadline = AGAIN[0], time.monotonic() + 60
+    while code in AGAIN and time.monotonic() < deadline:  # until A is taken for dead
+        code = start(bench, bench.argv(b, extra=remote), [quick_timing]).wait()
+    if code != 0:
+        return [f"B ended with {code}"]
+    return differences(b / EXPERIMENT, bench.reference())
 
 
 def trial(bench: Bench, port: int, number: int) -> tuple[list[str], dict[str, int]]:
