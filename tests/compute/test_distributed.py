@@ -20,11 +20,12 @@ from src.compute.compute_config import Machine
 from src.compute.process_group import ProcessGroup
 from src.data import tokens as data
 from src.spec import allocation, config
-from src.storage.run_dir import read_rows
+from src.storage.run_dir import Preemption, read_rows
 from src.training_step import batch_gradients, build_model
 from tests.conftest import ROOT
 from tests.faults.bench import differences
-from tests.study.test_engines import rows, until
+from tests.study import until
+from tests.study.test_engines import rows
 
 # Relative, of losses in float32: the same sums in another order.
 TOLERANCE = 1e-5
@@ -58,7 +59,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def alone(sweep: Path, logs: Path) -> int:
     """The same command as `torchrun`'s, in this process alone; returns its exit code."""
-    before = {number: signal.getsignal(number) for number in run_experiment.SIGNALS}
+    before = {number: signal.getsignal(number) for number in Preemption.SIGNALS}
     try:
         return run_experiment.main(
             ["--config", str(sweep), "--exp", "base", "--log_dir", str(logs), "--device", "cpu",
@@ -105,11 +106,11 @@ def test_a_killed_and_a_signalled_process_change_no_bit(tiny_sweep, together, tm
     saves, and all leave. One process is refused what two began; two end with the same bits."""
     run = tmp_path / "base"
     process = torchrun(tiny_sweep, tmp_path, restarts=1)
-    until(lambda: rows(run) > 50, 240)
+    until(lambda: rows(run) > 50)
     holder = json.loads((run / ".lock").read_text())
     os.kill(helper_of(process, run), signal.SIGKILL)
-    until(lambda: json.loads((run / ".lock").read_text() or "null") not in (holder, None), 240)
-    until(lambda: rows(run) > 100, 240)
+    until(lambda: json.loads((run / ".lock").read_text() or "null") not in (holder, None))
+    until(lambda: rows(run) > 100)
     os.kill(helper_of(process, run), signal.SIGTERM)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 1, said  # whatever its processes exit with
