@@ -107,23 +107,13 @@ def test_a_door_is_a_screen_of_imports_and_one_call(door):
     assert set(kinds) <= {ast.Expr, ast.Import, ast.ImportFrom, ast.If}, door
 
 
-def test_what_comes_before_the_lock_imports_neither_torch_nor_transformers():
+def test_before_the_lock_no_torch_and_in_training_neither_datasets_nor_transformers():
     code = "import sys, run_experiment\n"
     code += "".join(f"import src.{module}\n" for module in WITHOUT_TORCH)
-    code += "heavy = {'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)\n"
-    code += "assert not heavy, heavy"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-
-
-def test_training_imports_neither_datasets_nor_transformers():
-    code = "import sys\nfrom src import train, evaluation\n"
-    code += "heavy = {'transformers', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)\n"
-    code += "assert not heavy, heavy"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    code += "heavy = {'transformers', 'datasets', 'pandas', 'matplotlib'}\n"
+    code += "assert not (heavy | {'torch'}) & set(sys.modules), sorted(sys.modules)\n"
+    code += "from src import train, evaluation\n"
+    code += "assert not heavy & set(sys.modules), sorted(sys.modules)"
+    line = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

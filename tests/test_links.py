@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, python
 
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "REPORT.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/**/*.md")]
@@ -48,14 +46,7 @@ def test_every_relative_link_resolves(page: Path) -> None:
     ],
 )
 def test_the_tables_of_the_report_are_those_of_the_published_csv(page: str, folder: str) -> None:
-    script = str(ROOT / "scripts" / "aggregate_results.py")
-    done = subprocess.run(
-        [
-            *(sys.executable, script, "--report", str(ROOT / page), "--check"),
-            *("--from_csv", str(ROOT / folder / "results_summary.csv")),
-            *("--study", str(ROOT / "results/miniature/study.json")),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    summary, study = f"{folder}/results_summary.csv", "results/miniature/study.json"
+    line = ("--report", page, "--check", "--from_csv", summary, "--study", study)
+    done = python("scripts/aggregate_results.py", *line)
     assert done.returncode == 0, done.stderr

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-from tests.conftest import ROOT
+from tests import ROOT, python
 from tests.synthetic_runs import SHARE_SWEEP, write_sweep
 
 
 def publish(log_dir: Path, output: Path, code: int = 0, cwd: Path = ROOT) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/publish_results.py"), "--log_dir", str(log_dir),
-         "--output", str(output)],
-        capture_output=True, text=True, timeout=120, cwd=cwd,
-    )  # fmt: skip
+    line = ("scripts/publish_results.py", "--log_dir", log_dir, "--output", output)
+    done = python(*line, cwd=cwd)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def test_a_log_directory_becomes_small_files(
-    tiny_sweep: Path, run_cli: Any, tmp_path: Path
-) -> None:
+def test_a_log_directory_becomes_small_files(tiny_sweep: Path, tmp_path: Path) -> None:
     logs, output = tmp_path / "logs", tmp_path / "published"
-    run_cli("--config", tiny_sweep, "--exp", "base", "deep", "--device", "cpu", "--log_dir", logs)
+    experiments = ("--config", tiny_sweep, "--exp", "base", "deep", "--device", "cpu")
+    assert python("run_experiment.py", *experiments, "--log_dir", logs).returncode == 0
     (logs / "study.json").write_text("{}")
     publish(Path("logs"), Path("published"), cwd=tmp_path)
     metrics = json.loads((output / "runs/base/metrics.json").read_text())
@@ -37,13 +30,12 @@ def test_a_log_directory_becomes_small_files(
     dev = {row["tokens"]: row["dev_loss"] for row in record if row["kind"] == "dev"}
     assert {int(p["tokens"]): float(p["dev_loss"]) for p in points if p["dev_loss"]} == dev
     assert int(points[-1]["tokens"]) == metrics["tokens"]
-    names = {path.name for path in output.rglob("*") if path.is_file()}
+    files = [path for path in output.rglob("*") if path.is_file()]
+    names = {path.name for path in files}
     assert {"results_summary.csv", "results_bundle.json", "study.json", "documents_test.npz",
             "ppl_vs_glu_expansion.png"} <= names  # fmt: skip
     assert not [name for name in names if name.endswith((".pt", ".safetensors"))]
-    text = "".join(
-        path.read_text() for path in output.rglob("*") if path.suffix in (".json", ".csv")
-    )
+    text = "".join(path.read_text() for path in files if path.suffix in (".json", ".csv"))
     assert str(tmp_path) not in text
     publish(Path("logs"), Path("published"), cwd=tmp_path)  # brought up to date
 

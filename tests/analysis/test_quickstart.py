@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests import ROOT
+from tests import python
 
 COLUMNS = ("experiment", "status", "test_perplexity", "test_bits_per_byte")
 SHAPE = {"embedding_ratio_built": 0.14, "glu_expansion_built": 2.667}
@@ -23,10 +21,8 @@ def last_words(folder: Path, *runs: tuple[str, str, float | str, float | str]) -
         writer.writeheader()
         for run in runs:
             writer.writerow({"run": run[0], **dict(zip(COLUMNS, run, strict=True)), **SHAPE})
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "src.analysis.quickstart", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = python("-m", "src.analysis.quickstart", folder)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
