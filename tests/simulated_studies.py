@@ -16,11 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from src.analysis.science import fits
+from src.analysis.science.surface import response_surface
+from src.spec import config
+from src.study.plan import allocate
+from tests import ROOT
 
 SD = 0.005
 SHARES = np.array([0.25, 0.30, 0.35, 0.40, 0.45, 0.50])
 # ln BPB = 0.2 + 1.2 (share - best)^2: PPL is 5 % up at 45 % against 35 % where the best is 20 %.
 BOWL = 1.2
+
+SURFACE = {
+    "share": 0.30, "share^2": 1.2, "glu": -0.02, "glu^2": 0.015, "share*glu": 0.1, "ln L": -0.03,
+}  # fmt: skip
 
 Outcome = dict[str, list[bool]]
 
@@ -62,12 +70,37 @@ def curves(rng: np.random.Generator, out: Outcome) -> None:
     out.setdefault("curvature of a flat curve", []).append(covers(nothing.curvature, 0.0))
 
 
+def cells_of(*files: str) -> np.ndarray:
+    """(n, 3): share, GLU expansion and depth of every configuration that the sweeps would build."""
+    built = [
+        one
+        for name in files
+        for one in allocate(config.load_sweep(ROOT / "configs" / f"{name}.yaml")).values()
+    ]
+    return np.array([(a.params.share, a.glu_expansion, a.model.n_layers) for a in built])
+
+
+def surface(design: np.ndarray, rng: np.random.Generator, out: Outcome) -> None:
+    """Every coefficient of the response surface, over the configurations of all four sweeps."""
+    share, glu, layers = design.T
+    s, g = share - share.mean(), glu - glu.mean()
+    terms = (s, s**2, g, g**2, s * g, np.log(layers))
+    y = sum(c * t for c, t in zip(SURFACE.values(), terms, strict=True))
+    fit = response_surface(share, glu, layers, y + SD * rng.standard_normal(len(share)))
+    for term, truth in SURFACE.items():
+        out.setdefault(f"surface, {term}", []).append(covers(fit.coefficients[term], truth))
+    assert fit.best_share is not None
+    best = share.mean() - SURFACE["share"] / (2 * SURFACE["share^2"])
+    out.setdefault("surface, best share", []).append(covers(fit.best_share, best))
+
+
 def simulate(studies: int, seed: int = 0) -> dict[str, tuple[float, int]]:
     """Share of studies in which each thing held, and of how many."""
-    rng = np.random.default_rng(seed)
-    out: Outcome = {}
+    rng, out = np.random.default_rng(seed), Outcome()
+    design = cells_of("frontier", "factorised", "depth_control", "glu_expansion")
     for _ in range(studies):
         curves(rng, out)
+        surface(design, rng, out)
     return {name: (float(np.mean(held)), len(held)) for name, held in out.items()}
 
 

@@ -72,9 +72,9 @@ STUDY: dict[str, Any] = {
         {"name": "glu-full", "config": "glu.yaml", "leader_of": "share"},
     ],
 }  # fmt: skip
-TABLES = ("metrics", "allocation", "runs", "cost", "environment", "decisions")
+TABLES = ("metrics", "cost", "decisions")
 # Columns of the report's tables that hold clocks or money.
-TIMED = {"ms L=128", "ms L=512", "USD", "wall hours", "GPU hours"}
+TIMED = {"latency L=128", "latency L=512", "USD", "wall hours", "GPU hours"}
 WAYS = ("TERM study", "KILL study", "KILL all", "TERM run", "KILL run")
 
 

@@ -27,7 +27,7 @@ from src.analysis import bundle, kill_table, report_tables
 from src.analysis.blocks import order_sentences
 from src.analysis.run_csv import Row, details_path, read_csv, table, unlisted, write_csv
 from src.analysis.run_joins import STATUSES
-from src.analysis.run_table import read_curves, read_rows
+from src.analysis.run_table import read_curves, read_object, read_rows
 from src.spec.command_line import Parser, refuse
 from src.storage.files import read_json, write_atomic, write_json
 
@@ -95,8 +95,8 @@ def _run(options: argparse.Namespace) -> int:
     else:
         rows = _rows_from_csv(options.from_csv)
         published = options.from_csv.with_name(bundle.NAME)
-        if published.is_file():
-            kills = kill_table.judged(rows, read_json(published)["runs"])
+        if (found := read_object(published)) is not None:
+            kills = kill_table.judged(rows, found.get("runs") or {})
     # The report first, so that a bad marker is refused before anything else.
     filled = None if options.report is None else _filled(options, rows, kills)
     status = 0

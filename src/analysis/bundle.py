@@ -75,7 +75,8 @@ def _different(runs: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]
 def _seeds(runs: Sequence[Row]) -> dict[str, dict[str, list[int]]]:
     """By experiment and phase."""
     found: dict[str, dict[str, list[int]]] = {}
-    for row in sorted((row for row in runs if "seed" in row), key=lambda row: row["seed"]):
+    known = [row for row in runs if isinstance(row.get("seed"), int)]  # of a foreign file: a text
+    for row in sorted(known, key=lambda row: row["seed"]):
         phases = found.setdefault(str(row.get("experiment")), {})
         phases.setdefault(str(row.get("phase")), []).append(row["seed"])
     return found

@@ -8,9 +8,11 @@ it was let go on (`kill_rule.action: record`), what the rule would have saved an
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from scipy import stats
 
 from src.analysis.kill_replay import Replay, replay
 from src.analysis.run_csv import Row
@@ -30,8 +32,9 @@ class Judged:
 
     tokens: where it killed, live. baseline: the run whose whole curve was read, None where none is
     finished. whole: the verdict over both whole curves; None without such a baseline.
-    replayed: its end and what stopping it saves; None where it was stopped, for nobody knows how
-    it would have ended. budget: in tokens.
+    replayed: its end and what stopping it saves, and the same without the grace period (the PRD's
+    literal rule); None where it was stopped, for nobody knows how it would have ended. budget: in
+    tokens.
     """
 
     run: str
@@ -41,6 +44,7 @@ class Judged:
     baseline: str | None
     whole: kill_rule.Verdict | None
     replayed: Replay | None
+    literal: Replay | None
     budget: int
 
     @property
@@ -88,11 +92,12 @@ def _judge(
     curve = read_curve(Path(row["path"]))
     budget, rule = int(config["training"]["tokens"]), KillRule(**config["kill_rule"])
     stopped = row["tokens"] if row["status"] == "killed" else None
-    whole = replayed = None
+    whole = replayed = literal = None
     if reference is not None:
         whole = kill_rule.verdict(rule.in_run(budget), reference, curve)
         if reference and curve and curve[-1][0] == reference[-1][0]:
             replayed = replay(reference, curve, rule.in_run(budget))
+            literal = replay(reference, curve, replace(rule, grace_tokens=0))
     return Judged(
         run=row["run"],
         action=rule.action,
@@ -101,6 +106,7 @@ def _judge(
         baseline=None if baseline is None else baseline["run"],
         whole=whole,
         replayed=replayed,
+        literal=literal,
         budget=budget,
     )
 
@@ -120,15 +126,34 @@ def differences(found: Iterable[Judged]) -> list[str]:
 
 
 def summary(found: Sequence[Judged]) -> str:
-    """What the rule saves and costs over the runs that ran to the end."""
-    complete = [(one.budget, one.replayed) for one in found if one.replayed is not None]
+    """What the rule saves and costs over the runs that ran to the end, with its grace period and
+    without, and the rate of its false kills among those that ended no worse than the baseline."""
+    told = (
+        f"{len(found)} runs judged, {sum(one.differs for one in found)} otherwise over the whole "
+    )
+    told += "curves."
+    for name, runs in (
+        ("the rule", [one.replayed for one in found if one.replayed is not None]),
+        ("its literal reading (no grace)", [one.literal for one in found if one.literal]),
+    ):
+        told += (
+            f" Of {len(runs)} that ran to the end {name} kills "
+            f"{sum(run.killed_at is not None for run in runs)}, "
+            f"{sum(run.false_kill for run in runs)} of which ended no worse than the baseline"
+            f"{_rate(runs)}; it saves {sum(run.tokens_saved for run in runs):,} of "
+            f"{sum(run.budget for run in runs):,} tokens."
+        )
+    return told
+
+
+def _rate(runs: Sequence[Replay]) -> str:
+    innocent = [run.false_kill for run in runs if run.final_gap_ppl <= 0]
+    if not innocent:
+        return ""
+    ends = stats.binomtest(sum(innocent), len(innocent)).proportion_ci(method="exact")
     return (
-        f"{len(found)} runs judged, {sum(one.differs for one in found)} otherwise "
-        f"over the whole curves. Of {len(complete)} that ran to the end the rule kills "
-        f"{sum(run.killed_at is not None for _, run in complete)}, "
-        f"{sum(run.false_kill for _, run in complete)} of which ended no worse "
-        f"than the baseline; it saves {sum(run.tokens_saved for _, run in complete):,} of "
-        f"{sum(budget for budget, _ in complete):,} tokens."
+        f" ({sum(innocent)} of {len(innocent)} such, 95 % interval {100 * ends.low:.0f} to "
+        f"{100 * ends.high:.0f} %)"
     )
 
 

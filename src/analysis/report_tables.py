@@ -278,7 +278,11 @@ def _costs(group: pd.DataFrame) -> list[str]:
 
 def decisions_table(study: Mapping[str, Any]) -> str:
     """`study["decisions"]`: a list of flat objects, tabulated under all their keys."""
-    decisions = study.get("decisions", [])
+    decisions = study.get("decisions")
+    if not isinstance(decisions, list) or not all(isinstance(d, dict) for d in decisions):
+        raise ValueError(
+            "study.json has no list of objects under `decisions`; expected one object a decision."
+        )
     keys = list(dict.fromkeys(key for decision in decisions for key in decision))
     body = [[_decision(decision.get(key)) for key in keys] for decision in decisions]
     return markdown(" | ".join(key.replace("_", " ") for key in keys), body, "no decision yet")

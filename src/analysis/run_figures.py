@@ -16,6 +16,7 @@ from src.analysis import paper
 from src.analysis.blocks import at_own_rates, kind_text, many_rates, tokens_text
 from src.analysis.rankings import rank_agreement
 from src.analysis.sweep_figures import BAR, Styles, bar_of, column_of
+from src.evaluation.stability import JUMP_NATS
 from src.spec.rates import spelled
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
@@ -46,7 +47,7 @@ def learning_curves(runs: pd.DataFrame, curves: Curves, styles: Styles, output: 
             longest = max(curves[name][-1][0] for name in group["run"])
             unit, factor = ("M", 1e6) if longest >= 2e6 else ("k", 1e3)
             shown = {name: [(t / factor, p) for t, p in curves[name]] for name in group["run"]}
-            handles += _draw_curves(left, group, shown, styles)
+            handles += _draw_curves(left, group, shown, styles, factor)
             left.set_xlabel(f"Training tokens ({unit})")
             if _draw_differences(right, group, shown, styles):
                 right.set_xlabel(left.get_xlabel())
@@ -57,8 +58,10 @@ def learning_curves(runs: pd.DataFrame, curves: Curves, styles: Styles, output: 
     return True
 
 
-def _draw_curves(ax: Axes, group: pd.DataFrame, curves: Curves, styles: Styles) -> list[Any]:
-    """Draw every run; returns the legend entries of what is shown."""
+def _draw_curves(
+    ax: Axes, group: pd.DataFrame, curves: Curves, styles: Styles, factor: float
+) -> list[Any]:
+    """Draw every run (over tokens / factor); returns the legend entries of what is shown."""
     longest = max(curve[-1][0] for curve in curves.values())
     within = []
     for name in _ended(group)["run"]:
@@ -83,6 +86,12 @@ def _draw_curves(ax: Axes, group: pd.DataFrame, curves: Curves, styles: Styles) 
         dash = "-" if many else look.dash
         handles.append(paper.line(f"{row.configuration}{base}", color=look.colour, ls=dash, lw=1.1))
         handles += _mark_end(ax, row.status, x[-1], y[-1], look)
+        if row.loss_largest_rise_nats > JUMP_NATS:
+            jump = row.loss_largest_rise_step * row.batch_size * row.seq_len
+            ax.plot([jump / factor], [0.96], "v", color=look.colour, mfc="none", ms=4, zorder=5,
+                    transform=ax.get_xaxis_transform())  # fmt: skip
+            told = f"train loss jumped by more than {JUMP_NATS:g} nat here"
+            handles.append(paper.point(told, "v", mfc="none", ms=4))
     first = group.iloc[0]
     parts = [] if math.isnan(first["vocab_size"]) else [f"V = {first['vocab_size']:,.0f}"]
     if not math.isnan(first["batch_size"]):

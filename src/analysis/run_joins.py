@@ -31,7 +31,9 @@ class Sweeps:
 
     def add(self, config: Mapping[str, Any]) -> None:
         sweep = config.get("sweep")
-        if not isinstance(sweep, dict) or "file" not in sweep:
+        if not isinstance(sweep, dict) or not isinstance(sweep.get("file"), str):
+            return
+        if not all(isinstance(sweep.get(key, []), list) for key in ("experiments", "seeds")):
             return
         planned = sweep.get("seeds") and sweep.get("phase") == config.get("phase")
         key = (sweep["file"], sweep.get("phase") if planned else None)
@@ -57,7 +59,7 @@ class Sweeps:
         planned = {file for file, phase in self._found if phase is not None}
         for (file, phase), sweep in sorted(self._found.items(), key=lambda item: str(item[0])):
             seeds = {s for f, p, _, s in begun if (f, p) == (file, phase) and s is not None}
-            for name in sweep["experiments"]:
+            for name in map(str, sweep.get("experiments") or ()):
                 row = _missing(sweep, name)
                 if phase is None:
                     if file not in planned and (file, name) not in named:
@@ -133,9 +135,16 @@ def _data_of(row: Row, rows: Sequence[Row]) -> Row:
     return dict(zip(DATA, found.pop(), strict=True)) if len(found) == 1 else {}
 
 
+def built_of(sweep: Mapping[str, Any], experiment: Any) -> Row:
+    """What the sweep's config.yaml says would be built of an experiment, if it says it."""
+    every = sweep.get("built")
+    found = every.get(experiment) if isinstance(every, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def _missing(sweep: Sweep, name: str) -> Row:
     return {
-        **(sweep.get("built") or {}).get(name, {}),
+        **built_of(sweep, name),
         "status": "missing",
         "reason": f"named in {sweep['file']}, but no run of it was begun and none is the same",
         "experiment": name,
@@ -146,4 +155,4 @@ def _missing(sweep: Sweep, name: str) -> Row:
 
 
 def _size(sweep: Sweep) -> int:
-    return len(sweep["experiments"]) * max(1, len(sweep.get("seeds") or ()))
+    return len(sweep.get("experiments") or ()) * max(1, len(sweep.get("seeds") or ()))

@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 
 from src.analysis.run_csv import Row
-from src.analysis.run_joins import Sweeps, aliases, and_also, each_once, provided
+from src.analysis.run_joins import Sweeps, aliases, and_also, built_of, each_once, provided
 from src.evaluation import metrics as record
 from src.spec import run_identity
 from src.spec.metric_keys import KEYS, SMALLBENCH
@@ -124,7 +124,7 @@ def _from_config(config: Mapping[str, Any]) -> Row:
         "sweep": sweep.get("file"),
         "baseline": None if experiment is None or baseline is None else experiment == baseline,
         "baseline_name": baseline,
-        **(sweep.get("built") or {}).get(experiment, {}),
+        **built_of(sweep, experiment),
         **asked, **built, **model,
         **{f"params_{block}": count for block, count in params.items()},
         **{key: training.get(key) for key in ("batch_size", "seq_len", "learning_rate")},
@@ -226,12 +226,12 @@ def read_ratios(log_dir: Path) -> dict[str, dict[str, Any]]:
     baseline of most comparisons counts.
     """
     files = sorted((log_dir / "latency").glob("*.json"))
-    found = [one for file in files if "comparison" in (one := read_object(file) or {})]
+    found = [one for file in files if _is_comparison(one := read_object(file) or {})]
     counts = Counter(one["baseline"] for one in found)
     ratios: dict[str, dict[str, Any]] = {}
     for one in sorted(found, key=lambda one: counts[one["baseline"]]):
         to = {"latency_ratio_to": one["baseline"]}
-        rows = {key: one["comparison"][key] for key in LENGTHS if key in one["comparison"]}
+        rows = {key: one["comparison"][key] for key in LENGTHS}
         ratios[one["ours"]] = to | {
             f"latency_{name}_{key}": row[name]
             for key, row in rows.items()
@@ -239,6 +239,16 @@ def read_ratios(log_dir: Path) -> dict[str, dict[str, Any]]:
         }
         ratios[one["baseline"]] = to | {f"latency_ratio_{key}": 1.0 for key in rows}
     return ratios
+
+
+def _is_comparison(content: Mapping[str, Any]) -> bool:
+    """Whether it is a file of that command, of these prompt lengths."""
+    try:
+        rows = [content["comparison"][key] for key in LENGTHS]
+        sound = all({"ratio", "ratio_low", "ratio_high"} <= set(row) for row in rows)
+    except (KeyError, TypeError):
+        return False
+    return sound and {"ours", "baseline"} <= set(content)
 
 
 def read_curves(rows: Sequence[Row]) -> dict[str, Curve]:

@@ -230,22 +230,21 @@ def _draw_points(
 def _draw_rates(
     ax: Axes, others: pd.DataFrame, axis: Axis, column: str, styles: Styles
 ) -> list[Any]:
-    """Means at the rates that are not a configuration's best; above the panel, at its frame."""
+    """Means at the rates that are not a configuration's best; those above the panel, on its top."""
     handles: list[Any] = [paper.line("each at its own best rate", lw=0.8)]
-    bottom, top = ax.get_ylim()
+    top = ax.get_ylim()[1]
     rates = sorted(others["learning_rate"].unique())
-    handles += [
-        paper.point(f"at rate {spelled(r)}", "1234"[i % 4], ms=6) for i, r in enumerate(rates)
-    ]
-    for (name, rate), mine in others.groupby(["configuration", "learning_rate"]):
+    for (rate, name), mine in others.groupby(["learning_rate", "configuration"]):
         x, y = axis.scale * mine[axis.quantity.built].mean(), mine[column].mean()
         colour, shape = styles[str(name)].colour, "1234"[rates.index(rate) % 4]
-        if y > top - 0.03 * (top - bottom):
-            ax.plot([x], [0.96], "^", color=colour, mfc="none", ms=4, zorder=3,
-                    transform=ax.get_xaxis_transform())  # fmt: skip
-            handles.append(paper.point("at another rate, above the panel", "^", mfc="none", ms=4))
+        if y > top:
+            hollow: dict[str, Any] = {"mfc": "none", "ms": 4}
+            ax.plot([x], [1.02], "^", color=colour, transform=ax.get_xaxis_transform(),
+                    clip_on=False, **hollow)  # fmt: skip
+            handles.append(paper.point("at another rate, above the panel", "^", **hollow))
         else:
             ax.plot([x], [y], shape, color=colour, ms=6, mew=0.9, zorder=3)
+            handles.append(paper.point(f"at rate {spelled(rate)}", shape, ms=6))
     return handles
 
 

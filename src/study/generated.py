@@ -54,6 +54,8 @@ def on_model_of(glu: Raw, entry: Raw, leader: Configuration) -> dict[str, Any]:
     """The GLU sweep on the leading experiment's width and heads, at its share and with its
     training; names say whose model it is."""
     pinned = width_and_heads(leader.allocation.model)
+    if leader.run.model.allocate == "attention":  # the heads absorb the budget
+        pinned = {"d_model": pinned["d_model"]}
     left_out = ("glu_expansion", "total_params", "vocab_size")
     own = {key: value for key, value in model_keys(entry).items() if key not in left_out}
     if not any(own.get(key) for key in ("embedding_dim", "d_model")):

@@ -8,6 +8,7 @@ in the ramp, it goes on there. torch is imported once the directory is held.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ def check(asked: RunContext) -> dict[str, Any]:
         price = costs.price_per_hour(found["device"], found["device_name"])
         found["cost_usd"] = None if price is None else found["wall_seconds"] / 3600 * price
         write_json(done, found)
+        shutil.rmtree(directory / "ramp", ignore_errors=True)
         return found
 
 

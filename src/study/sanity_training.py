@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -201,7 +200,6 @@ def measure(
         {"rule": RANGE_RULE, "suggested": suggested, "rows": rows},
     )
     draw(rows, suggested, training.learning_rate, directory / "learning_rates.png")
-    shutil.rmtree(directory / "ramp", ignore_errors=True)
     ln_vocab = math.log(run.model.vocab_size)
     checks = {
         "initial loss near ln V": abs(at_first - ln_vocab) <= INITIAL_TOLERANCE,

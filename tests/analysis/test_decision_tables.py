@@ -40,3 +40,18 @@ def test_a_report_of_a_study_without_both_readings_is_refused(
     report.write_text("# A report\n<!-- table:winner -->\n<!-- /table:winner -->\n")
     assert aggregate.main(line) == 0
     assert "| **a** | **b** |" in report.read_text()
+
+
+@pytest.mark.parametrize("content", [{"complete": True}, {"decisions": {"a": "b"}}])
+def test_a_file_that_is_no_study_leaves_the_page_alone(
+    content: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, summary = tmp_path / "REPORT.md", tmp_path / "results_summary.csv"
+    aggregate.write_csv([{"run": "a", "status": "finished", "phase": "full", "seed": 0}], summary)
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    page = "<!-- table:decisions -->\nas they were\n<!-- /table:decisions -->\n"
+    report.write_text(page)
+    line = ["--from_csv", str(summary), "--study", str(tmp_path / "x.json")]
+    assert aggregate.main([*line, "--report", str(report)]) == 78
+    assert "no list of objects under `decisions`" in capsys.readouterr().err
+    assert report.read_text() == page

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from src.analysis.science import fits
-from src.spec import allocation, config
-from tests import ROOT, simulated_studies
+from src.analysis.science import fits, surface
+from tests import simulated_studies
 
 X = np.array([0.25, 0.30, 0.35, 0.40, 0.45, 0.50])
 
@@ -21,10 +20,10 @@ def simulated():
 
 
 def test_intervals_hold_the_truth_at_their_nominal_rate(simulated):
-    """Within the binomial error that 11 rates together show once in a thousand suites."""
+    """Within the binomial error that all rates together show once in a thousand suites."""
     for name, (rate, n) in simulated.items():
         if name not in simulated_studies.NOT_COVERAGE:
-            low, high = stats.binom.ppf([0.0005 / 11, 1 - 0.0005 / 11], n, 0.95) / n
+            low, high = stats.binom.ppf([0.0005 / 20, 1 - 0.0005 / 20], n, 0.95) / n
             assert low <= rate <= high, (name, rate, n)
 
 
@@ -103,24 +102,68 @@ def test_what_cannot_be_fitted_is_refused(x, y, blocks, told):
         fits.quadratic(x, y, blocks=blocks)
 
 
-# --------------------------------------------------------------------------- what can be told apart
+# ------------------------------------------------------------------------------- response surface
 
 
-def inflation_of_depth(*files: str) -> float:
-    """How many times share and its square inflate the variance of the coefficient of ln depth, in
-    a regression on the three over every configuration that these sweeps would build."""
-    rows = []
-    for name in files:
-        sweep = config.load_sweep(ROOT / "configs" / f"{name}.yaml")
-        requests = {run.experiment: run.model for run in sweep.runs}
-        built = allocation.allocate(requests, sweep.baseline).values()
-        rows += [(one.params.share, one.model.n_layers) for one in built]
-    share, layers = np.array(rows).T
-    alike = np.corrcoef([share, (share - share.mean()) ** 2, np.log(layers)])
-    return float(np.linalg.inv(alike)[2, 2])
+def design() -> np.ndarray:
+    return simulated_studies.cells_of("frontier", "factorised", "depth_control", "glu_expansion")
 
 
-def test_the_frontier_alone_cannot_tell_share_from_depth_and_both_sweeps_can():
-    """docs/SCIENCE.md has the two numbers."""
-    assert inflation_of_depth("frontier") == pytest.approx(623, abs=0.5)
-    assert inflation_of_depth("frontier", "factorised") == pytest.approx(3.0, abs=0.05)
+def test_the_surface_finds_known_coefficients():
+    share, glu, layers = design().T
+    s, g = share - share.mean(), glu - glu.mean()
+    y = 0.2 + 0.3 * s + 1.2 * s**2 - 0.02 * g + 0.015 * g**2 + 0.1 * s * g - 0.03 * np.log(layers)
+    found = surface.response_surface(share, glu, layers, y)
+    truth = {"share": 0.3, "share^2": 1.2, "glu": -0.02, "glu^2": 0.015, "share*glu": 0.1}
+    for term, value in {**truth, "ln L": -0.03}.items():
+        assert found.coefficients[term].value == pytest.approx(value), term
+    assert found.best_share.value == pytest.approx(share.mean() - 0.3 / 2.4)
+    assert found.coefficients["mean"].value == pytest.approx(y.mean())
+    assert found.sd < 1e-10 and found.points == len(y)
+
+
+def test_the_best_share_stays_within_the_shares_tried():
+    share, glu, layers = design().T
+    terms = ("share", "share^2", "ln L")
+    rising = surface.response_surface(share, glu, layers, share + share**2, terms=terms)
+    assert rising.best_share.value == pytest.approx(share.min())
+    bowl = surface.response_surface(share, glu, layers, (share - 0.4) ** 2, terms=terms)
+    assert bowl.best_share.value == pytest.approx(0.4)
+    assert surface.response_surface(share, glu, layers, share, terms=("share",)).best_share is None
+
+
+def test_inflation_is_one_over_one_less_r_squared():
+    share, glu, layers = design().T
+    terms = ("share", "share^2", "ln L")
+    found = surface.response_surface(share, glu, layers, share, terms=terms)
+    s = share - share.mean()
+    others = np.column_stack([np.ones_like(s), s, s**2])
+    depth = np.log(layers)
+    residual = depth - others @ np.linalg.lstsq(others, depth, rcond=None)[0]
+    r_squared = 1 - residual @ residual / ((depth - depth.mean()) ** 2).sum()
+    assert found.inflation["ln L"] == pytest.approx(1 / (1 - r_squared))
+
+
+def test_the_frontier_alone_cannot_tell_share_from_depth_and_is_told_so():
+    terms = ("share", "share^2", "ln L")
+    alone, both = (
+        surface.response_surface(*cells.T, cells[:, 0], terms=terms)
+        for cells in (
+            simulated_studies.cells_of("frontier"),
+            simulated_studies.cells_of("frontier", "factorised"),
+        )
+    )
+    assert alone.inflation["ln L"] == pytest.approx(623, abs=0.5)  # as docs/SCIENCE.md has them
+    assert both.inflation["ln L"] == pytest.approx(3.0, abs=0.05)
+    assert any("ln L" in warning for warning in alone.warnings)
+    assert not both.warnings and both.best_share is not None and alone.best_share is None
+
+
+def test_a_surface_that_the_cells_do_not_span_is_refused():
+    share, layers = X, np.array([26, 17, 11, 8, 6, 4])
+    with pytest.raises(ValueError, match="6 configurations tell only . of 6 terms apart"):
+        surface.response_surface(share, np.full(6, 2.67), layers, share)
+    with pytest.raises(ValueError, match="leave no degree of freedom"):
+        surface.response_surface(
+            X[:3], np.full(3, 2.67), layers[:3], X[:3], terms=("share", "share^2")
+        )

@@ -82,7 +82,9 @@ def test_what_recorded_verdicts_would_have_saved_and_cost(tmp_path: Path, capsys
     write_run(logs, "late", LATE, **recorded)
     said, report = printed(tmp_path, capsys)
     assert len(said) == 1, "the live verdicts are those of the whole curves"
-    assert "kills 2, 1 of which ended no worse than the baseline; it saves 40 of 80" in said[0]
+    wrong = "kills 2, 1 of which ended no worse than the baseline (1 of 1 such, 95 % interval 3 to "
+    assert f"the rule {wrong}100 %); it saves 40 of 80 tokens" in said[0]
+    assert f"its literal reading (no grace) {wrong}" in said[0]
     assert (
         "| late | base | record | kill at 20 | kill at 20 | -1.00, killed wrongly | 20 |" in report
     )

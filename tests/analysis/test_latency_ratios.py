@@ -28,7 +28,8 @@ def test_ratios_are_to_the_baseline_of_most_comparisons(tmp_path: Path) -> None:
     write(tmp_path, "a", "base", 0.8)
     write(tmp_path, "b", "base", 1.1)
     write(tmp_path, "b", "a", 1.4)
-    (tmp_path / "latency" / "other.json").write_text("{}")
+    for name, other in (("empty", {}), ("notes", {"comparison": "of two cards"})):
+        (tmp_path / "latency" / f"{name}.json").write_text(json.dumps(other))
     found = read_ratios(tmp_path)
     assert {run: row["latency_ratio_l128"] for run, row in found.items()} == {
         "a": 0.8,

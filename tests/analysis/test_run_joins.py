@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from src.analysis import run_table
+from src.analysis import bundle, run_table
 from src.spec import config, run_identity
 from src.spec.config import TrainingConfig
 from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, write_sweep
@@ -126,3 +126,19 @@ def test_a_processor_is_no_other_program() -> None:
     assert one == moved != other
     assert run_identity.compute_digest([here]) != run_identity.compute_digest([there])
     assert run_identity.processors([here, there]) == "a AVX512 amx_bf16; b AVX2"
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"seed": "${oc.env:SEED}"},
+        {"sweep": {"file": SHARE, "built": ["no mapping"]}},
+        {"sweep": {"file": SHARE, "experiments": "emb35", "seeds": 3}},
+    ],
+)
+def test_a_foreign_config_is_a_row_and_no_failure(both: Path, foreign: dict[str, Any]) -> None:
+    (both / "theirs").mkdir()
+    (both / "theirs/config.yaml").write_text(yaml.safe_dump(foreign))
+    rows = run_table.read_rows(both)
+    assert by_name(both)["theirs"]["status"] == "unfinished"
+    assert bundle.bundle(rows, [both])["runs"]

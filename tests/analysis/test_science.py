@@ -57,6 +57,23 @@ def test_the_factorised_arm_shows_the_planted_optimum_and_the_frontier_one_that_
     assert factorised["curves"]["share"]["verdict"] in ("edge", "undecided")  # 36 % is its end
 
 
+def test_the_surface_over_both_arms_separates_share_from_depth(found):
+    both = next(s for s in found["surfaces"] if s["terms"] == ["share", "share^2", "ln L"])
+    assert both["sweep"] == ["factorised.yaml", "frontier.yaml"]
+    depth, bowl = both["coefficients"]["ln L"], both["coefficients"]["share^2"]
+    assert depth["low"] <= planted_study.DEPTH <= depth["high"] < 0
+    assert bowl["low"] <= planted_study.BOWL <= bowl["high"] and bowl["low"] > 0
+    best = both["best_share"]
+    assert best["low"] <= planted_study.BEST_SHARE <= best["high"]
+    assert best["high"] - best["low"] < 0.05
+    assert max(both["inflation"].values()) < 10 and not both["warnings"]
+    whole = next(s for s in found["surfaces"] if s["cells"] == "all configurations")
+    for term, truth in (("share^2", planted_study.BOWL), ("glu^2", 0.01), ("share*glu", 0.0)):
+        estimate = whole["coefficients"][term]
+        assert estimate["low"] - 0.5 * (estimate["high"] - estimate["low"]) <= truth, term
+        assert truth <= estimate["high"] + 0.5 * (estimate["high"] - estimate["low"]), term
+
+
 def test_a_prediction_stands_beside_its_arm(found):
     told = arm(found, "frontier.yaml")["prediction"]
     assert told["date"] == "2026-11-23" and told["tao_best_share"] == pytest.approx(0.2, abs=0.01)
@@ -80,8 +97,31 @@ def test_each_cell_is_judged_at_its_own_best_rate_and_at_the_shared_one(found):
     for shape in (own, shared):
         assert shape["baseline"] == "mini-tune35"
         assert [cell["label"] for cell in shape["cells"] if cell["baseline"]] == ["mini-tune35"]
-    for cell in own["cells"]:  # chosen on dev, near the planted rate
+    for cell in own["cells"]:  # near the planted rate
         assert 0.5 <= cell["learning_rate"] / planted_study.best_rate(cell["share"]) <= 2
+
+
+def test_a_rate_is_chosen_on_dev_and_not_on_test(tmp_path):
+    planted_study.write(tmp_path, ["miniature_lr"])
+    runs = science.read_runs([], [tmp_path])
+    name, rates = runs["configuration"].iloc[0], sorted(runs["learning_rate"].unique())
+    mine = runs["configuration"] == name
+    for key, best in (("dev", rates[0]), ("test", rates[1])):
+        worse = mine & (runs["learning_rate"] != best)
+        for number in ("loss", "bits_per_byte"):
+            runs.loc[worse, f"{key}_{number}"] += 1
+    (own, *_) = science.analyse(runs, {})["arms"]
+    (chosen,) = {cell["learning_rate"] for cell in own["cells"] if cell["label"] == name}
+    assert chosen == rates[0]
+
+
+def test_a_table_without_its_details_is_refused(tmp_path, capsys):
+    planted_study.write(tmp_path / "logs", ["embed_ratio"])
+    summary = tmp_path / "results_summary.csv"
+    write_csv(read_rows(tmp_path / "logs"), summary)
+    (tmp_path / "results_details.csv").unlink()
+    assert science.main(["--csv", str(summary), "--output", str(tmp_path)]) == 78
+    assert "results_details.csv" in capsys.readouterr().err
 
 
 def test_a_run_and_its_twin_of_a_list_of_rates_count_once(tmp_path):

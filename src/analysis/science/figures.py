@@ -109,7 +109,7 @@ def _arms(found: Found, axis: str, label: str, path: Path) -> bool:
             x += [told[0]["prediction"][f"{law}_best_share"] for law in ("tao", "levine")]
         for ax in (top, bottom):
             paper.hold(ax, "x", x)
-        handles += _draw_arms(top, axis, arms, looks, {_name(arm): _predicted(arm) for arm in told})
+        handles += _draw_arms(top, axis, arms, looks, {id(arm): _predicted(arm) for arm in told})
         if told:
             handles += _draw_best_shares(top, told[0]["prediction"])
         for arm in arms:
@@ -137,7 +137,7 @@ def _draw_arms(
     axis: str,
     arms: Sequence[Found],
     looks: Mapping[str, paper.Look],
-    lines: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[int, Sequence[tuple[float, float]]],
 ) -> list[Any]:
     """Seeds as rings, means as filled markers, the fitted curve with its band and optimum, and
     what Tao et al. predict through each baseline (lines); returns the legend's entries."""
@@ -159,8 +159,8 @@ def _draw_arms(
             ax.plot([x], [math.exp(np.mean(cell["ln_bpb"]))], look.marker, color=face, zorder=4)
         handles.append(paper.line(_name(arm), color=look.colour, marker=look.marker))
         handles.append(paper.point("black: the baseline", "o", color=paper.BLACK))
-        if _name(arm) in lines:
-            ax.plot(*zip(*lines[_name(arm)], strict=True), color=PREDICTION, ls=paper.BAR_DASH)
+        if id(arm) in lines:
+            ax.plot(*zip(*lines[id(arm)], strict=True), color=PREDICTION, ls=paper.BAR_DASH)
     return handles
 
 

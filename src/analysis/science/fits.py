@@ -39,7 +39,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class _Fit:
+class Fit:
     """Ordinary least squares of y (n) on a design (n, p) of full rank."""
 
     coefficients: Floats  # (p)
@@ -66,14 +66,14 @@ class _Fit:
         return self.coefficients + self.sd * scale * normal
 
 
-def _least_squares(design: Floats, y: Floats) -> _Fit:
+def least_squares(design: Floats, y: Floats) -> Fit:
     q, r = np.linalg.qr(design)
     inverse = np.linalg.inv(r)
     coefficients = inverse @ (q.T @ y)
     residuals = y - design @ coefficients
     df = len(y) - design.shape[1]
     sd = math.sqrt(float(residuals @ residuals) / df) if df else math.nan
-    return _Fit(coefficients, inverse @ inverse.T, sd, df)
+    return Fit(coefficients, inverse @ inverse.T, sd, df)
 
 
 # --- a curve with an optimum --------------------------------------------------------------------
@@ -128,7 +128,7 @@ def quadratic(
     Raises ValueError for shapes that do not fit, numbers that are not finite, or fewer than three
     different x.
     """
-    xs, ys = _points_of(x, y)
+    xs, ys = points_of(x, y)
     if log and (xs <= 0).any():
         raise ValueError(f"x must be above 0 for a logarithm, found {xs.min():g}.")
     back: Callable[[float], float] = math.exp if log else float
@@ -143,14 +143,14 @@ def quadratic(
     design = np.column_stack([np.ones_like(z), z, z**2, offsets])
     if np.linalg.matrix_rank(design) < design.shape[1]:
         raise ValueError("the blocks leave nothing to fit: some block holds points of one x alone.")
-    fit = _least_squares(design, ys)
-    best = _lowest_place(fit.coefficients[None, :])
+    fit = least_squares(design, ys)
+    best = lowest_place(fit.coefficients[None, :])
     ends: tuple[float, ...] = ()  # of the optimum's interval, and of the lowest value's
     depth: tuple[float, ...] = ()
     if fit.df:
         drawn = fit.sampled(draws, np.random.default_rng(seed))
         tail = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
-        places = _lowest_place(drawn)
+        places = lowest_place(drawn)
         ends = tuple(np.percentile(places, tail))
         depth = tuple(np.percentile(_quadratic_at(drawn, places), tail))
     place = Estimate(float(best[0]), *ends)
@@ -174,7 +174,7 @@ def quadratic(
     )
 
 
-def _points_of(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
+def points_of(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
     xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if xs.ndim != 1 or xs.shape != ys.shape or not np.isfinite([xs, ys]).all():
         raise ValueError(
@@ -198,7 +198,7 @@ def _quadratic_at(coefficients: Floats, z: Floats) -> Floats:
     return coefficients[:, 0] + coefficients[:, 1] * z + coefficients[:, 2] * z**2
 
 
-def _lowest_place(coefficients: Floats) -> Floats:
+def lowest_place(coefficients: Floats) -> Floats:
     """Where each quadratic (B, p) is lowest on -1..1."""
     _, b, c = coefficients[:, :3].T
     ends = np.where(b > 0, -1.0, 1.0)

@@ -1,4 +1,4 @@
-"""What a study's runs say: curves over share and GLU expansion, and where they are lowest.
+"""What a study's runs say: curves over share and GLU expansion, and both with depth at once.
 
     python -m src.analysis.science.report --log_dir logs --output results/science
     python -m src.analysis.science.report --csv results_summary.csv --output results/science
@@ -23,7 +23,7 @@ from src.analysis import repeats, run_table
 from src.analysis.blocks import at_own_rates, each_once, many_rates, own_rates, shared_rate
 from src.analysis.run_csv import read_csv, table
 from src.analysis.run_joins import each_once as without_copies
-from src.analysis.science import fits
+from src.analysis.science import fits, surface
 from src.spec import config
 from src.spec.command_line import OK, Parser, refuse
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, KEYS, TOTAL_PARAMS
@@ -36,6 +36,8 @@ SHARED = [
 ]  # fmt: skip
 AXES = {"share": (EMBEDDING_RATIO.built, 0.03), "glu": (GLU_EXPANSION.built, 0.3)}
 """What a sweep varies: the column, and by how much at least."""
+DEPTH_ARMS = ("share", "share^2", "ln L")
+USUAL_ATTENTION = 0.15  # |attention width / d_model - 1| where depth took the slack
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +76,11 @@ def read_runs(tables: Sequence[Path], log_dirs: Sequence[Path]) -> pd.DataFrame:
     rows += run_table.read_rows(*log_dirs) if log_dirs else []
     runs = table(without_copies(row for row in rows if row.get("status") == "finished"))
     runs = runs[runs["phase"].isin(config.PHASES) & runs["dev_bits_per_byte"].notna()]
+    if len(runs) and runs["dev_loss"].isna().any():
+        raise ValueError(
+            f"{', '.join(map(str, tables))}: found no losses, which stand in the table of details; "
+            "put results_details.csv beside it, as scripts/aggregate_results.py does"
+        )
     if runs.empty:
         raise ValueError(
             f"{', '.join(map(str, [*tables, *log_dirs]))}: found no finished run, expected the "
@@ -87,13 +94,14 @@ def read_runs(tables: Sequence[Path], log_dirs: Sequence[Path]) -> pd.DataFrame:
 
 def analyse(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that `runs` allow, as plain JSON-ready values."""
-    studies = runs.groupby(SHARED, dropna=False, sort=False)
-    arms = [each_once(arm) for _, study in studies for _, arm in study.groupby("sweep", sort=False)]
+    studies = [study for _, study in runs.groupby(SHARED, dropna=False, sort=False)]
+    arms = [each_once(arm) for study in studies for _, arm in study.groupby("sweep", sort=False)]
     return {
         "schema": SCHEMA,
         "runs": len(runs),
         "predictions_dated": predictions.get("date"),
         "arms": [found for arm in arms for found in _arm(arm, predictions)],
+        "surfaces": [found for study in studies for found in _surfaces(study)],
     }
 
 
@@ -202,8 +210,49 @@ def _prediction(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> dict[str,
         return None
     ratios = {name: cell["tao_ln_ppl_ratio"] for name, cell in sweep["cells"].items()}
     names = [name for name in runs["configuration"].unique() if name in ratios]
-    about = {key: predictions[key] for key in ("date", "sources")}
+    about = {key: predictions.get(key) for key in ("date", "sources")}
     return {**about, **sweep, "cells": {name: ratios[name] for name in names}}
+
+
+# --- the surface --------------------------------------------------------------------------------
+
+
+def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """All terms over every run of the study, and share against depth where depth is the slack."""
+    rate = runs["learning_rate"].mode().iloc[0]
+    at = runs[runs["learning_rate"] == rate]
+    width = at["attention_width_ratio"].fillna(1.0)
+    alike = at[(width - 1).abs() <= USUAL_ATTENTION]
+    usual = alike[GLU_EXPANSION.asked].mode()
+    depth = alike[alike[GLU_EXPANSION.asked] == usual.iloc[0]] if len(usual) else alike
+    found = []
+    for name, terms, used in (
+        ("all configurations", surface.TERMS, at),
+        ("configurations whose slack is depth, one expansion", DEPTH_ARMS, depth),
+    ):
+        used = used.drop_duplicates(["model_digest", "seed"])  # each run once
+        if used["sweep"].nunique() < 2:
+            continue  # one sweep alone moves one thing
+        split = _split(used)
+        columns = (EMBEDDING_RATIO.built, GLU_EXPANSION.built, "n_layers")
+        numbers = [*(used[key] for key in columns), _ln_bpb(used, split)]
+        try:
+            fit = dataclasses.asdict(surface.response_surface(*numbers, terms))
+        except ValueError as error:
+            fit = {"unavailable": str(error)}
+        found.append(
+            {
+                **_facts(used),
+                "sweep": sorted(used["sweep"].unique()),
+                "cells": name,
+                "terms": list(terms),
+                "learning_rate": rate,
+                "split": split,
+                "runs": len(used),
+                **fit,
+            }
+        )
+    return found
 
 
 # --- for people ---------------------------------------------------------------------------------
@@ -217,6 +266,17 @@ def summary(content: Mapping[str, Any]) -> str:
         for scale, fit in arm["curves"].items():
             told = fit.get("statement") or f"not fitted: {fit['unavailable']}"
             lines.append(f"{where}: {scale}: {told}")
+    for one in content["surfaces"]:
+        terms = [
+            f"{term} {c['value']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})"
+            for term, c in one.get("coefficients", {}).items()
+        ]
+        told = one.get("unavailable") or f"{one['points']} runs, {', '.join(terms[1:])}"
+        lines.append(f"surface, {one['cells']}: {told}")
+        if best := one.get("best_share"):
+            ends = f"{best['low']:.1%} to {best['high']:.1%}"
+            lines.append(f"  best share, all else equal: {best['value']:.1%} ({ends})")
+        lines += [f"  {warning}" for warning in one.get("warnings", ())]
     return "\n".join(lines)
 
 
