@@ -130,11 +130,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     asked = parser.parse_args()
-    arms = ("frontier", "factorised", "depth_control", "glu_expansion")
+    sweeps = ("frontier", "factorised", "depth_control", "glu_expansion")
     grid = ("model.total_params=10_485_760", "model.vocab_size=16_384")
     grid += ("training.batch_size=64", "training.seq_len=512")
     seeds = range(asked.seeds)
-    write(asked.output, arms, seeds=seeds, overrides=grid, seed=asked.seed)
+    write(asked.output, sweeps, seeds=seeds, overrides=grid, seed=asked.seed)
     write(asked.output, ["frontier"], seeds=[0], phases=["rank"], seed=asked.seed + 1)
     write(asked.output / "rates", ["miniature_lr"], seed=asked.seed + 2)
 

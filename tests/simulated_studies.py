@@ -70,7 +70,7 @@ def curves(rng: np.random.Generator, out: Outcome) -> None:
     out.setdefault("curvature of a flat curve", []).append(covers(nothing.curvature, 0.0))
 
 
-def cells_of(*files: str) -> np.ndarray:
+def configurations_of(*files: str) -> np.ndarray:
     """(n, 3): share, GLU expansion and depth of every configuration that the sweeps would build."""
     built = [
         one
@@ -97,7 +97,7 @@ def surface(design: np.ndarray, rng: np.random.Generator, out: Outcome) -> None:
 def simulate(studies: int, seed: int = 0) -> dict[str, tuple[float, int]]:
     """Share of studies in which each thing held, and of how many."""
     rng, out = np.random.default_rng(seed), Outcome()
-    design = cells_of("frontier", "factorised", "depth_control", "glu_expansion")
+    design = configurations_of("frontier", "factorised", "depth_control", "glu_expansion")
     for _ in range(studies):
         curves(rng, out)
         surface(design, rng, out)

@@ -50,7 +50,7 @@ def test_the_curvature_s_interval_is_least_squares_own():
     assert fit.curvature.value == pytest.approx(beta[0])
     assert fit.curvature.low == pytest.approx(beta[0] - half)
     assert fit.optimum.value == pytest.approx(-beta[1] / 2 / beta[0])
-    assert (fit.df, fit.points, fit.cells) == (3, 6, 6)
+    assert (fit.df, fit.points, fit.distinct_x) == (3, 6, 6)
 
 
 def test_a_curve_in_the_logarithm_answers_in_x():
@@ -106,7 +106,9 @@ def test_what_cannot_be_fitted_is_refused(x, y, blocks, told):
 
 
 def design() -> np.ndarray:
-    return simulated_studies.cells_of("frontier", "factorised", "depth_control", "glu_expansion")
+    return simulated_studies.configurations_of(
+        "frontier", "factorised", "depth_control", "glu_expansion"
+    )
 
 
 def test_the_surface_finds_known_coefficients():
@@ -149,8 +151,8 @@ def test_the_frontier_alone_cannot_tell_share_from_depth_and_is_told_so():
     alone, both = (
         surface.response_surface(*cells.T, cells[:, 0], terms=terms)
         for cells in (
-            simulated_studies.cells_of("frontier"),
-            simulated_studies.cells_of("frontier", "factorised"),
+            simulated_studies.configurations_of("frontier"),
+            simulated_studies.configurations_of("frontier", "factorised"),
         )
     )
     assert alone.inflation["ln L"] == pytest.approx(623, abs=0.5)  # as docs/SCIENCE.md has them

@@ -183,7 +183,7 @@ def like_pairs(*, pooled: bool) -> dict[str, float]:
 
 def discussion() -> Iterator[str]:
     (arm,) = (
-        arm for arm in content(RESULTS / "science/miniature-complete/science.json")["arms"]
+        arm for arm in content(RESULTS / "science/miniature-complete/science.json")["sweeps"]
         if arm["axis"] == "share"
     )  # fmt: skip
     optimum = arm["curves"]["share"]["optimum"]
@@ -325,7 +325,7 @@ def rest() -> Iterator[str]:
     yield f"{costs:.3f} dollars of a rented CPU for the study"
     yield f"{sum(row['cost_usd'] for row in added):.3f} for the four runs that complete it"
     sweeps = content(RESULTS / "predictions.json")["sweeps"]["miniature_frontier.yaml"]
-    tao = {n: 100 * math.expm1(c["tao_ln_ppl_ratio"]) for n, c in sweeps["cells"].items()}
+    tao = {n: 100 * math.expm1(c["tao_ln_ppl_ratio"]) for n, c in sweeps["configurations"].items()}
     yield (
         f"the best share at {100 * sweeps['tao_best_share']:.0f} %, and against 35 % in perplexity "
         f"{tao['mini-share25']:+.1f} % at 25 and {tao['mini-share45']:+.1f} % at 45 %"

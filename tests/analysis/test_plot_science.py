@@ -43,16 +43,16 @@ def test_every_figure_of_a_whole_study_is_made(found, tmp_path, capsys):
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made == {f"{name}.png" for name in plot_science.FIGURES}
     assert all((tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG" for name in made)
-    assert "glu_arms.png" in capsys.readouterr().out
+    assert "glu_sweeps.png" in capsys.readouterr().out
 
 
-def test_share_arms_draws_means_fit_optimum_and_both_laws(found, figures, tmp_path):
-    assert plot_science.share_arms(found, tmp_path / "share_arms.png")
-    figure = figures["share_arms.png"]
+def test_share_sweeps_draws_means_fit_optimum_and_both_laws(found, figures, tmp_path):
+    assert plot_science.share_sweeps(found, tmp_path / "share_sweeps.png")
+    figure = figures["share_sweeps.png"]
     titles = [ax.get_title(loc="left") for ax in figure.axes[:2]]
     top = figure.axes[titles.index("Full runs, 50.0 M tokens, 10.5 M")]
     lines = [line for line in top.get_lines() if line.get_xydata().size]
-    frontier = next(a for a in found["arms"] if a["sweep"] == "frontier.yaml")
+    frontier = next(a for a in found["sweeps"] if a["sweep"] == "frontier.yaml")
     at = frontier["curves"]["ln share"]["optimum"]
     bars = [tuple(line.get_xdata()) for line in lines if len(line.get_xdata()) == 2]
     assert (at["low"], at["high"]) in bars
@@ -64,7 +64,7 @@ def test_share_arms_draws_means_fit_optimum_and_both_laws(found, figures, tmp_pa
 
 
 def test_markers_of_the_arms_are_inside_their_panels(found, figures, tmp_path):
-    for draw in (plot_science.share_arms, plot_science.glu_arms):
+    for draw in (plot_science.share_sweeps, plot_science.glu_sweeps):
         assert draw(found, tmp_path / f"{draw.__name__}.png")
         for ax in figures[f"{draw.__name__}.png"].axes:
             (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
@@ -78,7 +78,7 @@ def test_markers_of_the_arms_are_inside_their_panels(found, figures, tmp_path):
 
 def test_nothing_to_draw_and_what_is_no_science(tmp_path, capsys):
     file = tmp_path / "science.json"
-    file.write_text('{"arms": []}')
+    file.write_text('{"sweeps": []}')
     command = ["--science", str(file), "--output", str(tmp_path / "out")]
     assert plot_science.main(command) == 0
     assert "nothing to draw yet" in capsys.readouterr().out

@@ -20,14 +20,14 @@ def test_every_cell_has_its_prediction_and_the_file_its_day(tmp_path, capsys):
     found = json.loads(output.read_text())
     assert found["date"] == "2026-11-23" and set(found["sources"]) == {"tao", "levine"}
     frontier = found["sweeps"]["frontier.yaml"]
-    assert list(frontier["cells"]) == [f"share{s}" for s in (35, 25, 30, 40, 45, 50)]
-    assert frontier["cells"]["share35"]["tao_ln_ppl_ratio"] == 0
+    assert list(frontier["configurations"]) == [f"share{s}" for s in (35, 25, 30, 40, 45, 50)]
+    assert frontier["configurations"]["share35"]["tao_ln_ppl_ratio"] == 0
     # SCIENCE.md's +5.0 % is of 45.0 against 35.0 % of 10M; the built cells are 44.8 and 35.2 %.
-    built = math.expm1(frontier["cells"]["share45"]["tao_ln_ppl_ratio"])
+    built = math.expm1(frontier["configurations"]["share45"]["tao_ln_ppl_ratio"])
     assert 0.04 < built < 0.05
     assert frontier["levine_best_share"] == published_laws.levine_best_share(10_485_760, 16_384)
     assert f"PPL against share35 {built:+.1%}" in capsys.readouterr().out
-    silent = found["sweeps"]["miniature_frontier.yaml"]["cells"]
+    silent = found["sweeps"]["miniature_frontier.yaml"]["configurations"]
     assert silent["mini-share45"]["levine_layers"] is None  # d = 144, below the law's 154
     assert 0 < silent["mini-share50"]["levine_layers"] < 1
 

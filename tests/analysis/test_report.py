@@ -99,7 +99,8 @@ def cost() -> Iterator[str]:
 def laws() -> Iterator[str]:
     found = predictions.predict([SWEEP], "2026-11-23")["sweeps"][SWEEP.name]
     tao = {
-        name: 100 * math.expm1(cell["tao_ln_ppl_ratio"]) for name, cell in found["cells"].items()
+        name: 100 * math.expm1(cell["tao_ln_ppl_ratio"])
+        for name, cell in found["configurations"].items()
     }
     yield (
         f"the best share at {100 * found['tao_best_share']:.0f} %, and perplexity against emb35 "

@@ -40,7 +40,7 @@ def found(planted, tmp_path_factory):
 
 def arm(found, sweep, phase="full", rate="one rate"):
     return next(
-        a for a in found["arms"] if (a["sweep"], a["phase"], a["rate"]) == (sweep, phase, rate)
+        a for a in found["sweeps"] if (a["sweep"], a["phase"], a["rate"]) == (sweep, phase, rate)
     )
 
 
@@ -48,8 +48,8 @@ def test_the_factorised_arm_shows_the_planted_optimum_and_the_frontier_one_that_
     """Depth falls as the frontier's share grows, so its optimum is not the share's own."""
     factorised, frontier = (arm(found, f"{name}.yaml") for name in ("factorised", "frontier"))
     for shape in (factorised, frontier):
-        assert shape["axis"] == "share" and len(shape["cells"]) == 6
-        assert [len(cell["seeds"]) for cell in shape["cells"]] == [3] * 6
+        assert shape["axis"] == "share" and len(shape["configurations"]) == 6
+        assert [len(cell["seeds"]) for cell in shape["configurations"]] == [3] * 6
         assert shape["seed_noise"]["df"] == 12
         assert 0.002 < shape["seed_noise"]["sd"] < 0.008
     own = frontier["curves"]["share"]["optimum"]
@@ -67,7 +67,7 @@ def test_the_surface_over_both_arms_separates_share_from_depth(found):
     assert best["low"] <= planted_study.BEST_SHARE <= best["high"]
     assert best["high"] - best["low"] < 0.05
     assert max(both["inflation"].values()) < 10 and not both["warnings"]
-    whole = next(s for s in found["surfaces"] if s["cells"] == "all configurations")
+    whole = next(s for s in found["surfaces"] if s["configurations"] == "all configurations")
     for term, truth in (("share^2", planted_study.BOWL), ("glu^2", 0.01), ("share*glu", 0.0)):
         estimate = whole["coefficients"][term]
         assert estimate["low"] - 0.5 * (estimate["high"] - estimate["low"]) <= truth, term
@@ -77,27 +77,29 @@ def test_the_surface_over_both_arms_separates_share_from_depth(found):
 def test_a_prediction_stands_beside_its_arm(found):
     told = arm(found, "frontier.yaml")["prediction"]
     assert told["date"] == "2026-11-23" and told["tao_best_share"] == pytest.approx(0.2, abs=0.01)
-    labels = [cell["label"] for cell in arm(found, "frontier.yaml")["cells"]]
-    assert list(told["cells"]) == labels and len(set(told["cells"].values())) == 6
+    labels = [cell["label"] for cell in arm(found, "frontier.yaml")["configurations"]]
+    assert list(told["configurations"]) == labels and len(set(told["configurations"].values())) == 6
     assert arm(found, "depth_control.yaml")["prediction"] is None
 
 
-def test_the_glu_arms_are_curves_over_expansion(found):
+def test_the_glu_sweeps_are_curves_over_expansion(found):
     control = arm(found, "depth_control.yaml")
     assert control["axis"] == "glu" and set(control["curves"]) == {"glu", "ln glu"}
-    assert {cell["n_layers"] for cell in control["cells"]} == {9}
+    assert {cell["n_layers"] for cell in control["configurations"]} == {9}
 
 
 def test_each_cell_is_judged_at_its_own_best_rate_and_at_the_shared_one(found):
-    own, shared = (a for a in found["arms"] if a["sweep"] == "miniature_lr.yaml")
+    own, shared = (a for a in found["sweeps"] if a["sweep"] == "miniature_lr.yaml")
     assert (own["rate"], shared["rate"].partition(" rate ")[0]) == ("own best rate", "shared")
-    one = {cell["learning_rate"] for cell in shared["cells"]}
+    one = {cell["learning_rate"] for cell in shared["configurations"]}
     assert one == {float(shared["rate"].rpartition(" ")[2])}
-    assert {cell["learning_rate"] for cell in own["cells"]} != one
+    assert {cell["learning_rate"] for cell in own["configurations"]} != one
     for shape in (own, shared):
         assert shape["baseline"] == "mini-tune35"
-        assert [cell["label"] for cell in shape["cells"] if cell["baseline"]] == ["mini-tune35"]
-    for cell in own["cells"]:  # near the planted rate
+        assert [cell["label"] for cell in shape["configurations"] if cell["baseline"]] == [
+            "mini-tune35"
+        ]
+    for cell in own["configurations"]:  # near the planted rate
         assert 0.5 <= cell["learning_rate"] / planted_study.best_rate(cell["share"]) <= 2
 
 
@@ -110,8 +112,8 @@ def test_a_rate_is_chosen_on_dev_and_not_on_test(tmp_path):
         worse = mine & (runs["learning_rate"] != best)
         for number in ("loss", "bits_per_byte"):
             runs.loc[worse, f"{key}_{number}"] += 1
-    (own, *_) = science.analyse(runs, {})["arms"]
-    (chosen,) = {cell["learning_rate"] for cell in own["cells"] if cell["label"] == name}
+    (own, *_) = science.analyse(runs, {})["sweeps"]
+    (chosen,) = {cell["learning_rate"] for cell in own["configurations"] if cell["label"] == name}
     assert chosen == rates[0]
 
 
@@ -130,16 +132,18 @@ def test_a_run_and_its_twin_of_a_list_of_rates_count_once(tmp_path):
     planted_study.write(tmp_path / "list", ["embed_ratio"], overrides=rates)
     content = science.analyse(science.read_runs([], [tmp_path]), {})
     assert content["runs"] == 12
-    for shape in content["arms"]:
-        assert [len(cell["seeds"]) for cell in shape["cells"]] == [1, 1, 1]
+    for shape in content["sweeps"]:
+        assert [len(cell["seeds"]) for cell in shape["configurations"]] == [1, 1, 1]
 
 
 def test_a_prediction_is_of_a_cell_at_any_rate(tmp_path):
     planted_study.write(tmp_path, ["frontier"], overrides=["training.learning_rate=[4e-3, 2e-3]"])
     told = json.loads((ROOT / "results" / "predictions.json").read_text())
     content = science.analyse(science.read_runs([], [tmp_path]), told)
-    for shape in content["arms"]:
-        assert set(shape["prediction"]["cells"]) == {cell["label"] for cell in shape["cells"]}
+    for shape in content["sweeps"]:
+        assert set(shape["prediction"]["configurations"]) == {
+            cell["label"] for cell in shape["configurations"]
+        }
 
 
 def test_ranking_runs_are_judged_on_dev(found):
@@ -155,7 +159,7 @@ def test_the_table_of_the_aggregator_says_the_same(planted, found, tmp_path):
     assert again["runs"] == found["runs"]
     key = ("sweep", "phase", "rate")
     here, there = (
-        {tuple(a[k] for k in key): a["curves"] for a in content["arms"]}
+        {tuple(a[k] for k in key): a["curves"] for a in content["sweeps"]}
         for content in (again, found)
     )
     assert here.keys() == there.keys()
@@ -169,7 +173,7 @@ def test_what_cannot_be_fitted_says_why(tmp_path, capsys):
     shutil.rmtree(tmp_path / "logs" / "emb25")
     assert science.main(["--log_dir", str(tmp_path / "logs"), "--output", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "science.json").read_text())
-    assert "three different x, found 2" in content["arms"][0]["curves"]["share"]["unavailable"]
+    assert "three different x, found 2" in content["sweeps"][0]["curves"]["share"]["unavailable"]
     assert "not fitted" in capsys.readouterr().out
 
 
@@ -182,7 +186,7 @@ def test_other_budgets_and_unfinished_runs_do_not_mix(tmp_path):
     killed.write_text(killed.read_text().replace('"finished"', '"killed"'))
     content = science.analyse(science.read_runs([], [tmp_path]), {})
     assert content["runs"] == 5
-    assert sorted(len(a["cells"]) for a in content["arms"]) == [2, 3]
+    assert sorted(len(a["configurations"]) for a in content["sweeps"]) == [2, 3]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     python scripts/plot_science.py --science results/science/science.json --output results/science
 
-Makes share_arms.png and glu_arms.png, each only where science.json has something to draw. Exit
+Makes share_sweeps.png and glu_sweeps.png, each only where science.json has something to draw. Exit
 codes: 0, 78 bad input, 74 could not read or write.
 """
 
@@ -72,95 +72,99 @@ def _finish(
     return True
 
 
-# --- arms, fits and depth -----------------------------------------------------------------------
+# --- sweeps, fits and depth -----------------------------------------------------------------------
 
 
-def share_arms(found: Found, path: Path) -> bool:
+def share_sweeps(found: Found, path: Path) -> bool:
     """Bits per byte against share, all sweeps of a study together, and their depth below."""
-    return _arms(found, "share", "Embedding share of all parameters", path)
+    return _sweeps(found, "share", "Embedding share of all parameters", path)
 
 
-def glu_arms(found: Found, path: Path) -> bool:
+def glu_sweeps(found: Found, path: Path) -> bool:
     """Bits per byte against GLU expansion, and depth below."""
-    return _arms(found, "glu", "GLU expansion, d_ff / d_model", path)
+    return _sweeps(found, "glu", "GLU expansion, d_ff / d_model", path)
 
 
-def _arms(found: Found, axis: str, label: str, path: Path) -> bool:
+def _sweeps(found: Found, axis: str, label: str, path: Path) -> bool:
     studies: dict[tuple[Any, ...], list[Found]] = {}
     keys = ("corpus", "tokenizer_sha256", TOTAL_PARAMS.asked, "tokens", "batch_size", "phase")
-    for arm in found["arms"]:
-        if arm["axis"] == axis and len(arm["cells"]) > 2:
-            studies.setdefault(tuple(arm[key] for key in keys), []).append(arm)
+    for sweep in found["sweeps"]:
+        if sweep["axis"] == axis and len(sweep["configurations"]) > 2:
+            studies.setdefault(tuple(sweep[key] for key in keys), []).append(sweep)
     if not studies:
         return False
-    names = list(dict.fromkeys(_name(arm) for arms in studies.values() for arm in arms))
+    names = list(dict.fromkeys(_name(sweep) for sweeps in studies.values() for sweep in sweeps))
     looks = {name: paper.look(place) for place, name in enumerate(names)}
     width = paper.COLUMN if len(studies) == 1 else paper.PAGE
     figure, axes = plt.subplots(
         2, len(studies), figsize=(width, 3.3), squeeze=False, height_ratios=(2.2, 1)
     )
     handles: list[Any] = []
-    for (top, bottom), arms in zip(axes.T, studies.values(), strict=True):
-        told = [arm for arm in arms if arm["prediction"] and axis == "share"]
-        cells = [cell for arm in arms for cell in arm["cells"]]
-        paper.hold(bottom, "y", [cell["n_layers"] for cell in cells])
-        x = [cell[axis] for cell in cells]
+    for (top, bottom), sweeps in zip(axes.T, studies.values(), strict=True):
+        told = [sweep for sweep in sweeps if sweep["prediction"] and axis == "share"]
+        configurations = [one for sweep in sweeps for one in sweep["configurations"]]
+        paper.hold(bottom, "y", [one["n_layers"] for one in configurations])
+        x = [one[axis] for one in configurations]
         if told:
             x += [told[0]["prediction"][f"{law}_best_share"] for law in ("tao", "levine")]
         for ax in (top, bottom):
             paper.hold(ax, "x", x)
-        handles += _draw_arms(top, axis, arms, looks, {id(arm): _predicted(arm) for arm in told})
+        handles += _draw_sweeps(
+            top, axis, sweeps, looks, {id(sweep): _predicted(sweep) for sweep in told}
+        )
         if told:
             handles += _draw_best_shares(top, told[0]["prediction"])
-        for arm in arms:
-            look = looks[_name(arm)]
-            line = sorted((cell[axis], cell["n_layers"]) for cell in arm["cells"])
+        for sweep in sweeps:
+            look = looks[_name(sweep)]
+            line = sorted((one[axis], one["n_layers"]) for one in sweep["configurations"])
             bottom.plot(*zip(*line, strict=True), color=look.colour, marker=look.marker, lw=0.8)
-        top.set_ylabel(f"{arms[0]['split'].capitalize()} bits per byte")
-        kind = kind_text(arms[0]["phase"], arms[0]["tokens"])
-        size = f"{arms[0][TOTAL_PARAMS.asked] / 1e6:.1f} M"
+        top.set_ylabel(f"{sweeps[0]['split'].capitalize()} bits per byte")
+        kind = kind_text(sweeps[0]["phase"], sweeps[0]["tokens"])
+        size = f"{sweeps[0][TOTAL_PARAMS.asked] / 1e6:.1f} M"
         paper.title(top, f"{kind}, {size}", 92 // max(2, len(studies)))
         bottom.set_ylabel("Layers")
         bottom.set_xlabel(label)
-    parts = [arm for arms in studies.values() for arm in arms]
+    parts = [sweep for sweeps in studies.values() for sweep in sweeps]
     note = "bar at the bottom: 95 % interval of the optimum, hollow where not inside the range"
     return _finish(figure, handles, f"{label}, sweep by sweep", parts, note, path)
 
 
-def _name(arm: Found) -> str:
-    rate = "" if arm["rate"] == "one rate" else f", {arm['rate']}"
-    return f"{Path(arm['sweep']).stem}{rate}"
+def _name(sweep: Found) -> str:
+    rate = "" if sweep["rate"] == "one rate" else f", {sweep['rate']}"
+    return f"{Path(sweep['sweep']).stem}{rate}"
 
 
-def _draw_arms(
+def _draw_sweeps(
     ax: Axes,
     axis: str,
-    arms: Sequence[Found],
+    sweeps: Sequence[Found],
     looks: Mapping[str, paper.Look],
     lines: Mapping[int, Sequence[tuple[float, float]]],
 ) -> list[Any]:
     """Seeds as rings, means as filled markers, the fitted curve with its band and optimum, and
     what Tao et al. predict through each baseline (lines); returns the legend's entries."""
-    values = [math.exp(v) for arm in arms for cell in arm["cells"] for v in cell["ln_bpb"]]
+    values = [
+        math.exp(v) for sweep in sweeps for one in sweep["configurations"] for v in one["ln_bpb"]
+    ]
     values += [y for line in lines.values() for _, y in line]
-    values.append(min(values) - 0.06 * len(arms) * (max(values) - min(values)))  # for the bars
+    values.append(min(values) - 0.06 * len(sweeps) * (max(values) - min(values)))  # for the bars
     paper.hold(ax, "y", values)
     handles: list[Any] = []
-    for place, arm in enumerate(arms):
-        look, fit = looks[_name(arm)], arm["curves"].get(f"ln {axis}", {})
+    for place, sweep in enumerate(sweeps):
+        look, fit = looks[_name(sweep)], sweep["curves"].get(f"ln {axis}", {})
         _draw_fit(ax, fit, look.colour, place)
-        for cell in arm["cells"]:
-            seeds, x = np.exp(cell["ln_bpb"]), cell[axis]
+        for one in sweep["configurations"]:
+            seeds, x = np.exp(one["ln_bpb"]), one[axis]
             if len(seeds) > 1:
                 ring: dict[str, Any] = {"mfc": "none", "ms": 3.5, "mew": 0.7}
                 ax.plot([x] * len(seeds), seeds, "o", color=look.colour, **ring)
                 handles.append(paper.point("one seed", "o", **ring))
-            face = paper.BLACK if cell["baseline"] else look.colour
-            ax.plot([x], [math.exp(np.mean(cell["ln_bpb"]))], look.marker, color=face, zorder=4)
-        handles.append(paper.line(_name(arm), color=look.colour, marker=look.marker))
+            face = paper.BLACK if one["baseline"] else look.colour
+            ax.plot([x], [math.exp(np.mean(one["ln_bpb"]))], look.marker, color=face, zorder=4)
+        handles.append(paper.line(_name(sweep), color=look.colour, marker=look.marker))
         handles.append(paper.point("black: the baseline", "o", color=paper.BLACK))
-        if id(arm) in lines:
-            ax.plot(*zip(*lines[id(arm)], strict=True), color=PREDICTION, ls=paper.BAR_DASH)
+        if id(sweep) in lines:
+            ax.plot(*zip(*lines[id(sweep)], strict=True), color=PREDICTION, ls=paper.BAR_DASH)
     return handles
 
 
@@ -174,13 +178,13 @@ def _draw_best_shares(ax: Axes, told: Found) -> list[Any]:
     return handles
 
 
-def _predicted(arm: Found) -> list[tuple[float, float]]:
+def _predicted(sweep: Found) -> list[tuple[float, float]]:
     """Tao et al.'s bits per byte by share, through the sweep's baseline; in order of share."""
-    told = arm["prediction"]["cells"]
-    level = next(np.mean(c["ln_bpb"]) for c in arm["cells"] if c["baseline"])
+    told = sweep["prediction"]["configurations"]
+    level = next(np.mean(c["ln_bpb"]) for c in sweep["configurations"] if c["baseline"])
     return sorted(
-        (c["share"], math.exp(level + math.log1p(told[c["label"]] / arm["reference_loss"])))
-        for c in arm["cells"]
+        (c["share"], math.exp(level + math.log1p(told[c["label"]] / sweep["reference_loss"])))
+        for c in sweep["configurations"]
         if c["label"] in told
     )
 
@@ -203,4 +207,4 @@ def _draw_fit(ax: Axes, fit: Found, colour: str, place: int) -> None:
     ax.plot([at["value"]], [height], "v", color=colour, mfc=face, ms=4, transform=across)
 
 
-FIGURES = {draw.__name__: draw for draw in (share_arms, glu_arms)}
+FIGURES = {draw.__name__: draw for draw in (share_sweeps, glu_sweeps)}

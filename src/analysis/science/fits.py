@@ -99,7 +99,7 @@ class CurveFit:
     sd: float | None
     df: int
     points: int
-    cells: int
+    distinct_x: int
     band: tuple[tuple[float, float, float | None, float | None], ...]
 
 
@@ -134,9 +134,9 @@ def quadratic(
     back: Callable[[float], float] = math.exp if log else float
     xs = np.log(xs) if log else xs
     low, high = float(xs.min()), float(xs.max())
-    cells = len(np.unique(xs))
-    if cells < 3:
-        raise ValueError(f"a quadratic needs three different x, found {cells}.")
+    distinct = len(np.unique(xs))
+    if distinct < 3:
+        raise ValueError(f"a quadratic needs three different x, found {distinct}.")
     middle, half = (low + high) / 2, (high - low) / 2
     z = (xs - middle) / half
     offsets = _offsets(blocks, len(xs))
@@ -169,7 +169,7 @@ def quadratic(
         sd=fit.sd if fit.df else None,
         df=fit.df,
         points=len(xs),
-        cells=cells,
+        distinct_x=distinct,
         band=tuple(band),
     )
 

@@ -76,11 +76,13 @@ def _sweep(file: Path) -> dict[str, Any]:
         "tao_best_share": published_laws.tao_best_share(total),
         "levine_best_share": levine,
         "levine_best_layers": published_laws.levine_depth(levine * total / vocabulary),
-        "cells": {name: _cell(found, answers[sweep.baseline]) for name, found in answers.items()},
+        "configurations": {
+            name: _configuration(found, answers[sweep.baseline]) for name, found in answers.items()
+        },
     }
 
 
-def _cell(answer: Allocation, base: Allocation) -> dict[str, Any]:
+def _configuration(answer: Allocation, base: Allocation) -> dict[str, Any]:
     ours, theirs, model = answer.params, base.params, answer.model
     depth = published_laws.levine_depth(model.d_model)
     return {
@@ -102,9 +104,11 @@ def table(content: dict[str, Any]) -> str:
             f"{sweep['levine_best_share']:.1%} (Levine et al.)"
         )
         lines += [
-            f"  {cell:<16} share {found['share']:6.1%}  {found['n_layers']:2d} layers  PPL against "
+            f"  {one:<16} share {found['share']:6.1%}  {found['n_layers']:2d} layers  PPL against "
             f"{sweep['baseline']} {math.expm1(found['tao_ln_ppl_ratio']):+.1%} (Tao et al.)"
-            for cell, found in sorted(sweep["cells"].items(), key=lambda item: item[1]["share"])
+            for one, found in sorted(
+                sweep["configurations"].items(), key=lambda item: item[1]["share"]
+            )
         ]
     return "\n".join(lines)
 

@@ -36,7 +36,7 @@ SHARED = [
 ]  # fmt: skip
 AXES = {"share": (EMBEDDING_RATIO.built, 0.03), "glu": (GLU_EXPANSION.built, 0.3)}
 """What a sweep varies: the column, and by how much at least."""
-DEPTH_ARMS = ("share", "share^2", "ln L")
+DEPTH_TERMS = ("share", "share^2", "ln L")
 USUAL_ATTENTION = 0.15  # |attention width / d_model - 1| where depth took the slack
 
 
@@ -95,12 +95,14 @@ def read_runs(tables: Sequence[Path], log_dirs: Sequence[Path]) -> pd.DataFrame:
 def analyse(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that `runs` allow, as plain JSON-ready values."""
     studies = [study for _, study in runs.groupby(SHARED, dropna=False, sort=False)]
-    arms = [each_once(arm) for study in studies for _, arm in study.groupby("sweep", sort=False)]
+    sweeps = [
+        each_once(sweep) for study in studies for _, sweep in study.groupby("sweep", sort=False)
+    ]
     return {
         "schema": SCHEMA,
         "runs": len(runs),
         "predictions_dated": predictions.get("date"),
-        "arms": [found for arm in arms for found in _arm(arm, predictions)],
+        "sweeps": [found for sweep in sweeps for found in _of_sweep(sweep, predictions)],
         "surfaces": [found for study in studies for found in _surfaces(study)],
     }
 
@@ -127,10 +129,10 @@ def _ln_bpb(runs: pd.DataFrame, split: str) -> pd.Series:
     return np.log(runs[f"{split}_bits_per_byte"])
 
 
-# --- arms: a curve over share or expansion ------------------------------------------------------
+# --- sweeps: a curve over share or expansion ------------------------------------------------------
 
 
-def _arm(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _of_sweep(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The sweep's curve; with several rates, one at each configuration's own and one at the best
     shared rate."""
     if not many_rates(runs):
@@ -170,9 +172,9 @@ def _curve_of(runs: pd.DataFrame, rate: str, predictions: Mapping[str, Any]) -> 
         "axis": axis or None,
         "baseline": baseline,
         "reference_loss": reference,  # the baseline's, nats a token
-        "cells": [
-            _cell(cell, split, reference, baseline)
-            for _, cell in runs.groupby("experiment", sort=False)
+        "configurations": [
+            _configuration(one, split, reference, baseline)
+            for _, one in runs.groupby("experiment", sort=False)
         ],
         "curves": curves,
         "seed_noise": None if noise is None else dataclasses.asdict(noise),
@@ -187,7 +189,9 @@ def _blocks(runs: pd.DataFrame) -> list[int] | None:
     return runs["seed"].astype(int).tolist() if same else None
 
 
-def _cell(runs: pd.DataFrame, split: str, reference: float, baseline: str) -> dict[str, Any]:
+def _configuration(
+    runs: pd.DataFrame, split: str, reference: float, baseline: str
+) -> dict[str, Any]:
     first = runs.iloc[0]
     shape = ("n_layers", "d_model", "embedding_dim", "learning_rate", "attention_width_ratio")
     return {
@@ -208,10 +212,10 @@ def _prediction(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> dict[str,
     sweep = predictions.get("sweeps", {}).get(runs["sweep"].iloc[0])
     if sweep is None:
         return None
-    ratios = {name: cell["tao_ln_ppl_ratio"] for name, cell in sweep["cells"].items()}
+    ratios = {name: one["tao_ln_ppl_ratio"] for name, one in sweep["configurations"].items()}
     names = [name for name in runs["configuration"].unique() if name in ratios]
     about = {key: predictions.get(key) for key in ("date", "sources")}
-    return {**about, **sweep, "cells": {name: ratios[name] for name in names}}
+    return {**about, **sweep, "configurations": {name: ratios[name] for name in names}}
 
 
 # --- the surface --------------------------------------------------------------------------------
@@ -228,7 +232,7 @@ def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
     found = []
     for name, terms, used in (
         ("all configurations", surface.TERMS, at),
-        ("configurations whose slack is depth, one expansion", DEPTH_ARMS, depth),
+        ("configurations whose slack is depth, one expansion", DEPTH_TERMS, depth),
     ):
         used = used.drop_duplicates(["model_digest", "seed"])  # each run once
         if used["sweep"].nunique() < 2:
@@ -244,7 +248,7 @@ def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
             {
                 **_facts(used),
                 "sweep": sorted(used["sweep"].unique()),
-                "cells": name,
+                "configurations": name,
                 "terms": list(terms),
                 "learning_rate": rate,
                 "split": split,
@@ -261,9 +265,9 @@ def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
 def summary(content: Mapping[str, Any]) -> str:
     """One line a finding."""
     lines = [f"{content['runs']} finished runs"]
-    for arm in content["arms"]:
-        where = f"{arm['sweep']}, {arm['phase']}, {arm['tokens']:,} tokens, {arm['rate']}"
-        for scale, fit in arm["curves"].items():
+    for sweep in content["sweeps"]:
+        where = f"{sweep['sweep']}, {sweep['phase']}, {sweep['tokens']:,} tokens, {sweep['rate']}"
+        for scale, fit in sweep["curves"].items():
             told = fit.get("statement") or f"not fitted: {fit['unavailable']}"
             lines.append(f"{where}: {scale}: {told}")
     for one in content["surfaces"]:
@@ -272,7 +276,7 @@ def summary(content: Mapping[str, Any]) -> str:
             for term, c in one.get("coefficients", {}).items()
         ]
         told = one.get("unavailable") or f"{one['points']} runs, {', '.join(terms[1:])}"
-        lines.append(f"surface, {one['cells']}: {told}")
+        lines.append(f"surface, {one['configurations']}: {told}")
         if best := one.get("best_share"):
             ends = f"{best['low']:.1%} to {best['high']:.1%}"
             lines.append(f"  best share, all else equal: {best['value']:.1%} ({ends})")

@@ -1,4 +1,4 @@
-"""The shipped arms that separate share from shape are built as their files say."""
+"""The shipped sweeps that separate share from shape are built as their files say."""
 
 from __future__ import annotations
 
