@@ -238,10 +238,13 @@ def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
         if used["sweep"].nunique() < 2:
             continue  # one sweep alone moves one thing
         split = _split(used)
-        columns = (EMBEDDING_RATIO.built, GLU_EXPANSION.built, "n_layers")
-        numbers = [*(used[key] for key in columns), _ln_bpb(used, split)]
+        share, glu = used[EMBEDDING_RATIO.built], used[GLU_EXPANSION.built]
         try:
-            fit = dataclasses.asdict(surface.response_surface(*numbers, terms))
+            fit = dataclasses.asdict(
+                surface.response_surface(
+                    share, glu, used["n_layers"], _ln_bpb(used, split), terms=terms
+                )
+            )
         except ValueError as error:
             fit = {"unavailable": str(error)}
         found.append(
