@@ -86,8 +86,10 @@ def test_the_transfer_keeps_the_study_s_depths_at_ten_times_its_size():
         assert answer.request.vocab_size <= 65_535  # tokens are two bytes
 
 
-def test_full_arms_share_tokens_batch_and_length():
-    runs = [run for name in ARMS[:3] for run in load_sweep(ROOT / "configs" / f"{name}.yaml").runs]
+def test_full_sweeps_share_tokens_batch_and_length():
+    runs = [
+        run for name in SWEEPS[:3] for run in load_sweep(ROOT / "configs" / f"{name}.yaml").runs
+    ]
     assert {(r.training.tokens, r.training.batch_size, r.training.seq_len) for r in runs} == {
         (50_000_000, 64, 512)
     }
