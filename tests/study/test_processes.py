@@ -21,8 +21,8 @@ from src.study import processes, speed
 from src.study import runner as study
 from src.study.processes import Supervisor, bound, progress_of, starter
 from src.study.speed import settle
-from tests import ROOT
-from tests.study import until
+from tests import ROOT, python
+from tests.study import Ended, until
 
 
 def plain(line: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -77,13 +77,7 @@ def test_pauses_grow_while_nothing_moves(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1.0))
 
-    class Locked:
-        def poll(self) -> int:
-            return 75
-
-        def send_signal(self, sig: int) -> None: ...
-
-    with Supervisor(lambda line: Locked(), 1) as supervisor:
+    with Supervisor(lambda line: Ended(75), 1) as supervisor:
         supervisor.add("a", [], lambda: 1)
         assert supervisor.first_ended() == ("a", 75)
     told = re.findall(r"again in (\d+) s", capsys.readouterr().err)
@@ -148,17 +142,17 @@ def test_a_run_that_another_process_has_is_waited_for(tiny_sweep: Path, tmp_path
     asked = study.load(file, log_dir=str(tmp_path / "logs"))
     codes: list[int] = []
 
-    class Run(subprocess.Popen[bytes]):
-        def poll(self) -> int | None:
-            code = super().poll()
-            if code == 75:
-                owner.__exit__(None, None, None)  # it ends, a little later
-            codes.extend([] if code is None else [code])
-            return code
+    def start(line: Sequence[str]) -> Ended:
+        if not codes:
+            codes.append(subprocess.run(line, timeout=120).returncode)
+            owner.__exit__(None, None, None)  # it ends, a little later
+        else:
+            codes.append(python(*line[1:], cwd=Path.cwd()).returncode)
+        return Ended(codes[-1])
 
     with RunDir.open(tmp_path / "logs", "base") as owner:
-        assert study.run(asked, start=Run, pause_s=0.0) == 0
-    assert codes[0] == 75 and codes[-1] == 0
+        assert study.run(asked, start=start, pause_s=0.0) == 0
+    assert codes == [75, 0]
 
 
 # ------------------------------------------------------------------------------ bound to a parent
@@ -266,7 +260,7 @@ def test_threads_are_what_is_stated_else_what_was_used_else_the_environments(
 
 
 def test_the_probe_times_a_real_run_and_says_what_is_wrong(
-    tiny_sweep: Path, tmp_path: Path
+    tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(f"device: cpu\nblocks: [{{name: a, config: {tiny_sweep}}}]\n")
@@ -274,6 +268,7 @@ def test_the_probe_times_a_real_run_and_says_what_is_wrong(
     found = speed.probe(asked, 1)
     assert found["tokens_per_s"] > 0 and found["device"] == "cpu" and found["device_name"]
     assert not (tmp_path / "logs").exists()  # what the child chose is not the runs' choice
-    elsewhere = study.load(file, device="cuda:99")
-    with pytest.raises(ValueError, match="the speed probe failed: .*--device cuda:99"):
-        speed.probe(elsewhere, 1)
+    failing = ["bash", "-c", "echo 'a line before'; echo 'no such device' >&2; exit 78"]
+    monkeypatch.setattr(speed, "bound", lambda line: failing)
+    with pytest.raises(ValueError, match="device cpu: the speed probe failed: no such device"):
+        speed.probe(asked, 1)

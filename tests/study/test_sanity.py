@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from src.spec.allocation import count_params
 from src.spec.config import ModelConfig
 from src.study import sanity, sanity_training
 from src.study.plan import allocate
+from tests import python
 
 
 def asked(sweep_file: Path, name: str, log_dir: Path) -> RunContext:
@@ -70,12 +70,12 @@ def test_blocks_are_counted_tensor_by_tensor(tied: bool, rank: int | None) -> No
     assert sanity_training.blocks(Transformer(model)) == config.to_dict(count_params(model))
 
 
-def test_the_phase_checks_and_does_not_check_twice(
-    tiny_sweep: Path, tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    line = ("--config", tiny_sweep, "--exp", "base", "--phase", "sanity",
+def test_the_phase_checks_and_does_not_check_twice(tiny_sweep: Path, tmp_path: Path) -> None:
+    line = ("run_experiment.py", "--config", tiny_sweep, "--exp", "base", "--phase", "sanity",
             "--log_dir", tmp_path, "--device", "cpu")  # fmt: skip
-    told = run_cli(*line).stdout
+    done = python(*line)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
     folder = tmp_path / "base-sanity"
     found = json.loads((folder / "sanity.json").read_text())
     assert found["passed"] is True and all(found["checks"].values())
@@ -85,13 +85,12 @@ def test_the_phase_checks_and_does_not_check_twice(
     assert "embedding" in told and f"{found['total_params_built']:,}" in told
     ramp = json.loads((folder / "learning_rates.json").read_text())
     assert ramp["suggested"] == found["suggested_learning_rate"] and ramp["rule"]
-    assert [r["learning_rate"] for r in ramp["rows"]] == sorted(
-        r["learning_rate"] for r in ramp["rows"]
-    )
+    rates = [row["learning_rate"] for row in ramp["rows"]]
+    assert rates == sorted(rates)
     assert (folder / "learning_rates.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["base-sanity"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    assert run_cli(*line).stdout == told
+    assert python(*line).stdout == told
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

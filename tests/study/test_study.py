@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import csv
-import gc
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-import run_experiment
-from src.evaluation import latency as eval_latency
 from src.run import Preempted
 from src.storage.run_dir import read_curve, read_rows
 from src.study import runner as study
 from src.study import sanity_training
 from src.study.processes import Start
 from src.study.state import Reader
-from tests import ROOT
-from tests.study import until
+from tests import ROOT, python
+from tests.study import Ended, until
 from tests.study.test_plan import SANE
 
 BASE: dict[str, Any] = {
@@ -50,16 +46,12 @@ BLOCKS: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, token_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working directory of a whole study in miniature; signal handlers are put back.
-
-    tests/study/test_sanity.py has the checks at their real length; a run's collection of garbage
-    walks all that the test process has imported, which takes longer than the run.
-    """
+def tiny(tmp_path: Path, token_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a whole study in miniature. tests/study/test_sanity.py has the
+    checks at their real length."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sanity_training, "OVERFIT_LOSS", 5.0)
     monkeypatch.setattr(sanity_training, "RANGE_STEPS", 20)
-    monkeypatch.setattr(gc, "collect", lambda *generation: 0)
     sweeps: dict[str, list[dict[str, Any]]] = {
         "embed": [{"name": "e10", "embedding_ratio": 0.098},
                   {"name": "e15", "embedding_ratio": 0.147}],
@@ -73,11 +65,7 @@ def tiny(tmp_path: Path, token_root: Path, monkeypatch: pytest.MonkeyPatch) -> I
             content["model"] = {**BASE["model"], "embedding_ratio": 0.098}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
     write_study(tmp_path / "study.yaml", corpus=str(token_root.parent / "corpus"))
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    before = [signal.getsignal(number) for number in numbers]
-    yield tmp_path
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+    return tmp_path
 
 
 def write_study(path: Path, **keys: Any) -> None:
@@ -89,24 +77,7 @@ def write_study(path: Path, **keys: Any) -> None:
 
 def in_process(line: Sequence[str]) -> int:
     """A job's command without another import of torch."""
-    if line[1].endswith("run_experiment.py"):
-        return run_experiment.main(line[2:])
-    if line[1:3] == ["-m", "src.evaluation.latency"]:
-        return eval_latency.main(line[3:])
-    return subprocess.run(line, capture_output=True, timeout=100).returncode
-
-
-class Ended:
-    """A command that was run to its end before anyone asked."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-    def poll(self) -> int:
-        return self.code
-
-    def send_signal(self, sig: int) -> None:
-        pass
+    return python(*line[1:], cwd=Path.cwd()).returncode
 
 
 def here(execute: Callable[[Sequence[str]], int] = in_process) -> Start:
@@ -132,10 +103,8 @@ def timeless(path: Path) -> Any:
 
 def check_the_csv(tiny: Path) -> None:
     """An alias is a row with its original's numbers and no cost, and is not missing."""
-    script = ROOT / "scripts" / "aggregate_results.py"
-    subprocess.run(
-        [sys.executable, str(script), "--log_dir", "whole", "--no_figures"], check=True, cwd=tiny
-    )
+    line = ("scripts/aggregate_results.py", "--log_dir", "whole", "--no_figures")
+    assert python(*line, cwd=tiny).returncode == 0
     found: dict[str, dict[str, str]] = {}
     for name in ("results_summary.csv", "results_details.csv"):
         with (tiny / name).open(newline="") as file:
@@ -160,9 +129,9 @@ def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) 
     check_the_csv(tiny)
 
     done: list[str] = []
-    # A finished step is only read: the checks and the first runs need not be done again here.
-    for name in ("e10-sanity", "e10-rank", "e10-rank-seed1", "e15-rank"):
-        shutil.copytree(tiny / "whole" / name, tiny / "cut" / name)
+    # A finished step is only read: many need not be done again here.
+    for run in [*(tiny / "whole").glob("e1*-sanity"), *(tiny / "whole").glob("e1*-rank*")]:
+        shutil.copytree(run, tiny / "cut" / run.name)
 
     def cut(line: Sequence[str]) -> int:
         """Every third job is preempted before it begins, every fourth stops the study."""
@@ -196,9 +165,8 @@ def test_a_publication_is_enough_to_go_on_elsewhere(
     write_study(tiny / "study.yaml", blocks=folder, published="published")
     first = study.load(Path("study.yaml"), log_dir="lost")
     assert study.run(first, start=here()) == 0
-    publish = [sys.executable, str(ROOT / "scripts" / "publish_results.py"), "--output",
-               "published", "--log_dir"]  # fmt: skip
-    subprocess.run([*publish, "lost"], check=True, cwd=tiny, capture_output=True)
+    publish = ("scripts/publish_results.py", "--output", "published", "--log_dir")
+    assert python(*publish, "lost", cwd=tiny).returncode == 0
     run = Path("a", "e10-rank")
     small = sorted(path.name for path in (tiny / "published" / "runs" / run).iterdir())
     assert {"curve.csv", "documents_validation.npz", "metrics.json"} <= set(small)
@@ -222,24 +190,25 @@ def test_a_publication_is_enough_to_go_on_elsewhere(
     restored = read_curve(tiny / "new" / run)
     assert [t for t, _ in restored] == [t for t, _ in curve]
     assert [p for _, p in restored] == pytest.approx([p for _, p in curve])
-    line = ["--config", "embed.yaml", "--exp", "e10", "--phase", "rank", "--log_dir", "new/a"]
-    assert run_experiment.main([*line, "--device", "cpu"]) == 0
-    assert "finished before, nothing to do" in capsys.readouterr().out
-    subprocess.run([*publish, "new"], check=True, cwd=tiny, capture_output=True)
+    line = ("--config", "embed.yaml", "--exp", "e10", "--phase", "rank", "--log_dir", "new/a")
+    again = python("run_experiment.py", *line, "--device", "cpu", cwd=tiny)
+    assert again.returncode == 0 and "finished before, nothing to do" in again.stdout
+    assert python(*publish, "new", cwd=tiny).returncode == 0
     with (tiny / "published" / "results_summary.csv").open(newline="") as file:
         rows = {row["run"]: row["status"] for row in csv.DictReader(file)}
     assert rows["a/e10-rank"] == rows["a/e10-rank-seed1"] == rows["b/e15-rank"] == "finished"
-    again = (tiny / "published" / "runs" / run / "curve.csv").read_text().splitlines()
-    assert len(again) > 2
+    assert len((tiny / "published" / "runs" / run / "curve.csv").read_text().splitlines()) > 2
 
 
-def test_a_killed_study_can_be_started_again_at_once(tiny: Path) -> None:
+def test_a_killed_study_can_be_started_again_at_once(tiny: Path, token_root: Path) -> None:
     """What it left behind saves and ends, is waited for, and is gone on with; the whole story is
     `python -m tests.study_kills`."""
     (tiny / "logs" / "e10-sanity").mkdir(parents=True)
     (tiny / "logs" / "e10-sanity" / "sanity.json").write_text(json.dumps(SANE))
-    longer = ["training.ranking_tokens=40000", "training.checkpoint_every_steps=2"]
-    write_study(tiny / "study.yaml", overrides=longer)
+    longer = ["training.ranking_tokens=40000", "training.checkpoint_every_steps=10"]
+    write_study(tiny / "study.yaml", overrides=longer, jobs=1)
+    tokens = ("--input", token_root.parent / "corpus", "--vocab_size", 304, "--output", "tokens")
+    assert python("scripts/preprocess_lm.py", *tokens, cwd=tiny).returncode == 0
     line = [sys.executable, "-W", "error", str(ROOT / "run_experiment.py"), "--study", "study.yaml"]
     run = tiny / "logs" / "e10-rank"
 
@@ -285,15 +254,15 @@ def test_failed_checks_end_the_study(tiny: Path, capsys: pytest.CaptureFixture[s
     assert "it does not overfit" in capsys.readouterr().err
 
 
-def test_the_command_line_prints_the_plan_and_touches_nothing(
-    tiny: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    done = run_cli("--study", "study.yaml", "--dry_run", cwd=tiny)
+def test_the_command_line_prints_the_plan_and_touches_nothing(tiny: Path) -> None:
+    line = ("run_experiment.py", "--study", "study.yaml")
+    done = python(*line, "--dry_run", cwd=tiny)
+    assert done.returncode == 0, done.stderr
     assert "finals" in done.stdout and "stated 10,000 tokens/s" in done.stdout
     assert "next: tokens/v304 (sanity)" in done.stdout
     assert not list((tiny / "logs").glob("*/metrics.json"))
-    refused = run_cli("--study", "study.yaml", "--exp", "e10", code=78, cwd=tiny)
-    assert "--study: takes no --exp" in refused.stderr
+    refused = python(*line, "--exp", "e10", cwd=tiny)
+    assert refused.returncode == 78 and "--study: takes no --exp" in refused.stderr
 
 
 def test_damaged_losses_of_documents_and_failures_are_named(tiny: Path) -> None:
