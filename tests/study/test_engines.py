@@ -19,16 +19,17 @@ import yaml
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-import run_experiment
 from src.storage.run_dir import RunDir
 from src.study import engines
-from tests.conftest import ROOT, SWEEP
+from tests import ROOT, python
+from tests.conftest import SWEEP
 from tests.faults.bench import differences
 from tests.study import until
 
 SECRET = "s3://key:SECRET@bucket/prefix"
-# Long enough to be interrupted: 320 steps, about two seconds.
-LONGER = ("training.tokens=81920", "training.checkpoint_every_steps=40")
+# Long enough to be interrupted: 200 steps, about two seconds.
+LONGER = ("training.tokens=51200", "training.eval_every_tokens=12800",
+          "training.checkpoint_every_steps=40")  # fmt: skip
 
 
 def rows(run: Path) -> int:
@@ -48,10 +49,10 @@ def written(
     return path
 
 
-def launch(*arguments: Any, cwd: Path = ROOT, code: Path = ROOT) -> subprocess.Popen[str]:
+def launch(*arguments: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(code / "run_experiment.py"), "--study", *map(str, arguments)],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, str(ROOT / "run_experiment.py"), "--study", *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -61,6 +62,13 @@ def said(process: subprocess.Popen[str], code: int) -> str:
     words, _ = process.communicate(timeout=180)
     assert process.returncode == code, words
     return words
+
+
+def study(here: Path, *arguments: Any, code: int = 0) -> str:
+    """What `--study` says that writes files, or refuses to."""
+    done = python("run_experiment.py", "--study", *arguments, cwd=here)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +89,12 @@ def test_an_interrupted_run_ends_bitwise_as_an_uninterrupted_one(tiny_sweep, tmp
     (logs / "idle" / "config.yaml").write_text("config_digest: of another config\n")
     file = written(tmp_path, tiny_sweep, "base, idle", f"jobs: 2\noverrides: {list(LONGER)}")
     first = launch(file, "--log_dir", logs)
-    until(lambda: rows(logs / "base") > 60)
+    until(lambda: rows(logs / "base") > 45)
     lock = logs / "base" / ".lock"
     stopped = json.loads(lock.read_text())
     os.kill(stopped["pid"], signal.SIGTERM)
     until(lambda: json.loads(lock.read_text() or "null") not in (stopped, None))
-    until(lambda: rows(logs / "base") > 150)
+    until(lambda: rows(logs / "base") > 90)
     first.send_signal(signal.SIGTERM)
     words = said(first, 75)
     assert "base: exited 75: again in 1 s" in words and "idle: failed: exit code 78" in words
@@ -112,18 +120,13 @@ def test_an_interrupted_run_ends_bitwise_as_an_uninterrupted_one(tiny_sweep, tmp
     ],
 )
 def test_wrong_requests_are_refused_and_nothing_is_written(
-    tiny_sweep, tmp_path, monkeypatch, capsys, more, arguments, says
+    tiny_sweep, tmp_path, more, arguments, says
 ):
-    file = written(tmp_path, tiny_sweep, more=more)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    try:
-        code = run_experiment.main(["--study", str(file), *arguments])
-    except SystemExit as ended:
-        code = ended.code
-    error = capsys.readouterr().err
-    assert code == 78 and says in error and "SECRET" not in error
-    assert list((tmp_path / "here").iterdir()) == []
+    file, here = written(tmp_path, tiny_sweep, more=more), tmp_path / "here"
+    here.mkdir()
+    words = study(here, file, *arguments, code=78)
+    assert says in words and "SECRET" not in words
+    assert list(here.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------- Slurm
@@ -140,26 +143,9 @@ def test_time_limits_as_sbatch_reads_them(limit, seconds):
 
 def slurm_script(file: Path, here: Path) -> Path:
     """What --engine slurm writes, with logs and files below `here`."""
-    words = said(launch(file, "--engine", "slurm", "--log_dir", here / "logs", cwd=here), 0)
+    words = study(here, file, "--engine", "slurm", "--log_dir", here / "logs")
     assert "submit it with: sbatch" in words
     return here / "launch" / "tiny.sbatch"
-
-
-@pytest.fixture
-def script(tiny_sweep: Path, tmp_path: Path) -> Path:
-    """The batch script of all three tiny runs, in directories with a blank in their names."""
-    asked = "slurm: {gpu: a100:1, cpus: 2, time: '30', at_once: 2, options: [--partition=spot]}"
-    (tmp_path / "my jobs").mkdir()
-    return slurm_script(written(tmp_path, tiny_sweep, "all", asked), tmp_path / "my jobs")
-
-
-def test_the_batch_script_asks_slurm_for_what_a_run_needs(script):
-    asked = [line[8:] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
-    for line in (
-        "--array=0-2%2", "--requeue", "--signal=B:TERM@120", "--open-mode=append", "--time=30",
-        "--gres=gpu:a100:1", "--cpus-per-task=2", "--partition=spot",
-    ):  # fmt: skip
-        assert line in asked
 
 
 def as_slurm_task(script: Path, number: int) -> subprocess.CompletedProcess[str]:
@@ -178,7 +164,17 @@ def as_slurm_task(script: Path, number: int) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_a_task_that_cannot_run_ends_with_its_code_and_75_alone_asks_slurm(script, tmp_path):
+def test_the_batch_script_asks_for_what_a_run_needs_and_queues_75_alone_again(tiny_sweep, tmp_path):
+    """In directories with a blank in their names. A task that cannot run ends with its code."""
+    stated = "slurm: {gpu: a100:1, cpus: 2, time: '30', at_once: 2, options: [--partition=spot]}"
+    (tmp_path / "my jobs").mkdir()
+    script = slurm_script(written(tmp_path, tiny_sweep, "all", stated), tmp_path / "my jobs")
+    asked = [line[8:] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
+    for line in (
+        "--array=0-2%2", "--requeue", "--signal=B:TERM@120", "--open-mode=append", "--time=30",
+        "--gres=gpu:a100:1", "--cpus-per-task=2", "--partition=spot",
+    ):  # fmt: skip
+        assert line in asked
     logs, asked = script.parents[1] / "logs", script.parent / "asked"
     with RunDir.open(logs, "deep"):
         held = as_slurm_task(script, 1)
@@ -231,8 +227,9 @@ def checkout(token_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def sky_files(checkout: Path, remote: str, names: str = "base", more: str = "") -> list[Path]:
     file = written(checkout, "configs/tiny.yaml", names, more)
-    flags = ("--engine", "sky", "--remote", remote, "--log_dir", "logs")
-    said(launch(file, *flags, cwd=checkout, code=checkout), 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "REPOSITORY", checkout)
+        study(checkout, file, "--engine", "sky", "--remote", remote, "--log_dir", "logs")
     return [checkout / "launch" / f"tiny-{name}.yaml" for name in names.split(", ")]
 
 
@@ -258,8 +255,9 @@ def test_only_where_the_tokens_are_and_the_code_is(checkout, tmp_path, monkeypat
         engines.check_sky("s3://bucket/prefix")
     (checkout / "configs" / "bare.yaml").write_text(SWEEP.format(tokens=tmp_path / "nowhere"))
     file = written(checkout, "configs/bare.yaml", name="bare")
-    process = launch(file, "--engine", "sky", "--remote", "s3://b/p", cwd=checkout, code=checkout)
-    assert "start this command once without --engine" in said(process, 78)
+    monkeypatch.setattr(engines, "REPOSITORY", checkout)
+    words = study(checkout, file, "--engine", "sky", "--remote", "s3://b/p", code=78)
+    assert "start this command once without --engine" in words
 
 
 class Machine:
@@ -296,34 +294,41 @@ def test_the_run_section_goes_on_from_the_bucket_on_a_machine_with_an_empty_disk
     checkout, bucket, tmp_path, reference
 ):
     (file,) = sky_files(checkout, bucket, more=f"overrides: {list(LONGER)}")
-    first = Machine(tmp_path / "first", checkout, file)
-    process = first.start()
-    until(lambda: rows(first.workdir / "logs" / "base") > 100)
+    machines = [Machine(tmp_path / name, checkout, file) for name in ("first", "second")]
+    first, second = (machine.workdir / "logs" / "base" for machine in machines)
+    process = machines[0].start()
+    until(lambda: rows(first) > 60)
     process.send_signal(signal.SIGTERM)
     said(process, 75)  # which SkyPilot recovers on, and on nothing else
-    second = Machine(tmp_path / "second", checkout, file)
-    assert "step 32/320" not in said(second.start(), 0), "it began again at step 0"
-    assert differences(second.workdir / "logs" / "base", reference) == []
+    said(machines[1].start(), 0)
+    assert differences(second, reference) == []
+    records = [(run / "metrics.jsonl").read_bytes() for run in (first, second)]
+    assert records[1].startswith(records[0]), "it began again: the clocks of the rows are others"
 
 
-def test_setup_is_a_shell_script_and_finds_a_python_that_is_new_enough(checkout, tmp_path):
-    """Run for real; the requirements are empty, so that pip needs no index."""
+def test_setup_installs_into_the_first_python_that_is_new_enough(checkout, tmp_path):
+    """Of invented ones: python3.13 is too old, python3.12 answers as this one and writes down what
+    else it is asked."""
     (file,) = sky_files(checkout, "s3://bucket/prefix")
     task = yaml.safe_load(file.read_text())
-    (tmp_path / "requirements.txt").write_text("# none\n")
-    environment = {
-        **os.environ, **task["envs"], "HOME": str(tmp_path), "PIP_DRY_RUN": "1",
-        "PIP_NO_INDEX": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["bash", "-c", task["setup"]], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    version = subprocess.run(
-        [str(tmp_path / ".venv/bin/python"), "-c", "import sys; print(sys.version_info[:2])"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert version.stdout.strip() >= "(3, 11)"
+    told = tmp_path / "told"
+    for name, answer in (("python3.13", "exit 1"), ("python3.12", f'exec "{sys.executable}" "$@"')):
+        invented = tmp_path / name
+        invented.write_text(
+            f'#!/bin/bash\nif [ "$1" = -c ]; then {answer}; fi\necho "${{0##*/}} $*" >> {told}\n'
+            'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi\n'
+        )
+        invented.chmod(0o755)
+    (tmp_path / "requirements.txt").write_text("torch==9.9\n")
+    environment = {**os.environ, **task["envs"], "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for index in ("", "https://index"):  # the second time the environment is there
+        again = environment | {"TORCH_INDEX": index}
+        subprocess.run(["bash", "-c", task["setup"]], cwd=tmp_path, env=again, check=True)
+    installed = "python -m pip install -q -r requirements.txt"
+    assert told.read_text().splitlines() == [
+        "python3.12 -m venv .venv", installed,
+        "python -m pip install -q torch==9.9 --index-url https://index", installed,
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(
