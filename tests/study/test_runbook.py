@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
-from tests import ROOT
+from src.study import runner
+from src.study.processes import Start
+from tests import ROOT, python
+from tests.study import Ended
 from tests.tiny_mirror import build_tiny_mirror, write_tiny_tasks
 
 RUNBOOK = ROOT / "docs" / "RUNBOOK.md"
@@ -33,7 +36,7 @@ TINY: dict[str, Any] = {
     "evaluation": {
         "metrics": ["perplexity", "smallbench_accuracy"], "latency": False,
         "perplexity_tokens": 300, "smallbench_tasks": "configs/smallbench.yaml",
-        "smallbench_limit": 2,
+        "smallbench_limit": 2, "latency_repeats": 2, "latency_warmup": 0,
     },
 }  # fmt: skip
 SWEEPS: dict[str, list[dict[str, Any]]] = {
@@ -67,8 +70,8 @@ STUDY = {
 REPORT = "# Report\n\n<!-- table:decisions --><!-- /table:decisions -->\n"
 
 
-def commands() -> str:
-    """The runbook's blocks with its own table of replacements applied, as one script."""
+def commands() -> list[list[str]]:
+    """The lines of the runbook's blocks with its own table of replacements applied, as words."""
     text = RUNBOOK.read_text(encoding="utf-8")
     script = "".join(match["text"] for match in BLOCK.finditer(text) if not match["mark"])
     replaced = [(match["here"], match["there"]) for match in REPLACED.finditer(text)]
@@ -76,23 +79,36 @@ def commands() -> str:
     for here, there in replaced:
         assert re.search(rf"(?<!\w){re.escape(here)}(?!\w)", script), here
         script = re.sub(rf"(?<!\w){re.escape(here)}(?!\w)", there, script)
-    return script
+    assert not set(script) & set("$&;|<>*`\\"), "more than words: a shell has to run it"
+    return [shlex.split(line) for line in script.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory like the repository's root, but for the configs."""
-    root = tmp_path_factory.mktemp("runbook")
-    for name in ("scripts", "src", "run_experiment.py"):
-        (root / name).symlink_to(ROOT / name)
-    (root / "configs").mkdir()
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the configs, a mirror of the hub, and no GPU. A study's commands run in
+    this process, too."""
     for name, experiments in SWEEPS.items():
-        content = {**TINY, "experiments": experiments}
-        (root / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    (root / "configs" / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    write_tiny_tasks(root / "configs" / "smallbench.yaml")
-    (root / "REPORT.md").write_text(REPORT)
-    return root
+        write_config(tmp_path, name, {**TINY, "experiments": experiments})
+    write_config(tmp_path, "study", STUDY)
+    write_tiny_tasks(tmp_path / "configs" / "smallbench.yaml")
+    (tmp_path / "REPORT.md").write_text(REPORT)
+
+    def start(line: Sequence[str]) -> Ended:
+        return Ended(python(*line[1:], cwd=tmp_path).returncode)
+
+    def starter(jobs: int, threads: int) -> Start:
+        return start
+
+    monkeypatch.setattr(runner, "starter", starter)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HUB_MIRROR", str(mirror_with_instructions(tmp_path / "mirror")))
+    return tmp_path
+
+
+def write_config(root: Path, name: str, content: dict[str, Any]) -> None:
+    (root / "configs").mkdir(exist_ok=True)
+    (root / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(content))
 
 
 def mirror_with_instructions(root: Path) -> Path:
@@ -103,19 +119,11 @@ def mirror_with_instructions(root: Path) -> Path:
     return root
 
 
-def test_every_command_of_the_runbook_works_as_printed(
-    place: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HUB_MIRROR": str(mirror_with_instructions(tmp_path_factory.mktemp("mirror"))),
-    }  # fmt: skip
-    done = subprocess.run(
-        ["bash", "-euxo", "pipefail", "-c", commands()],
-        cwd=place, env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def test_every_command_of_the_runbook_works_as_printed(place: Path) -> None:
+    for program, *words in commands():
+        assert program == "python"
+        done = python(*words, cwd=place)
+        assert done.returncode == 0, f"{words}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
 
     with (place / "results_summary.csv").open(newline="") as file:
         table = {row["run"]: row for row in csv.DictReader(file)}
