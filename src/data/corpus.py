@@ -108,11 +108,16 @@ def is_finished(output: Path, dataset: str, config: str | None, splits: Iterable
 
 
 def write_documents(
-    folder: Path, splits: Iterable[str], documents: Iterable[tuple[str, str]], way_out: str = ""
+    name: str,
+    folder: Path,
+    splits: Iterable[str],
+    documents: Iterable[tuple[str, str]],
+    way_out: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Write pairs of split and text; what source.json says of each split, Refusal for an empty one.
 
-    Blank texts are left out. Lines end in \\n only (other separators stay inside a text).
+    `name` says whose documents they are. Blank texts are left out. Lines end in \\n only (other
+    separators stay inside a text).
     """
     files = {split: folder / f"{split}.jsonl" for split in splits}
     facts: dict[str, dict[str, Any]] = {
@@ -130,12 +135,12 @@ def write_documents(
             facts[split]["bytes"] += len(text.encode())
             facts[split]["words"] += len(text.split())
     if blank:
-        say("corpus", f"left out {blank:,} documents without a visible character")
+        say(name, f"left out {blank:,} documents without a visible character")
     if lacking := [split for split in files if not facts[split]["documents"]]:
         count = sum(held["documents"] for held in facts.values())
         raise Refusal(
-            f"found {count:,} documents, none of them for {' and '.join(lacking)}, expected some "
-            f"in every split{way_out}"
+            f"{name}: found {count:,} documents, none of them for {' and '.join(lacking)}, "
+            f"expected some in every split{way_out}"
         )
     return {split: {**facts[split], "sha256": sha256_of(file)} for split, file in files.items()}
 

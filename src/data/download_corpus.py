@@ -60,6 +60,7 @@ def download(
 ) -> None:
     """Have the dataset as a corpus directory; nothing half-done is ever visible."""
     path, config = parse_dataset(dataset)
+    splits = list(dict.fromkeys(splits))
 
     def make(partial: Path) -> dict[str, Any]:
         print(f"{path}, configuration {config or 'default'}, from {where(mirror)}", flush=True)
@@ -73,7 +74,7 @@ def download(
                 for text in articles(texts) if path == WIKITEXT else texts:
                     yield split, text
 
-        return {**origin, "splits": write_documents(partial / "files", splits, documents())}
+        return {**origin, "splits": write_documents(path, partial / "files", splits, documents())}
 
     made = make_once(output, path, config, splits, make, force=force)
     if made and path == WIKITEXT and config and "raw" not in config:

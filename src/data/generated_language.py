@@ -40,7 +40,6 @@ Rng = np.random.Generator
 DATASET = "generated/markov-words"
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 LETTERS = 4  # of every word
-LARGEST_LEXICON = 4096
 WORDS_PER_DOCUMENT = (40, 80)  # uniform, both included, independent of the words
 HELD_OUT_SHARE = 10  # validation and test have a tenth of train's documents each
 PROBE_ITEMS = 200
@@ -71,14 +70,13 @@ def main() -> None:
     parser.add_argument("--lexicon", type=at_least(16), default=96, help="words (96)")
     parser.add_argument("--successors", type=at_least(2), default=8, help="of each word (8)")
     asked = parser.parse_args()
-    if asked.lexicon > LARGEST_LEXICON or asked.successors > asked.lexicon // 4:
-        raise Refusal(
-            f"--lexicon, --successors: found {asked.lexicon} and {asked.successors}, expected at "
-            f"most {LARGEST_LEXICON:,} words and a quarter of them as successors"
-        )
+    largest = {"seed": 2**32 - 1, "documents": 10_000_000, "lexicon": 4096}
+    largest["successors"] = asked.lexicon // 4
+    for option, most in largest.items():
+        if (value := getattr(asked, option)) > most:
+            raise Refusal(f"--{option}: found {value}, expected at most {most:,}")
     output: Path = asked.output
-    options = ("seed", "documents", "lexicon", "successors")
-    config = "-".join(f"{option}{getattr(asked, option)}" for option in options)
+    config = "-".join(f"{option}{getattr(asked, option)}" for option in largest)
 
     def make(partial: Path) -> dict[str, Any]:
         rng = np.random.default_rng(asked.seed)
@@ -189,7 +187,8 @@ def make_split(
     lengths = rng.integers(shortest, longest, size=documents, endpoint=True)
     drawn, bits = sample(language, rng, documents, longest)
     texts = (language.spell(row[:n].tolist()) for row, n in zip(drawn, lengths, strict=True))
-    facts = write_documents(folder, [split], ((split, text) for text in texts))[split]
+    pairs = ((split, text) for text in texts)
+    facts = write_documents(DATASET, folder, [split], pairs)[split]
     inside = np.arange(longest) < lengths[:, None]
     later_words = facts["words"] - documents
     expected = documents * language.bits_first_word + later_words * language.bits_per_word

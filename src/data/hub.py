@@ -76,23 +76,21 @@ def _choose(
             f"complete or not, it has {shelf}"
         )
     for split in wanted:
-        check_shards(found[config][split])
+        check_shards(path, found[config][split])
     return config
 
 
-def check_shards(files: Iterable[str]) -> None:
+def check_shards(path: str, files: Iterable[str]) -> None:
     """Refusal where numbered files are missing or doubled: part of a corpus is another corpus."""
-    numbered: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for file in files:
-        folder, _, name = file.rpartition("/")
-        if shard := SHARD.fullmatch(name):
-            numbered[folder, shard["split"]].append((int(shard["number"]), int(shard["count"])))
-    for (folder, split), found in numbered.items():
+    numbered: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for shard in filter(None, map(SHARD.fullmatch, files)):
+        numbered[shard["split"]].append((int(shard["number"]), int(shard["count"])))
+    for split, found in numbered.items():
         count = max(count for _, count in found)
         if sorted(found) != [(number, count) for number in range(count)]:
             names = ", ".join(f"{number:05d}-of-{count:05d}" for number, count in sorted(found)[:8])
             raise Refusal(
-                f"{folder}: {split}: found {len(found)} files ({names}), expected each of "
+                f"{path}: {split}: found {len(found)} files ({names}), expected each of "
                 f"00000-of-{count:05d} to {count - 1:05d}-of-{count:05d} once; fetch what is "
                 "missing, or remove the files of another version"
             )
@@ -220,9 +218,12 @@ def _fetch(
 @contextlib.contextmanager
 def _hub_errors(path: str, config: str | None) -> Iterator[None]:
     """What the hub's client raises, as a Refusal, or as an OSError where a transfer broke off."""
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import errors
-
+    try:
+        from datasets.exceptions import DatasetsError
+        from huggingface_hub import errors
+    except ValueError as error:
+        endpoint = os.environ.get("HF_ENDPOINT")
+        raise Refusal(f"HF_ENDPOINT: found {endpoint}, expected an address ({error})") from None
     transport_errors: Any = errors.HfHubHTTPError.__bases__
     try:
         yield

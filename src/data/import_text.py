@@ -38,6 +38,7 @@ MORE = (
     "--separator"
 )
 BLOCK_BYTES = 32 << 20
+FEW_DOCUMENTS = 20  # of a held-out split
 # (train bytes from which, a vocabulary that they can fill): what is printed as the next command
 VOCABULARIES = ((10_000_000, 16_000), (1_000_000, 4_096), (0, 512))
 
@@ -76,11 +77,15 @@ def main() -> None:
         found = (text for file in files.values() for text in read_texts(file, column, separator))
         tracked = track(found, "--input: reading", "documents")
         documents = ((split_of(text, *shares), text) for text in tracked)
-        return {"splits": write_documents(partial / "files", SPLITS, documents, MORE)}
+        return {"splits": write_documents("--input", partial / "files", SPLITS, documents, MORE)}
 
     dataset = f"own/{output.absolute().name}"
     if make_once(output, dataset, config, SPLITS, make, force=asked.force):
-        size = read_source(output)["splits"]["train"]["bytes"]
+        splits = read_source(output)["splits"]
+        for split in ("validation", "test"):
+            if (count := splits[split]["documents"]) < FEW_DOCUMENTS:
+                say(split, f"{count} documents are few to measure on; raise --{split}")
+        size = splits["train"]["bytes"]
         vocabulary = next(entries for least, entries in VOCABULARIES if size >= least)
         print(
             f"{output}: a corpus of {len(files):,} files; next:\n"
@@ -96,6 +101,8 @@ def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
     for path in named:
         if not path.exists():
             raise Refusal(f"--input {path}: found nothing at {path.absolute()}, expected texts")
+        if path.is_file() and kind_of(path) is None:
+            raise Refusal(f"--input {path}: found another kind, expected {', '.join(KINDS)}")
         if output.resolve().is_relative_to(path.resolve()):
             raise Refusal(f"--output {output}: lies inside --input {path}; choose another place")
         for file in [path] if path.is_file() else sorted(path.rglob("*")):

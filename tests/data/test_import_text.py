@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,9 @@ def test_every_text_is_in_the_split_of_its_hash_and_copies_stay_together(
         assert facts["documents"] == len(found[split]) > 0
         assert facts["bytes"] == sum(len(text.encode()) for text in found[split])
         assert facts["words"] == sum(len(text.split()) for text in found[split])
-        assert {import_text.split_of(text, 0.2, 0.2) for text in found[split]} == {split}
+        for text in found[split]:
+            place = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 2**48
+            assert split == ("validation" if place < 0.2 else "test" if place >= 0.8 else "train")
     everything = sum(found.values(), [])
     assert sorted(everything) == sorted(TEXTS + TEXTS[:2] + DATES)
     assert str(tmp_path) not in (output / "source.json").read_text()
@@ -166,6 +170,15 @@ def test_shares_that_leave_a_split_empty_are_refused(tmp_path: Path) -> None:
         assert "--validation" in refused("import_text.py", *arguments, "--validation", wrong)
 
 
+def test_few_held_out_documents_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
+    shares = ("--validation", 0.1, "--test", 0.6)
+    printed = run(
+        "import_text.py", "--input", tmp_path / "a.jsonl", "--output", tmp_path / "x", *shares
+    )
+    assert re.findall(r"(\w+): \d+ documents are few", printed) == ["validation"]
+
+
 def test_nothing_of_the_users_is_written_over(texts: Path, tmp_path: Path) -> None:
     before = hashes(texts)
     for script, arguments in {
@@ -179,8 +192,9 @@ def test_nothing_of_the_users_is_written_over(texts: Path, tmp_path: Path) -> No
     inside = refused("import_text.py", "--input", texts, "--output", texts / "new")
     assert "lies inside" in inside
     assert "found nothing at" in refused("import_text.py", "--input", "no", "--output", "x")
-    other = refused("import_text.py", "--input", texts / "picture.png", "--output", tmp_path / "x")
-    assert "left out 1 files of other kinds (1 .png)" in other and "found no texts in" in other
+    both = (texts / "a.jsonl", texts / "picture.png")
+    other = refused("import_text.py", "--input", *both, "--output", tmp_path / "x")
+    assert "picture.png: found another kind" in other
     assert hashes(texts) == before and not (texts / "new").exists()
 
 

@@ -157,6 +157,10 @@ def test_sizes_out_of_range_are_refused(tmp_path: Path) -> None:
         ("--lexicon", 5),
         ("--documents", 0),
         ("--seed", -1),
+        ("--successors", 25),
+        ("--lexicon", 4_097),
+        ("--documents", 10_000_001),
+        ("--seed", 2**32),
     ):
         assert option in refused("make_corpus.py", "--output", tmp_path / "x", option, value)
     assert not (tmp_path / "x").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,10 @@ def write(file: Path, rows: list[dict[str, Any]], **columns: Any) -> None:
     pq.write_table(table, file)
 
 
-def corpus(folder: Path) -> list[str]:
+def corpus(folder: Path, splits: Sequence[str] = ("train",)) -> list[str]:
     mirror, output = folder.parents[2], folder.parents[3] / "corpus"
     output.mkdir()
-    download_corpus.download("a/b", ["train"], mirror, output)
+    download_corpus.download("a/b", splits, mirror, output)
     lines = (output / "train.jsonl").read_bytes().splitlines()
     return [json.loads(line)["text"] for line in lines]
 
@@ -79,6 +79,17 @@ def test_whole_splits_are_read(folder: Path, kind: str) -> None:
     assert (len(found) if isinstance(found, list) else found) == len(ROWS)
 
 
+def test_a_split_that_is_named_twice_is_written_once(folder: Path) -> None:
+    assert len(corpus(folder, ("train", "train"))) == len(ROWS)
+
+
+def test_a_dataset_without_a_visible_character_is_named(folder: Path) -> None:
+    for file in folder.iterdir():
+        write(file, [{"text": " \n"}])
+    with pytest.raises(Refusal, match="^a/b: found 0 documents, none of them for train"):
+        corpus(folder)
+
+
 def gap(folder: Path) -> None:
     (folder / "train-00000-of-00002.parquet").unlink()
 
@@ -101,7 +112,9 @@ def test_gaps_and_mixtures_of_shards_are_refused(
     folder: Path, kind: str, spoil: Callable[[Path], None]
 ) -> None:
     spoil(folder)
-    with pytest.raises(Refusal, match=r"a/b/default: train: found .*of-0000.*expected each of"):
+    with pytest.raises(
+        Refusal, match=r"^a/b: .*a/b/default/train: found .*of-0000.*expected each of"
+    ):
         KINDS[kind](folder)
 
 
