@@ -3,7 +3,7 @@
     python scripts/download_smallbench.py --output data/smallbench
 
 Writes <task>.jsonl, a row of the hub's split a line with its number as `_row`, and source.json
-last. A task added to the list is all that a second call downloads.
+last. A task added to the list is all that a second call downloads; one that left it goes.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ def main() -> None:
     with writing_to(output):
         held = {} if arguments.force else read_held(output, mirror is not None)
         missing = [task for task in tasks if not is_whole(output, task, held.get(task.name, {}))]
-        if missing:
-            download(missing, held, mirror, output)
+        gone = held.keys() - {task.name for task in tasks}
+        if missing or gone:
+            download(missing, {name: held[name] for name in held.keys() - gone}, mirror, output)
         else:
             print(f"{output}: holds the {len(tasks)} tasks, whole and verified; nothing to do")
+        for name in gone:
+            (output / f"{name}.jsonl").unlink(missing_ok=True)
 
 
 def read_held(output: Path, mirrored: bool) -> dict[str, dict[str, Any]]:

@@ -603,17 +603,21 @@ def test_smallbench_downloads_only_what_the_list_gained(tmp_path: Path, mirror: 
     assert "1 tasks from" in run("download_smallbench.py", *common)
     assert held() == {f"{task['name']}.jsonl" for task in listed[:3]}
     assert all((output / name).stat().st_mtime_ns == time for name, time in kept.items())
-    # A damaged file is fetched again; a task that left the list stays.
+    # A damaged file is fetched again; a task that left the list leaves the directory.
     damaged = output / f"{listed[1]['name']}.jsonl"
     before = damaged.read_bytes()
     damaged.write_bytes(before[:-5])
     tasks_file.write_text(yaml.safe_dump({"tasks": listed[1:3]}))
     run("download_smallbench.py", *common)
     assert damaged.read_bytes() == before
-    assert held() == {f"{task['name']}.jsonl" for task in listed[:3]}
+    assert held() == {f"{task['name']}.jsonl" for task in listed[1:3]}
     assert json.loads((output / "source.json").read_bytes())["tasks"].keys() == {
-        task["name"] for task in listed[:3]
+        task["name"] for task in listed[1:3]
     }
+    tasks_file.write_text(yaml.safe_dump({"tasks": listed[1:2]}))
+    assert "0 tasks from" in run("download_smallbench.py", *common)
+    assert held() == {damaged.name}
+    assert "nothing to do" in run("download_smallbench.py", *common)
 
 
 def test_smallbench_default_list_is_found_from_any_directory(tmp_path: Path, mirror: Path) -> None:
