@@ -10,7 +10,6 @@ gives the same bytes, whatever the number of cores.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import struct
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from src.data import tokens
-from src.data.corpus import SPLITS, check_split, corpus_parser, counted_texts, read_source
+from src.data.corpus import SPLITS, check_split, counted_texts, read_source, script_parser
 from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.spec.command_line import Refusal
 from src.spec.progress import say
@@ -36,6 +35,7 @@ from src.storage.files import (
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 SCHEMA = 1
 END_ID = 0
@@ -52,13 +52,16 @@ CHUNK = re.compile(r"\s*\S+(?:[^\S \n]\s*\S*)*|\s+")
 # reads the words that it touches from end to end. Merges are learned from parts of such runs; no
 # language has words of that length.
 ENDLESS_WORD = r" ?\p{L}{1000}| ?\p{N}{1000}| ?[^\s\p{L}\p{N}]{1000}|\s{1000}"
-# Where a text may hold one: looked for at every 500th character first, which is much faster.
-LONG_RUN, HALF_RUN = (re.compile(rf"\S{{{size}}}|\s{{{size}}}") for size in (1_000, 500))
+# Where a text may hold one: looked for at every 500th character, which is much faster.
+HALF_RUN = re.compile(r"\S{500}|\s{500}")
 
 
 def main() -> None:
-    parser = corpus_parser(__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="a corpus directory")
+    parser.add_argument("--output", type=Path, required=True, help="tokens go to OUTPUT/v<entries>")
+    replaced = "replace tokens of another corpus, or damaged ones"
+    parser.add_argument("--force", action="store_true", help=replaced)
     entries = f"entries, {SMALLEST} to {LARGEST:,}: the special token, the 256 bytes and merges"
     parser.add_argument("--vocab_size", type=int, required=True, help=entries)
     arguments = parser.parse_args()
@@ -136,7 +139,7 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     parts = pre_tokenizers.Split(Regex(ENDLESS_WORD), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([parts, words])
-    tokenizer.train_from_iterator(_learned_from(file), trainer)
+    tokenizer.train_from_iterator(_learned_from(file, parts), trainer)
     tokenizer.pre_tokenizer = words
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
@@ -148,20 +151,22 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _learned_from(file: Path) -> Iterator[str]:
-    """The documents; says which of them merges are learned from in parts."""
+def _learned_from(file: Path, parts: PreTokenizer) -> Iterator[str]:
+    """The documents; says which of them merges are learned from in `parts`, and when all are read:
+    the merging itself is long and says nothing."""
     lines = []
-    for line, text in enumerate(counted_texts(file, "learning from"), 1):
+    for line, text in enumerate(counted_texts(file, "reading"), 1):
         halves = (HALF_RUN.match(text, at) for at in range(0, len(text), 500))
-        if any(halves) and LONG_RUN.search(text):
+        if any(halves) and len(parts.pre_tokenize_str(text)) > 1:
             lines.append(line)
         yield text
     if lines:
         say(
             f"{file}",
-            f"{len(lines):,} documents have runs of 1,000 characters or more, the first in line "
+            f"{len(lines):,} documents have runs of 1,000 characters of a kind, the first in line "
             f"{lines[0]:,}; merges are learned from parts of them",
         )
+    say(f"{file}", "merging pairs into a vocabulary")
 
 
 def encode_split(
@@ -200,12 +205,19 @@ def encoder(tokenizer: Tokenizer) -> Callable[[str], bytes]:
     their ids gives the tokenizer's own answer for the whole text, several times faster.
     """
 
-    @functools.lru_cache(KNOWN_CHUNKS)
-    def encode(chunk: str) -> bytes:
-        ids = tokenizer.encode(chunk, add_special_tokens=False).ids
-        return struct.pack(f"<{len(ids)}H", *ids)
+    known: dict[str, bytes] = {}
 
-    return lambda text: b"".join(encode(chunk[0]) for chunk in CHUNK.finditer(text))
+    def encode(text: str) -> bytes:
+        chunks = CHUNK.findall(text)
+        if len(known) > KNOWN_CHUNKS:
+            known.clear()
+        new = list({*chunks}.difference(known))  # in any order: only the ids matter
+        encoded = tokenizer.encode_batch_fast(new, add_special_tokens=False)
+        for chunk, ids in zip(new, (entry.ids for entry in encoded), strict=True):
+            known[chunk] = struct.pack(f"<{len(ids)}H", *ids)
+        return b"".join(map(known.__getitem__, chunks))
+
+    return encode
 
 
 def replace_directory(new: Path, final: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 
+from src.data import tokenization
 from src.data.tokenizer import load_tokenizer
 from tests import ROOT
 from tests.tiny_hub import COMMIT, CONVERTED_COMMIT, CONVERTED_FOLDER, tiny_hub
@@ -392,17 +393,30 @@ def test_odd_texts_are_tokenized_exactly(tmp_path: Path) -> None:
 
 
 def test_merges_are_learned_from_parts_of_endless_words(tmp_path: Path) -> None:
-    """So no token is as long as the word; encoding is the whole word's."""
-    endless = "-" * 2_500 + " " * 1_200 + "x" + "語" * 1_400
-    train = [*(prose(seed) for seed in range(5)), f"{prose(8)} {endless}"]
+    """So no token is as long as the word; encoding is the whole word's. Kinds of characters that
+    take turns make no endless word."""
+    endless = "-" * 2_500 + " " * 1_200 + "x" + "語" * 20_000
+    train = ["ab12--" * 400, *(prose(seed) for seed in range(5)), f"{prose(8)} {endless}"]
     corpus = small_corpus(tmp_path / "corpus", train=train)
     said = run("preprocess_lm.py", "--input", corpus, "--vocab_size", 400, "--output", tmp_path)
-    assert "1 documents have runs of 1,000 characters or more, the first in line 6" in said
+    assert "1 documents have runs of 1,000 characters of a kind, the first in line 7" in said
+    assert said.index("are learned from parts") < said.index("merging pairs into a vocabulary")
     tokenizer = load_tokenizer(tmp_path / "v400" / "tokenizer.json")
     assert max(map(len, tokenizer.get_vocab())) <= 3 * 1_000  # three bytes a character
     ids = np.fromfile(tmp_path / "v400" / "train.bin", dtype="<u2")
     expected = tokenizer.encode(train[-1], add_special_tokens=False).ids
     assert ids[-len(expected) :].tolist() == expected
+
+
+def test_chunks_are_forgotten_when_there_are_too_many(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "KNOWN_CHUNKS", 2)
+    tokenizer = load_tokenizer(tokens / "tokenizer.json")
+    encode = tokenization.encoder(tokenizer)
+    for text in ("one two three four", "four three", "", "one two"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert encode(text) == np.array(ids, dtype="<u2").tobytes()
 
 
 def test_same_corpus_same_bytes_whatever_the_cores(tmp_path: Path, wikitext: Path) -> None:
@@ -678,6 +692,12 @@ def test_arguments(tmp_path: Path, script: str) -> None:
     arguments = ("--output", tmp_path / "file", *also.get(script, ()))
     assert str(tmp_path / "file") in refused(script, *arguments)
     assert "--no_such" in refused(script, *arguments, "--no_such")
+
+
+def test_the_tokenizers_help_says_where_tokens_go_and_what_is_replaced() -> None:
+    printed = " ".join(run("preprocess_lm.py", "--help").split())
+    assert "tokens go to OUTPUT/v<entries>" in printed
+    assert "replace tokens of another corpus, or damaged ones" in printed
 
 
 def test_what_cannot_be_written_exits_74(tmp_path: Path) -> None:
