@@ -79,9 +79,9 @@ def load(path: Path, vocab_size: int, train_tokens: int | None = None) -> TokenD
         kept: dict[str, Any] = {
             name: _load_split(path, name, meta["splits"][name], vocab_size) for name in SPLITS
         }
-        kept |= {key: meta[key] for key in ("vocab_size", "eot_id", "tokenizer_sha256", "corpus")}
-        found = TokenData(path=path, **kept)
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        kept |= {key: meta[key] for key in ("vocab_size", "tokenizer_sha256", "corpus")}
+        found = TokenData(path=path, eot_id=int(meta["eot_id"]), **kept)
+    except (ValueError, KeyError, TypeError, FileNotFoundError, IsADirectoryError) as error:
         what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{meta_path}: {what}; delete {path} and run: {command}") from None
     if train_tokens is None:

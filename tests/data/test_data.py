@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.data import tokens as data
+from src.data.corpus import read_texts
 from src.data.tokens import Windows, consecutive_windows
 from tests.conftest import VOCAB
 
@@ -138,6 +139,12 @@ def test_a_missing_file_is_refused(token_dir, file):
     assert file in refusal(token_dir)
 
 
+def test_a_directory_in_a_files_place_is_refused(token_dir):
+    (token_dir / "tokenizer.json").unlink()
+    (token_dir / "tokenizer.json").mkdir()
+    assert "tokenizer.json" in refusal(token_dir)
+
+
 @pytest.mark.parametrize("cut", [1, 2, 10**9])
 def test_a_token_file_of_another_size_is_refused(token_dir, cut):
     content = (token_dir / "train.bin").read_bytes()
@@ -187,6 +194,8 @@ def test_another_vocabulary_is_refused(token_dir):
         (lambda meta: meta["splits"].pop("test"), "'test' is missing"),
         (lambda meta: meta.update(splits=[]), "meta.json"),
         (lambda meta: meta["splits"]["train"].update(tokens="x"), "meta.json"),
+        (lambda meta: meta.update(eot_id="x"), "meta.json"),
+        (lambda meta: meta.update(eot_id=None), "meta.json"),
     ],
 )
 def test_a_damaged_manifest_is_refused(token_dir, damage, word):
@@ -198,6 +207,11 @@ def test_a_damaged_manifest_is_refused(token_dir, damage, word):
 def test_a_manifest_that_is_no_object_is_refused(token_dir, content):
     (token_dir / "meta.json").write_bytes(content)
     assert "meta.json" in refusal(token_dir)
+
+
+def test_a_null_text_is_an_empty_document(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": null}\n{"text": "a"}\n')
+    assert list(read_texts(tmp_path / "train.jsonl")) == ["", "a"]
 
 
 def test_a_part_of_train_has_a_digest_of_its_own(token_root: Path) -> None:
