@@ -11,7 +11,7 @@ from typing import Any
 
 from src.spec import costs
 from src.spec.allocation import DEEP_LAYERS, STRICT, Allocation, allocate, flops_per_token, groups
-from src.spec.config import ModelConfig, RunConfig
+from src.spec.config import ModelConfig, ModelRequest, RunConfig
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, REQUESTS, TOTAL_PARAMS
 
 NOT_ALLOCATED = ("rope_theta", "norm_eps")  # of ModelConfig: the same in every model
@@ -133,17 +133,30 @@ def _alike(allocations: Mapping[str, Allocation]) -> Iterator[str]:
 
 
 def _moved(allocations: Mapping[str, Allocation], baseline: str) -> Iterator[str]:
-    """Groups that do not stand at the shape their anchor would have alone (see `allocate`)."""
+    """Experiments that do not stand at the shape they would have beside their anchor alone (see
+    `allocate`), and which others move the anchor too."""
     requests = {name: a.request for name, a in allocations.items()}
     for anchor, group in groups(requests, baseline).items():
-        alone = allocate({anchor: group[anchor]})[anchor].model
-        now = allocations[anchor].model
-        if now != alone:
-            others = " and ".join(name for name in group if name != anchor)
-            yield (
-                f"{anchor}: {_text(now)}; without {others} it would be {_text(alone)} (the keys "
-                "d_model, n_heads and n_layers hold a shape)"
-            )
+        pairs = {name: _models({anchor: group[anchor], name: group[name]}) for name in group}
+        alone = pairs[anchor].get(anchor)
+        causes = [name for name in group if pairs[name].get(anchor) != alone]
+        for name in group:
+            now = allocations[name].model
+            before = pairs[name].get(name, now)
+            others = " and ".join(cause for cause in causes if cause != name)
+            if others and before != now:
+                yield (
+                    f"{name}: {_text(now)}; without {others} it would be {_text(before)} (the keys "
+                    "d_model, n_heads and n_layers hold a shape)"
+                )
+
+
+def _models(requests: Mapping[str, ModelRequest]) -> dict[str, ModelConfig]:
+    """The shapes of a smaller sweep, its first experiment the baseline; none where it has none."""
+    try:
+        return {name: a.model for name, a in allocate(requests, next(iter(requests))).items()}
+    except ValueError:
+        return {}
 
 
 def _text(model: ModelConfig) -> str:

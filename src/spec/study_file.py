@@ -39,12 +39,14 @@ class Block:
     name: str = key("", "letters, digits, '.', '_' or '-'", NAME_PATTERN.fullmatch)
     config: str | None = key(None, "an experiment file, or null")
     phase: str = one_of("full", *PHASES, SANITY)
-    experiments: tuple[str, ...] = key(("all",), "a list of experiments, or [all]", bool)
+    experiments: tuple[str, ...] = key(
+        ("all",), "a list of experiments, or [all]", lambda v: v and all(v)
+    )
     seeds: tuple[int, ...] = key(
         (0,), "a list of different seeds from 0 to 2^31",
         lambda v: v and len(set(v)) == len(v) and all(0 <= seed < 2**31 for seed in v),
     )  # fmt: skip
-    overrides: tuple[str, ...] = key((), "a list of section.key=value, beside the study's")
+    overrides: tuple[str, ...] = key((), "a list of section.key=value, beside the study's", all)
     folder: str = key("", "a folder below log_dir", NAME_PATTERN.fullmatch)  # "": log_dir itself
     best_of: str | None = key(None, "an earlier block, or null")
     leader_of: str | None = key(None, "an earlier block, or null")
@@ -52,7 +54,7 @@ class Block:
         (), "a list of shares between 0 and 1", lambda v: all(0 < share < 1 for share in v)
     )
     grid_of: str | None = key(None, "an earlier block, or null")
-    finalists_of: tuple[str, ...] = key((), "a list of earlier blocks")
+    finalists_of: tuple[str, ...] = key((), "a list of earlier blocks", all)
     finalists: int = key(1, "a number of configurations of at least 1", lambda v: v >= 1)
 
 
@@ -64,7 +66,7 @@ class SlurmConfig:
     cpus: int = key(4, "cores a run, above 0", lambda v: v > 0)
     time: str = key("04:00:00", "a limit D-HH:MM:SS; a longer run is requeued")
     at_once: int | None = key(None, "runs at a time above 0, or null", lambda v: v > 0)
-    options: tuple[str, ...] = key((), "a list of further #SBATCH options")
+    options: tuple[str, ...] = key((), "a list of further #SBATCH options", all)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +86,7 @@ class StudyConfig:
     # Runs that lie here with their small files alone are finished runs on every machine.
     published: str | None = key(None, "a folder of scripts/publish_results.py, or null")
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
-    overrides: tuple[str, ...] = key((), "a list of section.key=value, as for --set")
+    overrides: tuple[str, ...] = key((), "a list of section.key=value, as for --set", all)
     jobs: int | str = key(
         1,
         "auto (a run a GPU, a run a CPU core), or runs at a time, from 1 to 64",

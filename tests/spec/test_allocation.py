@@ -139,11 +139,23 @@ def test_an_experiment_that_is_added_leaves_the_others_as_they_were():
         assert not any("without" in note for note in allocation_table.notes(with_it, "glu4x"))
 
 
-def test_where_a_group_must_move_its_anchors_shape_before_is_said():
+def test_where_the_others_must_move_each_is_named_with_its_shape_before():
     found = allocate(glu_group(2.0, 4.0, 23.0), "glu4")
     assert found["glu4"].model.d_model != 224  # GLU 23 has no shape there
-    (note,) = [n for n in allocation_table.notes(found, "glu4") if "without" in n]
-    assert note.startswith("glu4: ") and "without glu2 and glu23 it would be d_model 224" in note
+    notes = [n for n in allocation_table.notes(found, "glu4") if "without glu23 it would" in n]
+    assert [note.partition(":")[0] for note in notes] == ["glu2", "glu4"]
+    assert all("would be d_model 224" in note for note in notes)
+
+
+def test_an_anchor_without_a_shape_of_its_own_is_no_reason_to_refuse_its_sweep():
+    asked = glu_group(
+        2.0, 4.0, allocate="attention", total_params=400_000, vocab_size=1_024,
+        embedding_ratio=0.25, head_dim=32,
+    )  # fmt: skip
+    with pytest.raises(ValueError):
+        one(asked["glu2"])
+    notes = allocation_table.notes(allocate(asked, "glu2"), "glu2")
+    assert not any("without" in note for note in notes)
 
 
 def test_a_group_without_the_baseline_stands_at_its_first_experiments_shape():

@@ -581,6 +581,11 @@ BLOCK = "{name: a, config: configs/embed_ratio.yaml}"
         ("blocks: [{name: a, config: x, seeds: [1, 1]}]", r"seeds: found \[1, 1\], expected"),
         ("blocks: [{name: a, config: x, folder: ../b}]", "folder: found '../b', expected"),
         (f"slurm: {{cores: 4}}\nblocks: [{BLOCK}]", "slurm.cores: found an unknown key"),
+        (f"slurm: {{options: ['']}}\nblocks: [{BLOCK}]", r"options: found \[''\], expected a list"),
+        (f"overrides: ['']\nblocks: [{BLOCK}]", r"overrides: found \[''\], expected a list"),
+        ("blocks: [{name: a, config: x, experiments: ['']}]", r"found \[''\], expected a list"),
+        ("blocks: [{name: a, config: x, overrides: ['']}]", r"found \[''\], expected a list"),
+        ("blocks: [{name: a, finalists_of: ['']}]", r"found \[''\], expected a list"),
     ],
 )
 def test_a_wrong_study_file_is_refused_in_one_sentence(
