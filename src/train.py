@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
@@ -380,12 +381,14 @@ class Trainer(Stepper):
 
 @torch.no_grad()
 def dev_loss(model: Transformer, machine: Machine, windows: Tensor) -> float:
-    """Mean nats a token over (B, T + 1) windows."""
+    """Mean nats a token over (B, T + 1) windows. Blocks that training has compiled read whole
+    micro-batches; a shorter last one would be compiled for itself alone."""
     table = model.head.table.to(machine.dtype)
     total = torch.zeros((), device=machine.device, dtype=torch.float64)
     for part in windows.split(machine.micro_batch):
         part = part.to(machine.device)
-        with machine.autocast(), scoring.uncompiled(model):
+        short = len(part) < machine.micro_batch
+        with machine.autocast(), scoring.uncompiled(model) if short else contextlib.nullcontext():
             hidden = model.hidden(part[:, :-1])
             rows = model.head.head_input(hidden).flatten(0, 1).to(machine.dtype)
         targets = part[:, 1:].flatten().split(machine.loss_chunk)
