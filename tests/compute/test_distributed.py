@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,22 +15,22 @@ from typing import Any
 import pytest
 import torch
 
-import run_experiment
 from src.compute import process_group as distributed
 from src.compute.compute_config import Machine
 from src.compute.process_group import ProcessGroup
 from src.data import tokens as data
 from src.spec import allocation, config
-from src.storage.run_dir import Preemption, read_rows
+from src.storage.run_dir import read_rows
 from src.training_step import batch_gradients, build_model
-from tests.conftest import ROOT
+from tests import ROOT, python
 from tests.faults.bench import differences
 from tests.study import until
 from tests.study.test_engines import rows
 
 # Relative, of losses in float32: the same sums in another order.
 TOLERANCE = 1e-5
-SETTINGS = ("--set", "training.tokens=40960", "--set", "training.checkpoint_every_steps=40")
+SETTINGS = ("--set", "training.tokens=40960", "training.checkpoint_every_steps=40",
+            "training.eval_every_tokens=10240")  # fmt: skip
 
 
 def torchrun(sweep: Path, logs: Path, restarts: int = 0) -> subprocess.Popen[str]:
@@ -57,17 +58,10 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row.get("train_loss", row.get("dev_loss"))) for row in found]
 
 
-def alone(sweep: Path, logs: Path) -> int:
-    """The same command as `torchrun`'s, in this process alone; returns its exit code."""
-    before = {number: signal.getsignal(number) for number in Preemption.SIGNALS}
-    try:
-        return run_experiment.main(
-            ["--config", str(sweep), "--exp", "base", "--log_dir", str(logs), "--device", "cpu",
-             *SETTINGS]
-        )  # fmt: skip
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def alone(sweep: Path, logs: Path) -> subprocess.CompletedProcess[str]:
+    """The same command as `torchrun`'s, in this process alone."""
+    line = ("--config", sweep, "--exp", "base", "--log_dir", logs, "--device", "cpu")
+    return python("run_experiment.py", *line, *SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +75,7 @@ def together(tiny_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_two_processes_follow_the_curve_of_one(tiny_sweep, together, tmp_path):
-    assert alone(tiny_sweep, tmp_path) == 0
+    assert alone(tiny_sweep, tmp_path).returncode == 0
     one, two = losses(tmp_path / "base"), losses(together / "base")
     assert len(one) > 160 and [step for step, _ in one] == [step for step, _ in two]
     worst = max(abs(a - b) / a for (_, a), (_, b) in zip(one, two, strict=True))
@@ -101,26 +95,28 @@ def test_one_process_writes(together):
     ]  # fmt: skip
 
 
-def test_a_killed_and_a_signalled_process_change_no_bit(tiny_sweep, together, tmp_path, capsys):
+def test_one_process_is_refused_what_two_began(tiny_sweep, together, tmp_path):
+    shutil.copytree(together / "base", tmp_path / "base")
+    (tmp_path / "base" / "metrics.json").unlink()
+    done = alone(tiny_sweep, tmp_path)
+    assert done.returncode == 78
+    assert "checkpoints of a run of 2 process(es), expected 1" in done.stderr
+
+
+def test_a_killed_and_a_signalled_process_change_no_bit(tiny_sweep, together, tmp_path):
     """kill -9 of a helper: torchrun starts both again. TERM of a helper: the holder hears of it,
-    saves, and all leave. One process is refused what two began; two end with the same bits."""
+    saves, and all leave; started once more they end with the same bits."""
     run = tmp_path / "base"
-    process = torchrun(tiny_sweep, tmp_path, restarts=1)
-    until(lambda: rows(run) > 50)
-    holder = json.loads((run / ".lock").read_text())
-    os.kill(helper_of(process, run), signal.SIGKILL)
-    until(lambda: json.loads((run / ".lock").read_text() or "null") not in (holder, None))
-    until(lambda: rows(run) > 100)
-    os.kill(helper_of(process, run), signal.SIGTERM)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 1, said  # whatever its processes exit with
-    assert "stopped by a signal to another process" in said and not (run / "metrics.json").exists()
-    capsys.readouterr()
-    assert alone(tiny_sweep, tmp_path) == 78
-    assert "checkpoints of a run of 2 process(es), expected 1" in capsys.readouterr().err
-    process = torchrun(tiny_sweep, tmp_path)
+    process = torchrun(tiny_sweep, tmp_path, restarts=2)
+    for number, step in ((signal.SIGKILL, 40), (signal.SIGTERM, 85)):
+        until(lambda step=step: rows(run) > step, process)
+        holder = json.loads((run / ".lock").read_text())
+        os.kill(helper_of(process, run), number)
+        until(lambda holder=holder: json.loads((run / ".lock").read_text() or "null")
+              not in (holder, None), process)  # fmt: skip
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
+    assert "stopped by a signal to another process" in said
     assert differences(run, together / "base") == []
 
 
