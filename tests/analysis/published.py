@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,16 @@ def prose(page: Path) -> str:
     return re.sub(r"\s+", " ", re.sub(r"`[^`]*`", "", text))
 
 
-def unchecked(page: Path, claims: Iterable[str]) -> list[str]:
+@cache
+def claimed(claims: Callable[[], Iterator[str]]) -> tuple[str, ...]:
+    """The claims of one part of a page, worked out once."""
+    return tuple(claims())
+
+
+def unchecked(page: Path, parts: Iterable[Callable[[], Iterator[str]]]) -> list[str]:
     """Where the prose has a number that stands in no claim."""
     text = prose(page)
-    for claim in claims:
+    for claim in (claim for part in parts for claim in claimed(part)):
         text = text.replace(claim, " ")
     text = GIVEN.sub(" ", text)
     return [text[max(0, at.start() - 30) : at.end() + 20] for at in re.finditer(r"\d+", text)]
