@@ -16,6 +16,7 @@ from src.spec.config import digest
 from src.spec.metric_keys import complete
 
 CHECKS = 20
+OUTSIDE = ("bits_per_byte", "word_perplexity", "tokens_scored")  # of text of another kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +65,18 @@ def write_sweep(
     and `planned_seeds` its seeds, where config.yaml is to list them.
     `overrides` replace keys of every metrics.json.
     """
+    plan: dict[str, Any] = {
+        "file": file, "experiments": list(names or [cell.name for cell in cells]),
+        "baseline": baseline or cells[0].name, "phase": phase,
+    }  # fmt: skip
+    if planned_seeds is not None:
+        plan["seeds"] = list(planned_seeds)
     for cell in cells:
+        ran = (killed or {}).get(cell.name, 1.0)
         for seed in seeds:
             run = cell.name + ("-rank" if phase == "rank" else "") + (f"-seed{seed}" * (seed > 0))
-            write_run(
-                log_dir / run,
-                cell,
-                sweep={
-                    "file": file,
-                    "experiments": list(names or [c.name for c in cells]),
-                    "baseline": baseline or cells[0].name,
-                    **({} if planned_seeds is None else {"seeds": list(planned_seeds)}),
-                    "phase": phase,
-                },
-                phase=phase,
-                seed=seed,
-                tokens=tokens,
-                ran=(killed or {}).get(cell.name, 1.0),
-                **overrides,
-            )
+            same = {"sweep": plan, "phase": phase, "seed": seed, "tokens": tokens, "ran": ran}
+            write_run(log_dir / run, cell, **same, **overrides)
 
 
 def write_run(
@@ -103,41 +97,26 @@ def write_run(
     ran: the fraction of the budget after which the kill rule stopped it; 1 is a finished run.
     """
     path.mkdir(parents=True)
+    asked = {"embedding_ratio_asked": cell.share, "glu_expansion_asked": cell.glu}
+    built = {"embedding_ratio_built": cell.share, "glu_expansion_built": cell.glu}
     config: dict[str, Any] = {
-        "experiment": cell.name,
-        "baseline": sweep["baseline"],
-        "seed": seed,
-        "phase": phase,
-        "asked": {
-            "total_params_asked": 10_000_000,
-            "vocab_size": cell.vocab_size,
-            "embedding_ratio_asked": cell.share,
-            "glu_expansion_asked": cell.glu,
-        },
-        "built": {
-            "total_params_built": 10_012_345,
-            "embedding_ratio_built": cell.share,
-            "glu_expansion_built": cell.glu,
-        },
+        "experiment": cell.name, "baseline": sweep["baseline"], "seed": seed, "phase": phase,
+        "asked": {"total_params_asked": 10_000_000, "vocab_size": cell.vocab_size, **asked},
+        "built": {"total_params_built": 10_012_345, **built},
         "model": {"vocab_size": cell.vocab_size, "tie_embeddings": cell.tied},
         "training": {"tokens": tokens, "batch_size": 256, "seq_len": 128, "learning_rate": 4e-3},
         "sweep": dict(sweep),
-    }
+    }  # fmt: skip
     decisive = ("experiment", "baseline", "seed", "phase", "model", "training")
     config["config_digest"] = digest({key: config[key] for key in decisive})
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     curve = loss_curve(cell, seed, tokens)
     curve = curve[: max(1, round(ran * CHECKS))]
     rows = [
-        {
-            "step": t // 32_768,
-            "tokens": t,
-            "kind": "dev",
-            "dev_loss": loss,
-            "dev_perplexity": math.exp(loss),
-        }
+        {"step": t // 32_768, "tokens": t, "kind": "dev", "dev_loss": loss,
+         "dev_perplexity": math.exp(loss)}
         for t, loss in curve
-    ]
+    ]  # fmt: skip
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if failure is not None:
         (path / "failure.json").write_text(json.dumps(failure))
@@ -185,118 +164,55 @@ def _metrics(
             f"{split}_tokens_scored": 250_000,
         }
 
-    missing = {key: None for key in evaluated("test", 1.0)}
-    return complete(
-        {
-            "schema": 2,
-            "run": run,
-            "experiment": cell.name,
-            "sweep": sweep["file"],
-            "baseline": cell.name == sweep["baseline"],
-            "baseline_name": sweep["baseline"],
-            "phase": phase,
-            "seed": seed,
-            "init_seed": seed,
-            "data_seed": seed,
-            "status": "killed" if killed else "finished",
-            "reason": "dev perplexity was 2.1 above the baseline." if killed else None,
-            "kill_verdict": "kill" if killed else None,
-            "kill_verdict_literal": "kill" if killed else None,
-            "kill_action": "stop" if killed else None,
-            "kill_tokens": tokens if killed else None,
-            "kill_checks_without_baseline": 0 if killed else None,
-            "model_digest": f"{table + d_ff:064x}",
-            "micro_batch": 256,
-            "loss_chunk": 8_192,
-            "compile": True,
-            "tokenizer_sha256": f"{cell.vocab_size:064x}",
-            "data_sha256": "d" * 64,
-            "corpus": "wikitext-2-v1",
-            "git_sha": "1234567",
-            "git_dirty": False,
-            "device": "cuda",
-            "device_name": "NVIDIA A100-SXM4-40GB",
-            "precision": "bf16",
-            "threads": 8,
-            "total_params_asked": 10_000_000,
-            "embedding_ratio_asked": cell.share,
-            "glu_expansion_asked": cell.glu,
-            "total_params_built": 10_012_345,
-            "embedding_ratio_built": table / 10_012_345,
-            "glu_expansion_built": d_ff / d_model,
-            "vocab_size": cell.vocab_size,
-            "d_model": d_model,
-            "n_layers": cell.depth,
-            "n_heads": 4,
-            "head_dim": 32,
-            "d_ff": d_ff,
-            "embedding_dim": None,
-            "tie_embeddings": cell.tied,
-            "qk_norm": True,
-            "attention_width_ratio": 128 / d_model,
-            "params_embedding": table,
-            "params_projection": 0,
-            "params_attention": 2_000_000,
-            "params_ffn": 10_012_345 - table - 2_000_000 - 9_000,
-            "params_norm": 9_000,
-            "flops_per_token": 2 * (10_012_345 - table)
-            + 2 * cell.vocab_size * d_model
-            + cell.depth * 9e4,
-            "tokens": tokens,
-            "steps": tokens // 32_768,
-            "epochs": tokens / 2_800_000,
-            "batch_size": 256,
-            "seq_len": 128,
-            "learning_rate": 0.004,
-            "embedding_lr_ratio": 1.0,
-            "train_loss": loss - 0.1,
-            "loss_largest_rise_nats": 0.08,
-            "loss_largest_rise_step": 40,
-            "grad_norm_largest_rise": 0.5,
-            "grad_norm_largest_rise_step": 41,
-            **evaluated("dev", loss),
-            **(missing if killed else evaluated("test", loss + 0.02)),
-            "outside_corpus": None if killed else "tests/elsewhere",
-            **{
-                f"outside_{split}_{key}": None
-                if killed
-                else evaluated(split, loss)[f"{split}_{key}"]
-                for split in ("dev", "test")
-                for key in ("bits_per_byte", "word_perplexity", "tokens_scored")
-            },
-            "smallbench_accuracy": None if killed else 0.52 - 0.1 * cell.gain,
-            "smallbench_accuracy_se": None if killed else 0.011,
-            "smallbench_tasks": None if killed else 2,
-            "smallbench_missing_tasks": None if killed else "lambada rte",
-            "smallbench_limit": None,
-            "smallbench": {}
-            if killed
-            else {
-                "blimp": {"accuracy": 0.61 - 0.2 * cell.gain, "accuracy_se": 0.006, "n": 6700},
-                "arc_easy": {"accuracy": 0.29, "accuracy_se": 0.02, "n": 500},
-            },
-            "smallbench_contaminated_items": 3,
-            "smallbench_chance": None if killed else 0.375,
-            "smallbench_untrained_accuracy": None if killed else 0.381,
-            "smallbench_items": None if killed else 7200,
-            "latency_ms_p50_l128": latency,
-            "latency_ms_p95_l128": latency * 1.1,
-            "latency_ms_p50_l512": latency * 1.5,
-            "latency_ms_p95_l512": latency * 1.7,
-            "decode_ms_per_token_p50": latency * 0.8,
-            "decode_ms_per_token_p95": latency * 0.9,
-            "weights_mib": 19.1,
-            "kv_cache_mib": cell.depth * 0.06,
-            "activations_mib": 8.0 + d_model / 32,
-            "process_peak_memory_mib": 4_300.0,
-            "peak_memory_mib": 36.0 + d_model / 32 + cell.depth * 0.06,
-            "train_seconds": 900.0 * tokens / 5e7,
-            "eval_seconds": 60.0,
-            "wall_seconds": 60.0 + 900.0 * tokens / 5e7,
-            "tokens_per_s": 55_000.0,
-            "gpu_utilisation_percent": 71.0,
-            "train_peak_memory_mib": 4_100.0,
-            "gpu_hours": (60.0 + 900.0 * tokens / 5e7) / 3600,
-            "cost_usd": (60.0 + 900.0 * tokens / 5e7) / 3600 * 1.29,
-        }
-    )
+    seconds = 900.0 * tokens / 5e7
+    blimp = {"accuracy": 0.61 - 0.2 * cell.gain, "accuracy_se": 0.006, "n": 6700}
+    found = {
+        "schema": 2, "run": run, "experiment": cell.name, "sweep": sweep["file"], "phase": phase,
+        "baseline": cell.name == sweep["baseline"], "baseline_name": sweep["baseline"],
+        "seed": seed, "init_seed": seed, "data_seed": seed, "model_digest": f"{table + d_ff:064x}",
+        "tokenizer_sha256": f"{cell.vocab_size:064x}", "data_sha256": "d" * 64,
+        "corpus": "wikitext-2-v1", "git_sha": "1234567", "git_dirty": False, "device": "cuda",
+        "device_name": "NVIDIA A100-SXM4-40GB", "precision": "bf16", "threads": 8,
+        "micro_batch": 256, "loss_chunk": 8_192, "compile": True,
+        "total_params_asked": 10_000_000, "total_params_built": 10_012_345,
+        "embedding_ratio_asked": cell.share, "embedding_ratio_built": table / 10_012_345,
+        "glu_expansion_asked": cell.glu, "glu_expansion_built": d_ff / d_model,
+        "vocab_size": cell.vocab_size, "d_model": d_model, "n_layers": cell.depth, "n_heads": 4,
+        "head_dim": 32, "d_ff": d_ff, "tie_embeddings": cell.tied, "qk_norm": True,
+        "attention_width_ratio": 128 / d_model, "params_embedding": table, "params_projection": 0,
+        "params_attention": 2_000_000, "params_norm": 9_000,
+        "params_ffn": 10_012_345 - table - 2_000_000 - 9_000,
+        "flops_per_token":
+            2 * (10_012_345 - table) + 2 * cell.vocab_size * d_model + cell.depth * 9e4,
+        "tokens": tokens, "steps": tokens // 32_768, "epochs": tokens / 2_800_000,
+        "batch_size": 256, "seq_len": 128, "learning_rate": 0.004, "embedding_lr_ratio": 1.0,
+        "train_loss": loss - 0.1, "loss_largest_rise_nats": 0.08, "loss_largest_rise_step": 40,
+        "grad_norm_largest_rise": 0.5, "grad_norm_largest_rise_step": 41, **evaluated("dev", loss),
+        "smallbench": {}, "smallbench_contaminated_items": 3,
+        "latency_ms_p50_l128": latency, "latency_ms_p95_l128": latency * 1.1,
+        "latency_ms_p50_l512": latency * 1.5, "latency_ms_p95_l512": latency * 1.7,
+        "decode_ms_per_token_p50": latency * 0.8, "decode_ms_per_token_p95": latency * 0.9,
+        "weights_mib": 19.1, "kv_cache_mib": cell.depth * 0.06, "activations_mib": 8 + d_model / 32,
+        "peak_memory_mib": 36.0 + d_model / 32 + cell.depth * 0.06,
+        "process_peak_memory_mib": 4_300.0, "train_peak_memory_mib": 4_100.0,
+        "train_seconds": seconds, "eval_seconds": 60.0, "wall_seconds": 60.0 + seconds,
+        "tokens_per_s": 55_000.0, "gpu_utilisation_percent": 71.0,
+        "gpu_hours": (60.0 + seconds) / 3600, "cost_usd": (60.0 + seconds) / 3600 * 1.29,
+    }  # fmt: skip
+    stopped = {
+        "status": "killed", "reason": "dev perplexity was 2.1 above the baseline.",
+        "kill_verdict": "kill", "kill_verdict_literal": "kill", "kill_action": "stop",
+        "kill_tokens": tokens, "kill_checks_without_baseline": 0,
+    }  # fmt: skip
+    finished = {
+        "status": "finished", **evaluated("test", loss + 0.02), "outside_corpus": "tests/elsewhere",
+        **{f"outside_{key}": value for split in ("dev", "test")
+           for key, value in evaluated(split, loss).items() if key.endswith(OUTSIDE)},
+        "smallbench": {
+            "blimp": blimp, "arc_easy": {"accuracy": 0.29, "accuracy_se": 0.02, "n": 500},
+        },
+        "smallbench_accuracy": 0.52 - 0.1 * cell.gain, "smallbench_accuracy_se": 0.011,
+        "smallbench_tasks": 2, "smallbench_missing_tasks": "lambada rte", "smallbench_items": 7200,
+        "smallbench_chance": 0.375, "smallbench_untrained_accuracy": 0.381,
+    }  # fmt: skip
+    return complete(found | (stopped if killed else finished))
