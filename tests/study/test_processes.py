@@ -25,17 +25,13 @@ from tests import ROOT, python
 from tests.study import Ended, until
 
 
-def plain(line: Sequence[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(line)
-
-
 def codes(
     *scripts: str, at_once: int = 2, progress: Callable[[], object] = time.monotonic
 ) -> dict[str, int]:
     """Exit codes of bash scripts, named a, b, c ... and run in that order."""
     found: dict[str, int] = {}
     waiting = list(zip("abcdef", scripts, strict=False))
-    with Supervisor(plain, at_once, pause_s=0.0) as supervisor:
+    with Supervisor(subprocess.Popen, at_once, pause_s=0.0) as supervisor:
         while waiting or supervisor.names:
             while waiting and supervisor.has_room:
                 name, script = waiting.pop(0)
@@ -99,10 +95,10 @@ def test_no_more_than_the_asked_commands_run_at_once_and_in_order(
 
 def test_a_signal_is_passed_on_and_nothing_is_begun(tmp_path: Path) -> None:
     code = f"""
-import sys
-from tests.study.test_processes import Supervisor, plain
+import subprocess, sys
+from src.study.processes import Supervisor
 script = "trap 'echo $0 >> {tmp_path}/got; exit 75' USR1; touch {tmp_path}/$0; sleep 300 & wait"
-with Supervisor(plain, 2) as supervisor:
+with Supervisor(subprocess.Popen, 2) as supervisor:
     for name in "ab":
         supervisor.add(name, ["bash", "-c", script, name], int)
     assert supervisor.first_ended() is None and supervisor.stopped and not supervisor.has_room
@@ -118,7 +114,7 @@ sys.exit(75)
 
 def test_an_error_in_between_asks_what_runs_to_end(tmp_path: Path) -> None:
     script = f"trap 'touch {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/on; sleep 300 & wait"
-    with pytest.raises(RuntimeError), Supervisor(plain, 1) as supervisor:
+    with pytest.raises(RuntimeError), Supervisor(subprocess.Popen, 1) as supervisor:
         supervisor.add("a", ["bash", "-c", script], int)
         until(lambda: (tmp_path / "on").exists())
         time.sleep(0.2)
