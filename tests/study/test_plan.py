@@ -14,124 +14,21 @@ from src.spec import config
 from src.storage.documents import Documents
 from src.study import blocks, costs
 from src.study import runner as study
-from src.study.costs import Rate
 from src.study.plan import Job, Plan, State, Study, allocate
 from tests import ROOT
-
-RATE = Rate(flops_per_s=1e12, overhead_s=10.0, usd_per_hour=3.6, source="the test")
-Losses = Callable[[Job], float]
-
-
-@pytest.fixture
-def prd(monkeypatch: pytest.MonkeyPatch) -> Study:
-    """The shipped study at 10M parameters."""
-    monkeypatch.chdir(ROOT)
-    return study.load(Path("configs/study.yaml"))
-
-
-def measured(job: Job, loss: float, **extra: Any) -> dict[str, Any]:
-    """metrics.json of a finished run, as far as the plan reads it."""
-    return {
-        "status": "finished", "dev_loss": loss, "dev_bits_per_byte": loss / 3, "test_loss": loss,
-        "compute_digest": "alike",
-        "latency_ms_p50_l128": 4.0, "latency_ms_p50_l512": 9.0, "peak_memory_mib": 50.0, **extra,
-    }  # fmt: skip
-
-
-def comparison(ratio: float) -> dict[str, Any]:
-    """What eval_latency --compare leaves, as far as the plan reads it."""
-    row = {"ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
-    return {"comparison": {"l128": row, "l512": row}}
-
-
-def changed(asked: Study, block: str, **keys: Any) -> Study:
-    """The study with a block changed."""
-    assert any(one.name == block for one in asked.config.blocks)
-    blocks = [replace(one, **keys) if one.name == block else one for one in asked.config.blocks]
-    return replace(asked, config=replace(asked.config, blocks=tuple(blocks)))
-
-
-def finalists(asked: Study, count: int) -> Study:
-    return changed(asked, "finals", finalists=count)
-
-
-SANE = {
-    "passed": True, "checks": {"overfits": True}, "initial_loss": 9.68, "ln_vocab": 9.68,
-    "overfit_loss": 0.09, "overfit_steps": 80, "overfit_tokens": 1024, "reason": "limits",
-    "suggested_learning_rate": 3e-3, "learning_rate": 4e-3, "learning_rate_rule": "steepest",
-}  # fmt: skip
-
-
-def simulate(
-    asked: Study,
-    loss: Losses,
-    *,
-    extra: Callable[[Job], dict[str, Any]] = lambda job: {},
-    documents: Callable[[str, str], Documents | None] = lambda run, split: None,
-    curve: Callable[[Job], Any] = lambda job: (),
-    speed: float = 1.0,
-) -> tuple[Plan, list[str]]:
-    """Follow the plan with invented results; returns the last plan and the jobs in order."""
-    results: dict[str, Any] = {}
-    curves: dict[str, Any] = {}
-    tokens: dict[int, int] = {}
-    compared: dict[str, Any] = {}
-    checks: dict[str, Any] = {}
-    order: list[str] = []
-    state = State(results=results, curves=curves, documents=documents, train_tokens=tokens,
-                  sanity=checks, latency=compared)  # fmt: skip
-    while ready := (plan := blocks.plan(asked, state)).ready():
-        if any(job.alone for job in ready):  # tokens and comparisons of speed
-            assert len(ready) == 1 and not plan.ready({"something runs"})
-        order += [job.name for job in ready]
-        for job in ready:
-            if job.kind == "tokens":
-                vocab = job.run.model.vocab_size
-                tokens[vocab] = {16_000: 2_500_000, 8_000: 2_750_000}[vocab]
-            elif job.kind == "sanity":
-                checks[job.name] = SANE
-            elif job.kind == "latency":
-                compared[job.name] = comparison(speed)
-            else:
-                results[job.name] = measured(job, loss(job), **extra(job))
-                curves[job.name] = curve(job)
-    return plan, order
-
-
-def gains(**gain: float) -> Losses:
-    """5 nats, less the gain of what stands in the experiment's name, with a little seed noise;
-    longer runs end lower."""
-
-    def loss(job: Job) -> float:
-        gained = sum(value for part, value in gain.items() if part in job.run.experiment)
-        return 5.0 - gained - 1.0 * (job.run.phase == "full") + 0.001 * job.run.seed
-
-    return loss
-
-
-by_share = gains(emb25=0.2, glu2x=0.1)  # 25 % leads clearly, then 2x
-
-
-def only(*names: str, **values: Any) -> Callable[[Job], dict[str, Any]]:
-    """What these runs alone have in metrics.json."""
-    return lambda job: values if job.name in names else {}
-
-
-def rows(plan: Plan, rule: str) -> list[dict[str, str]]:
-    return [row for row in plan.decisions if rule in row["rule"]]
-
-
-def row(plan: Plan, rule: str) -> dict[str, str]:
-    (found,) = rows(plan, rule)
-    return found
-
-
-def readings(strict: str, margin: str | None = None) -> str:
-    """The winner under both readings; the same one where `margin` is left out."""
-    return f"strict: {strict}; with the 3 % margin: {margin or strict}"
-
-
-# --- the plan -------------------------------------------------------------------------------
+from tests.study.invented import (
+    RATE,
+    SANE,
+    by_share,
+    changed,
+    finalists,
+    gains,
+    only,
+    readings,
+    row,
+    rows,
+    simulate,
+)
 
 
 def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: Study) -> None:
@@ -165,7 +62,10 @@ def test_the_glu_sweep_is_made_of_the_share_that_leads(prd: Study) -> None:
     assert len({model.n_layers for model in models}) > 1  # depth is what pays for the expansion
     assert plan.aliases["glu266x-emb25-rank"] == "emb25-rank"  # the leader is one of the sweep
     assert row(plan, "loss, block glu")["verdict"] == "glu2x-emb25"
-    assert plan.complete and {"glu2x-emb25", "glu2x-emb25-seed1", "glu2x-emb25-seed2"} <= set(order)
+    finals = {
+        f"{name}{seed}" for name in ("emb25", "glu2x-emb25") for seed in ("", "-seed1", "-seed2")
+    }
+    assert plan.complete and finals <= set(order)  # the leading share itself is among them
     # The kill rule needs the curve of the baseline.
     assert order.index("emb35-rank") < order.index("emb25-rank")
     assert order.index("glu4x-emb25-rank") < order.index("glu2x-emb25-rank")
@@ -306,13 +206,6 @@ def test_a_shift_needs_two_leaders_beyond_the_noise(prd: Study) -> None:
     assert "emb35 and emb45 are not separable" in close["numbers"]
 
 
-def test_the_leading_share_itself_is_among_the_finalists(prd: Study) -> None:
-    _, order = simulate(prd, by_share)
-    assert {f"emb25{seed}" for seed in ("", "-seed1", "-seed2")} <= set(order)
-    _, alone = simulate(finalists(prd, 1), by_share)  # the GLU sweep has a better one
-    assert "emb25" not in alone and "glu2x-emb25" in alone
-
-
 def with_rates(asked: Study, follows: str = "share") -> Study:
     """The shares at three rates each; later blocks follow the block `follows`."""
     for name, key in (("glu", "leader_of"), ("vocabulary", "grid_of")):
@@ -378,125 +271,6 @@ def test_a_rate_that_diverges_is_no_best_rate(prd: Study) -> None:
     plan, _ = simulate(with_rates(prd), by_rate, extra=failed)
     told = row(plan, "at each one's own best rate")
     assert "emb45: 4.9000 at its best, 4e-3; 4.9000" in told["numbers"]
-
-
-def losses_with(gain: float) -> Losses:
-    return lambda job: (
-        by_share(job) - gain * (job.run.phase == "full" and "glu" in job.run.experiment)
-    )
-
-
-def paper_documents(gain: float) -> Callable[[str, str], Documents]:
-    tokens = np.full(200, 50)
-
-    def documents(run: str, split: str) -> Documents:
-        rng = np.random.default_rng(7)  # the same documents for everyone
-        nats = tokens * (4.0 + 0.2 * rng.standard_normal(200) - gain * run.startswith("glu"))
-        seed = int(run.rpartition("-seed")[2]) if "-seed" in run else 0
-        return Documents(nats=nats + 0.01 * seed, tokens=tokens, bytes=tokens * 4)
-
-    return documents
-
-
-def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
-    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), documents=paper_documents(0.1))
-    assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
-    says = row(plan, "equivalence")
-    assert says["verdict"] == "different" and "after Holm" in says["reason"]
-    assert "3 seeds, 200 documents" in says["reason"]
-    assert row(plan, "short against full")["verdict"] == "same leader"
-    assert plan.winner is not None and plan.winner["strict"] == plan.winner["margin"]
-    (judged,) = plan.winner["candidates"]
-    assert judged["name"] == "glu2x-emb25" and judged["strict"] and judged["margin"]
-
-
-def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
-    """Two of the baseline's seeds come from another machine: one pair, so no verdict."""
-
-    moved = only("emb35-seed1", "emb35-seed2", compute_digest="elsewhere")
-    plan, _ = simulate(
-        finalists(prd, 1), losses_with(0.1), extra=moved, documents=paper_documents(0.1)
-    )
-    says = row(plan, "equivalence")
-    assert says["verdict"] == "no verdict" and "document noise only" in says["numbers"]
-    assert (
-        "seed 1 (compute alike): the other side's run of this seed was computed" in says["reason"]
-    )
-
-
-def test_seeds_of_another_processor_pair_and_that_is_said(prd: Study) -> None:
-    """The study moved to another machine; the program is the same."""
-
-    def extra(job: Job) -> dict[str, Any]:
-        moved = job.name in ("emb35-seed1", "emb35-seed2")
-        return {
-            "compute_digest": "there" if moved else "here",
-            "program_digest": "one",
-            "processors": "AMD EPYC AVX2" if moved else "AMD EPYC AVX512",
-        }
-
-    plan, _ = simulate(
-        finalists(prd, 1), losses_with(0.1), extra=extra, documents=paper_documents(0.1)
-    )
-    says = row(plan, "equivalence")
-    assert says["verdict"] != "no verdict" and "left out" not in says["reason"]
-    assert "2 kinds of processor (AMD EPYC AVX2, AMD EPYC AVX512)" in says["reason"]
-
-
-def test_no_winner_is_a_result(prd: Study) -> None:
-    plan, _ = simulate(finalists(prd, 1), losses_with(0.1), speed=1.11)
-    assert row(plan, "winner")["verdict"] == readings("no winner")
-    assert "latency at L=512 +11.00%" in row(plan, "5 % lower PPL")["reason"]
-    within, _ = simulate(finalists(prd, 1), losses_with(0.1), speed=1.02)
-    assert row(within, "winner")["verdict"] == readings("no winner", "glu2x-emb25")
-
-
-def test_speed_is_compared_in_one_process_and_decides_instead_of_the_runs_own(prd: Study) -> None:
-    def slow_hour(job: Job) -> dict[str, Any]:  # every finalist's own medians are 30 % up
-        return (
-            {"latency_ms_p50_l128": 5.2, "latency_ms_p50_l512": 11.7} if "glu" in job.name else {}
-        )
-
-    plan, order = simulate(finalists(prd, 1), losses_with(0.1), extra=slow_hour, speed=0.9)
-    assert order[-1] == "latency/glu2x-emb25-against-emb35.json"
-    assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
-    says = row(plan, "interleaved")
-    assert says["verdict"] == "faster"
-    assert "l128 -10.00 % (-11.00 % to -9.00 %)" in says["numbers"]
-    (job,) = (job for job in plan.jobs if job.kind == "latency")
-    line = study.command(prd, job)
-    assert line[line.index("--compare") + 1 :][:2] == ["logs/emb35", "logs/glu2x-emb25"]
-    assert line[line.index("--repeats") + 1] == "200"
-
-
-@pytest.mark.parametrize(("seed", "compared"), [("", "-seed1"), ("-seed1", "")])
-def test_a_finalist_with_a_stopped_seed_is_not_judged_on_the_others(
-    prd: Study, seed: str, compared: str
-) -> None:
-    """The rule stops bad seeds: what is left of a finalist would be its good ones. Its speed is
-    that of the first seed that finished."""
-    killed = only(f"glu2x-emb25{seed}", status="killed")
-    plan, order = simulate(finalists(prd, 1), losses_with(0.1), extra=killed)
-    out = row(plan, "every seed finished")
-    assert out["verdict"] == "out" and "2 of 3 seeds finished" in out["reason"]
-    assert row(plan, "winner")["verdict"] == "no winner"
-    assert order[-1] == f"latency/glu2x-emb25{compared}-against-emb35.json"
-
-
-def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
-    plan, order = simulate(prd, by_share)
-    assert (
-        "emb45" not in order and "over 3 experiments" in row(plan, "short against full")["reason"]
-    )
-    whole = study.load(Path("configs/english_study.yaml"), ["data.dir=data/lm_tokenized"], "logs")
-    plan, order = simulate(whole, by_share)
-    full = {"emb25", "emb35", "emb45", *(f"glu{f}-emb25" for f in ("2x", "266x", "3x", "4x"))}
-    assert full <= set(order) | set(plan.aliases)
-    agreement = row(plan, "short against full")
-    assert "over 6 experiments" in agreement["reason"] and "by chance" in agreement["reason"]
-    assert order[-1].startswith("latency/")
-    seeds = [job for job in plan.jobs if job.stage in ("shares-full", "glu-full")]
-    assert {job.run.seed for job in seeds} == {0}
 
 
 def test_more_seeds_a_vocabulary_cell_pool_and_reuse_the_noise_floor(prd: Study) -> None:

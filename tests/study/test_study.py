@@ -23,7 +23,7 @@ from src.study.processes import Start
 from src.study.state import Reader
 from tests import ROOT, python
 from tests.study import Ended, until
-from tests.study.test_plan import SANE
+from tests.study.invented import SANE
 
 BASE: dict[str, Any] = {
     "model": {"total_params": 98_192, "vocab_size": 304},

@@ -12,7 +12,7 @@ from src.study import blocks
 from src.study import runner as study
 from src.study.plan import Configuration, Job, Plan, State, Study, allocate
 from tests import ROOT
-from tests.study.test_plan import row, simulate
+from tests.study.invented import row, simulate
 
 # What every run of the study was started with before it was a study file.
 FLAGS = (
