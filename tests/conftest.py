@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import ROOT
+from tests import ROOT, python, run_main
 
 VOCAB = 300
 
@@ -90,11 +93,8 @@ def token_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "licence": "CC0", "splits": splits,
     }  # fmt: skip
     (corpus / "source.json").write_text(json.dumps(source))
-    subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "preprocess_lm.py"), "--input", str(corpus),
-         "--vocab_size", str(VOCAB), "--output", str(root / "tokens")],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+    arguments = ("--input", corpus, "--vocab_size", VOCAB, "--output", root / "tokens")
+    assert python("scripts/preprocess_lm.py", *arguments).returncode == 0
     return root / "tokens"
 
 
@@ -104,6 +104,49 @@ def tiny_sweep(token_root: Path) -> Path:
     path = token_root.parent / "tiny.yaml"
     path.write_text(SWEEP.format(tokens=token_root))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log directory of a finished `base`; not to be written to."""
+    logs, printed = tmp_path_factory.mktemp("finished") / "logs", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        arguments = ("--config", tiny_sweep, "--exp", "base", "--log_dir", logs)
+        assert run_main(*arguments, "--device", "cpu") == 0
+    assert "70,000 parameters" in printed.getvalue() and "dev perplexity" in printed.getvalue()
+    return logs
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Path:
+    return tmp_path / "logs"
+
+
+@pytest.fixture
+def copied(finished: Path, logs: Path) -> Path:
+    """A finished `base` below `logs`, to be written to."""
+    shutil.copytree(finished, logs)
+    return logs / "base"
+
+
+@pytest.fixture
+def start(tiny_sweep: Path, logs: Path) -> Callable[..., int]:
+    """start("key=value", ...): `run_experiment.py --exp base --set key=value ...` in this process;
+    `asked` are further arguments. Returns the exit code."""
+
+    def call(
+        *overrides: str,
+        exp: Sequence[str] = ("base",),
+        log_dir: Path = logs,
+        sweep: Path = tiny_sweep,
+        asked: Sequence[Any] = (),
+    ) -> int:
+        line: list[Any] = ["--config", sweep, "--log_dir", log_dir, "--device", "cpu"]
+        line += ["--exp", *exp] if exp else []
+        line += ["--set", *overrides] if overrides else []
+        return run_main(*line, *asked)
+
+    return call
 
 
 @pytest.fixture(scope="session")

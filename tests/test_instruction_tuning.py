@@ -7,9 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from src import instruction_tuning as tuning
 from src.compute.compute_config import Machine
 from src.data.instructions import Batches, Example
 from src.evaluation.trained_run import TrainedRun, load_run
-from tests import ROOT
+from tests import python
 
 CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)
 
@@ -46,14 +43,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base_path(
-    tmp_path_factory: pytest.TempPathFactory, tiny_sweep: Path,
-    run_cli: Callable[..., subprocess.CompletedProcess[str]],
-) -> Path:  # fmt: skip
-    """A finished run; not to be written to."""
-    logs = tmp_path_factory.mktemp("logs")
-    run_cli("--config", tiny_sweep, "--exp", "base", "--log_dir", logs, "--device", "cpu")
-    return logs / "base"
+def base_path(finished: Path) -> Path:
+    return finished / "base"
 
 
 @pytest.fixture(scope="module")
@@ -214,11 +205,8 @@ def test_what_is_missing_is_said_in_one_sentence(
 # --- the download ---------------------------------------------------------------------------
 
 
-def download(*arguments: object, code: int = 0, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "download_instructions.py"), *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, **environment},
-    )  # fmt: skip
+def download(*arguments: object, code: int = 0) -> str:
+    done = python("scripts/download_instructions.py", *arguments)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import shutil
@@ -23,9 +22,10 @@ from src.evaluation import metrics as record
 from src.preflight import RunContext
 from src.spec import allocation, config
 from src.spec.config import RunConfig, TrainingConfig
-from src.storage.run_dir import RunDir, read_rows
+from src.storage.run_dir import RunDir
 from src.train import Outcome
 from src.training_step import NonFinite, build_model, build_optimizer, learning_rate
+from tests.runs import assert_same, newest_state, rows
 
 CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)
 FINAL_STEP = 20
@@ -69,39 +69,10 @@ class Lab:
         return self.log_dir / under / name
 
     def rows(self, name: str = "base", under: str = "logs") -> list[dict[str, Any]]:
-        return [timeless(row) for row in read_rows(self.path(name, under) / "metrics.jsonl")]
+        return rows(self.path(name, under))
 
     def state(self, name: str = "base", under: str = "logs") -> dict[str, Any]:
         return newest_state(self.path(name, under))
-
-
-def timeless(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl without what clocks and memory meters say."""
-    return {key: v for key, v in row.items() if not key.endswith(("_s", "_mib", "_percent"))}
-
-
-def newest_state(run: Path) -> dict[str, Any]:
-    """The newest checkpoint's content but for clocks and the byte offset that they move."""
-    manifest = json.loads(sorted((run / "checkpoints").glob("step-*.json"))[-1].read_text())
-    state = torch.load(run / "checkpoints" / manifest["file"], weights_only=True)
-    clocks = ("seconds", "metrics_offset", "peak_memory_mib")
-    return {key: v for key, v in state.items() if key not in clocks}
-
-
-def assert_same(ours: Any, theirs: Any, where: str = "state") -> None:
-    """Equal to the last bit, tensors inside nested dicts and lists included."""
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, list | tuple):
-        assert len(ours) == len(theirs), where
-        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(a, b, f"{where}[{index}]")
-    else:
-        assert ours == theirs, where
 
 
 @pytest.fixture

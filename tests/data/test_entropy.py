@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests import ROOT
+from tests import run_main
+from tests.data import run
 
 SWEEP = """
 model: {total_params: 99_200, vocab_size: 330, embedding_ratio: 0.15}
@@ -15,7 +14,7 @@ experiments: [{name: probe}]
 training:
   {tokens: 204_800, batch_size: 16, seq_len: 64, learning_rate: 1e-2, precision: fp32, threads: 1,
    eval_every_tokens: 102_400}
-data: {dir: tokens}
+data: {dir: TOKENS}
 evaluation: {metrics: [perplexity], latency: false}
 """
 
@@ -29,16 +28,13 @@ def test_the_harness_approaches_the_entropy_rate_and_never_beats_it(tmp_path: Pa
     tokens, or fewer, or leaked the future, would leave that band.
     """
 
-    def run(*command: str) -> None:
-        subprocess.run([sys.executable, *command], cwd=tmp_path, check=True, capture_output=True)
-
-    make = str(ROOT / "scripts/make_corpus.py")
-    run(make, "--output", "corpus", "--lexicon", "32", "--successors", "4", "--documents", "1500")
-    prepare = str(ROOT / "scripts/preprocess_lm.py")
-    run(prepare, "--input", "corpus", "--vocab_size", "330", "--output", "tokens")
-    (tmp_path / "sweep.yaml").write_text(SWEEP)
-    entry = str(ROOT / "run_experiment.py")
-    run(entry, "--config", "sweep.yaml", "--exp", "probe", "--device", "cpu")
+    sizes = ("--lexicon", 32, "--successors", 4, "--documents", 1500)
+    run("make_corpus.py", "--output", tmp_path / "corpus", *sizes)
+    corpus, tokens = tmp_path / "corpus", tmp_path / "tokens"
+    run("preprocess_lm.py", "--input", corpus, "--vocab_size", 330, "--output", tokens)
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("TOKENS", str(tokens)))
+    arguments = ("--config", tmp_path / "sweep.yaml", "--exp", "probe", "--device", "cpu")
+    assert run_main(*arguments, "--log_dir", tmp_path / "logs") == 0
 
     source = json.loads((tmp_path / "corpus/source.json").read_text())
     test = source["splits"]["test"]

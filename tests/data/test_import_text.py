@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from src.data import import_text
 from src.data.corpus import check_split, read_source, read_texts
-from tests.data.test_data_scripts import hashes, prose, refused, run
+from tests.data import hashes, prose, refused, run
 
 SHARES = ("--validation", "0.2", "--test", "0.2")
 TEXTS = [f"{prose(seed, 40)}\n" for seed in range(60)]

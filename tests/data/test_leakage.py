@@ -12,7 +12,7 @@ import pytest
 
 from src.data.leakage import contaminated_rows
 from src.data.leakage_check import word_hashes
-from tests.data.test_data_scripts import refused, run, sha256, write_corpus
+from tests.data import refused, run, sha256, write_corpus
 
 ITEMS = 12
 

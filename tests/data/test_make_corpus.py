@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from src.data.tasks import load_items, load_tasks
-from tests.data.test_data_scripts import hashes, refused, run, sha256, texts_of
+from tests.data import hashes, refused, run, sha256, texts_of
 
 WORDS, SUCCESSORS = 64, 6
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer
 
 from src.data.tasks import TASKS_FILE, load_tasks
 from src.evaluation.smallbench import evaluate
 from src.models.export import export
-from tests import ROOT
 from tests.evaluation.test_smallbench import write_rows
 from tests.models.test_export import small_model, tokenizer_json  # noqa: F401 (a fixture)
+from tests.parity import __main__ as parity
 
 WORDS = "the owl river sleeps runs on a naive question how many tokens of words 3.14 and".split()
 ROWS_EACH = 12
@@ -86,6 +85,7 @@ def row(task: str, i: int) -> dict[str, Any]:
 def test_predictions_and_accuracies_are_the_harnesss(
     tokenizer_json: Path,  # noqa: F811
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All tasks agree but one, in which a prediction is falsified and must be found."""
     model = small_model()
@@ -113,10 +113,8 @@ def test_predictions_and_accuracies_are_the_harnesss(
     items.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     out = tmp_path / "parity.json"
-    command = [sys.executable, "-m", "tests.parity", "--run", run, "--smallbench", rows,
-               "--task_list", listed, "--tasks", *TASKS, "--output", out]  # fmt: skip
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr[-2000:]
+    command = ["--run", run, "--smallbench", rows, "--task_list", listed, "--output", out]
+    assert parity.main([*map(str, command), "--tasks", *TASKS]) == 1
     table = {entry["task"]: entry for entry in json.loads(out.read_text())}
     assert set(table) == set(TASKS)
     for task, entry in table.items():
@@ -129,7 +127,7 @@ def test_predictions_and_accuracies_are_the_harnesss(
     for task in ("winogrande", "wsc273"):  # what follows is the same text under both prompts
         assert found[task]["accuracy_uniform"] == 0.5 and found[task]["accuracy_calibrated"] is None
     assert table["rte"]["same_predictions"] == table["rte"]["n"] - 1
-    assert "| rte | 12 | 11 |" in done.stdout
+    assert "| rte | 12 | 11 |" in capsys.readouterr().out
 
 
 def test_the_harness_takes_a_lone_choice_for_right() -> None:
