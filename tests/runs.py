@@ -1,4 +1,4 @@
-"""What a run leaves, read so that two runs can be compared."""
+"""Runs trained in process, and what they leave, read so that two can be compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from src.storage.run_dir import read_rows
+from src import train
+from src.compute.compute_config import Machine
+from src.data import tokens as data
+from src.evaluation import metrics as record
+from src.preflight import RunContext
+from src.spec import allocation, config
+from src.spec.config import RunConfig
+from src.storage.run_dir import RunDir, read_rows
+from src.train import Outcome
+
+CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)
 
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
@@ -56,3 +66,45 @@ def fingerprint(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.endswith("lock")
     }
+
+
+class Lab:
+    """Trains the tiny sweep's experiments in process, in directories of its own."""
+
+    outcome: Outcome  # of the run that a fixture trained
+
+    def __init__(self, sweep_file: Path, log_dir: Path) -> None:
+        self.sweep_file, self.log_dir = sweep_file, log_dir
+
+    def plan(self, name: str = "base", *overrides: str) -> tuple[RunConfig, Any, Any, Any]:
+        sweep = config.load_sweep(self.sweep_file, overrides)
+        self.answers = allocation.allocate(
+            {run.experiment: run.model for run in sweep.runs}, sweep.baseline
+        )
+        run = sweep.run(name, 0)
+        return run, self.answers[name], sweep, data.load(run.token_dir, run.model.vocab_size)
+
+    def train(
+        self, name: str = "base", *overrides: str, machine: Machine = CPU, under: str = "logs"
+    ) -> Outcome:
+        run, answer, sweep, tokens = self.plan(name, *overrides)
+        resolved, digest = record.resolved(run, self.answers, sweep, tokens)
+        with RunDir.open(self.log_dir / under, run.run_name) as directory:
+            directory.claim_config(resolved, digest)
+            context = self.context(run, sweep, tokens)
+            return train.train(context, directory, machine, record.digests(digest, tokens))
+
+    def context(self, run: RunConfig, sweep: Any, tokens: Any) -> RunContext:
+        return RunContext(
+            run=run, sweep=sweep, allocations=self.answers, data=tokens, log_dir=self.log_dir,
+            device="cpu",
+        )  # fmt: skip
+
+    def path(self, name: str = "base", under: str = "logs") -> Path:
+        return self.log_dir / under / name
+
+    def rows(self, name: str = "base", under: str = "logs") -> list[dict[str, Any]]:
+        return rows(self.path(name, under))
+
+    def state(self, name: str = "base", under: str = "logs") -> dict[str, Any]:
+        return newest_state(self.path(name, under))

@@ -1,4 +1,4 @@
-"""A sample of the fault plan (tests/faults): every family once or twice, and four mutants.
+"""A sample of the fault plan (tests/faults): every family, and two mutants.
 
 The whole plan is `make faults`; its table as last run is in results/faults/. The sample runs as a
 program of its own, because its runs are forks of a process that has computed nothing.

@@ -16,63 +16,17 @@ import pytest
 import torch
 
 from src import train
-from src.compute.compute_config import Machine
-from src.data import tokens as data
 from src.evaluation import metrics as record
-from src.preflight import RunContext
-from src.spec import allocation, config
-from src.spec.config import RunConfig, TrainingConfig
+from src.spec.config import TrainingConfig
 from src.storage.run_dir import RunDir
-from src.train import Outcome
 from src.training_step import NonFinite, build_model, build_optimizer, learning_rate
-from tests.runs import assert_same, newest_state, rows
+from tests.runs import CPU, Lab, assert_same
 
-CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)
 FINAL_STEP = 20
 
 
 class Cut(BaseException):
     """The process dies here: nothing of ours may catch it, and nothing is saved on the way."""
-
-
-class Lab:
-    """Trains the tiny sweep's experiments in process, in directories of its own."""
-
-    def __init__(self, sweep_file: Path, log_dir: Path) -> None:
-        self.sweep_file, self.log_dir = sweep_file, log_dir
-
-    def plan(self, name: str = "base", *overrides: str) -> tuple[RunConfig, Any, Any, Any]:
-        sweep = config.load_sweep(self.sweep_file, overrides)
-        self.answers = allocation.allocate(
-            {run.experiment: run.model for run in sweep.runs}, sweep.baseline
-        )
-        run = sweep.run(name, 0)
-        return run, self.answers[name], sweep, data.load(run.token_dir, run.model.vocab_size)
-
-    def train(
-        self, name: str = "base", *overrides: str, machine: Machine = CPU, under: str = "logs"
-    ) -> Outcome:
-        run, answer, sweep, tokens = self.plan(name, *overrides)
-        resolved, digest = record.resolved(run, self.answers, sweep, tokens)
-        with RunDir.open(self.log_dir / under, run.run_name) as directory:
-            directory.claim_config(resolved, digest)
-            context = self.context(run, sweep, tokens)
-            return train.train(context, directory, machine, record.digests(digest, tokens))
-
-    def context(self, run: RunConfig, sweep: Any, tokens: Any) -> RunContext:
-        return RunContext(
-            run=run, sweep=sweep, allocations=self.answers, data=tokens, log_dir=self.log_dir,
-            device="cpu",
-        )  # fmt: skip
-
-    def path(self, name: str = "base", under: str = "logs") -> Path:
-        return self.log_dir / under / name
-
-    def rows(self, name: str = "base", under: str = "logs") -> list[dict[str, Any]]:
-        return rows(self.path(name, under))
-
-    def state(self, name: str = "base", under: str = "logs") -> dict[str, Any]:
-        return newest_state(self.path(name, under))
 
 
 @pytest.fixture
@@ -84,7 +38,8 @@ def lab(tiny_sweep: Path, tmp_path: Path) -> Lab:
 def reference(tiny_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """One uninterrupted run of `base`; not to be written to."""
     lab = Lab(tiny_sweep, tmp_path_factory.mktemp("reference"))
-    assert lab.train().status == "trained"
+    lab.outcome = lab.train()
+    assert lab.outcome.status == "trained"
     yield lab
 
 
@@ -105,8 +60,25 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Any], N
     return plant
 
 
-def die(_: Any) -> None:
-    raise Cut
+@pytest.fixture
+def cut_before(lab, at_step, monkeypatch) -> Callable[[int], None]:
+    """Trains `base`, with a checkpoint every 5 steps, until it dies just before a step's update."""
+
+    def die(_: Any) -> None:
+        raise Cut
+
+    def cut(step: int, every: int = 5) -> None:
+        at_step(step, die)
+        with pytest.raises(Cut):
+            lab.train("base", f"training.checkpoint_every_steps={every}")
+        monkeypatch.undo()
+
+    return cut
+
+
+def assert_same_run(ours: Lab, theirs: Lab) -> None:
+    assert ours.rows() == theirs.rows()
+    assert_same(ours.state(), theirs.state())
 
 
 # ------------------------------------------------------------------------------------ the recipe
@@ -180,18 +152,16 @@ def test_a_run_learns_and_leaves_its_record(reference):
     assert list((reference.path() / "tensorboard").iterdir())
 
 
-def test_the_outcome_names_the_largest_one_step_rise(lab):
-    outcome = lab.train()
-    losses = [row["train_loss"] for row in lab.rows() if row["kind"] == "train"]
+def test_the_outcome_names_the_largest_one_step_rise(reference):
+    losses = [row["train_loss"] for row in reference.rows() if row["kind"] == "train"]
     rises = [after - before for before, after in itertools.pairwise(losses)]
-    assert outcome.metrics["loss_largest_rise_nats"] == max(rises)
-    assert outcome.metrics["loss_largest_rise_step"] == rises.index(max(rises)) + 2
+    assert reference.outcome.metrics["loss_largest_rise_nats"] == max(rises)
+    assert reference.outcome.metrics["loss_largest_rise_step"] == rises.index(max(rises)) + 2
 
 
 def test_a_rerun_is_equal_to_the_last_bit(reference, lab):
     lab.train()
-    assert lab.rows() == reference.rows()
-    assert_same(lab.state(), reference.state())
+    assert_same_run(lab, reference)
 
 
 def test_micro_batches_add_up_to_the_batch(reference, lab):
@@ -210,85 +180,62 @@ def test_bf16_follows_float32(reference, lab):
     assert all(weight.dtype == torch.float32 for weight in weights.values())
 
 
-@pytest.mark.parametrize("cut_at", [1, 4, 11, 16, 20])
-def test_a_cut_run_resumes_to_the_same_bits(reference, lab, at_step, monkeypatch, cut_at):
-    """Checkpoints every 5 steps (a cosmetic key); a cut before the first one starts again."""
-    with monkeypatch.context():
-        at_step(cut_at, die)
-        with pytest.raises(Cut):
-            lab.train("base", "training.checkpoint_every_steps=5")
-    monkeypatch.undo()
-    before = lab.rows()
-    assert before[-1]["step"] == cut_at - 1
-    assert lab.train("base", "training.checkpoint_every_steps=7").status == "trained"
-    assert lab.rows() == reference.rows()
-    assert_same(lab.state(), reference.state())
+OTHER = replace(CPU, micro_batch=2, precision="bf16")
 
 
-def test_a_run_resumed_on_another_host_goes_on_as_it_began(reference, lab, at_step, monkeypatch):
-    """A host that would choose another micro-batch and precision takes the checkpoint's."""
-    with monkeypatch.context():
-        at_step(11, die)
-        with pytest.raises(Cut):
-            lab.train("base", "training.checkpoint_every_steps=5")
-    monkeypatch.undo()
-    lab.train(machine=replace(CPU, micro_batch=2, precision="bf16"))
-    assert lab.rows() == reference.rows()
-    assert_same(lab.state(), reference.state())
+@pytest.mark.parametrize(("cut_at", "machine"), [(1, CPU), (4, CPU), (11, OTHER), (20, CPU)])
+def test_a_cut_run_resumes_to_the_same_bits(reference, lab, cut_before, cut_at, machine):
+    """Checkpoints every 5 steps (a cosmetic key); a cut before the first one starts again. A host
+    that would choose another micro-batch and precision takes the checkpoint's."""
+    cut_before(cut_at)
+    assert lab.rows()[-1]["step"] == cut_at - 1
+    again = lab.train("base", "training.checkpoint_every_steps=7", machine=machine)
+    assert again.status == "trained"
+    assert_same_run(lab, reference)
 
 
-def test_a_run_cut_three_times_resumes_to_the_same_bits(reference, lab, at_step, monkeypatch):
+def test_a_run_cut_three_times_resumes_to_the_same_bits(reference, lab, cut_before):
     for cut_at in (3, 9, 17):
-        at_step(cut_at, die)
-        with pytest.raises(Cut):
-            lab.train("base", "training.checkpoint_every_steps=2")
-        monkeypatch.undo()
+        cut_before(cut_at, every=2)
     lab.train()
-    assert lab.rows() == reference.rows()
-    assert_same(lab.state(), reference.state())
+    assert_same_run(lab, reference)
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    reference, lab, at_step, monkeypatch
-):
-    at_step(18, die)
-    with pytest.raises(Cut):
-        lab.train("base", "training.checkpoint_every_steps=5")
-    monkeypatch.undo()
-    newest = sorted((lab.path() / "checkpoints").glob("step-00000015-*.pt"))[0]
+def flip_the_newest(run: Path) -> None:
+    newest = sorted((run / "checkpoints").glob("step-00000015-*.pt"))[0]
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    with pytest.warns(UserWarning, match="going on from step 10"):
-        lab.train()
-    assert lab.rows() == reference.rows()
-    assert_same(lab.state(), reference.state())
 
 
-@pytest.mark.parametrize("lost", [1, 6])
-def test_lost_last_rows_fall_back_to_the_checkpoint_that_fits(
-    reference, lab, at_step, monkeypatch, lost
+def lose_rows(run: Path, last: int | None) -> None:
+    """As a power cut takes them."""
+    record = run / "metrics.jsonl"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:last]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (flip_the_newest, "going on from step 10"),
+        (lambda run: lose_rows(run, -1), "lost rows.*going on from step 10"),
+        (lambda run: lose_rows(run, -6), "lost rows.*going on from step 10"),
+    ],
+)
+def test_a_newest_checkpoint_that_does_not_fit_falls_back_to_the_one_before(
+    reference, lab, cut_before, damage, says
 ):
-    """The newest checkpoint, of step 15, has counted on rows that a power cut took."""
-    at_step(16, die)
-    with pytest.raises(Cut):
-        lab.train("base", "training.checkpoint_every_steps=5")
-    monkeypatch.undo()
-    record = lab.path() / "metrics.jsonl"
-    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-lost]))
-    with pytest.warns(UserWarning, match="lost rows.*going on from step 10"):
+    """The newest, of step 15, is damaged or has counted on rows that are lost."""
+    cut_before(16)
+    damage(lab.path())
+    with pytest.warns(UserWarning, match=says):
         lab.train()
-    assert lab.rows() == reference.rows()
-    assert_same(lab.state(), reference.state())
+    assert_same_run(lab, reference)
 
 
-def test_rows_that_no_checkpoint_can_do_without_are_not_made_up(lab, at_step, monkeypatch):
-    at_step(16, die)
-    with pytest.raises(Cut):
-        lab.train("base", "training.checkpoint_every_steps=5")
-    monkeypatch.undo()
-    record = lab.path() / "metrics.jsonl"
-    record.write_text(record.read_text().splitlines(keepends=True)[0])
+def test_rows_that_no_checkpoint_can_do_without_are_not_made_up(lab, cut_before):
+    cut_before(16)
+    lose_rows(lab.path(), 1)
     with pytest.raises(ValueError, match="none that can be trusted.*lost rows"):
         lab.train()
 
@@ -300,8 +247,7 @@ def test_a_preempted_run_saves_where_it_stands(reference, lab, at_step, monkeypa
     assert outcome.step == lab.state()["step"] == 7
     monkeypatch.undo()
     assert lab.train().status == "trained"
-    assert lab.rows() == reference.rows()
-    assert_same(lab.state(), reference.state())
+    assert_same_run(lab, reference)
 
 
 def test_a_checkpoint_of_another_config_is_refused(lab):
@@ -318,17 +264,11 @@ def test_a_checkpoint_of_another_config_is_refused(lab):
 # ------------------------------------------------------------------------------------ not finite
 
 
-def poison_gradient(trainer: train.Trainer) -> None:
-    parameter = next(trainer.model.parameters())
-    assert parameter.grad is not None
-    parameter.grad[0, 0] = float("inf")
-
-
 def test_a_gradient_that_is_not_finite_stops_before_the_step(reference, lab, at_step, monkeypatch):
     weights: list[Any] = []
 
     def poison(trainer: train.Trainer) -> None:
-        poison_gradient(trainer)
+        next(trainer.model.parameters()).grad[0, 0] = float("inf")
         weights.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
         weights.append(trainer.model.state_dict())
 
@@ -361,58 +301,60 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(lab, monkeypatch):
 RULE = ("kill_rule.margin_ppl=0.5", "kill_rule.window_tokens=1280", "kill_rule.grace_tokens=0")
 
 
-def test_a_run_far_behind_the_baseline_is_killed_at_the_window(lab):
+@pytest.fixture(scope="module")
+def judged(tiny_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """`base`, then `idle`, whose outcome it is, under RULE; not to be written to."""
+    lab = Lab(tiny_sweep, tmp_path_factory.mktemp("judged"))
     assert "kill_verdict" not in lab.train("base", *RULE).metrics  # the baseline judges nobody
-    outcome = lab.train("idle", *RULE)
-    assert outcome.status == "killed" and outcome.metrics["kill_verdict"] == "kill"
-    event = [row for row in lab.rows("idle") if row["kind"] == "event"]
+    lab.outcome = lab.train("idle", *RULE)
+    return lab
+
+
+@pytest.fixture
+def baseline(judged, lab) -> Callable[[], None]:
+    """Puts the trained `base` where `lab` trains."""
+    return lambda: shutil.copytree(judged.path(), lab.path())
+
+
+def test_a_run_far_behind_the_baseline_is_killed_at_the_window(judged):
+    assert judged.outcome.status == "killed" and judged.outcome.metrics["kill_verdict"] == "kill"
+    event = [row for row in judged.rows("idle") if row["kind"] == "event"]
     base, idle = (
-        {row["tokens"]: row["dev_perplexity"] for row in lab.rows(name) if row["kind"] == "dev"}
+        {row["tokens"]: row["dev_perplexity"] for row in judged.rows(name) if row["kind"] == "dev"}
         for name in ("base", "idle")
     )
     bad = [tokens for tokens in sorted(idle) if tokens and idle[tokens] - base[tokens] >= 0.5]
     first = next(tokens for tokens in bad if tokens - bad[0] >= 1280)
     assert [(row["event"], row["tokens"]) for row in event] == [("killed", first)]
-    assert outcome.step == first // 256 == lab.state("idle")["step"] < FINAL_STEP
+    assert judged.outcome.step == first // 256 == judged.state("idle")["step"] < FINAL_STEP
 
 
-def test_a_kill_that_was_cut_short_is_a_kill_again(lab):
-    lab.train("base", *RULE)
-    first = lab.train("idle", *RULE)
-    again = lab.train("idle", *RULE)  # no metrics.json: the process died after the verdict
+def test_a_kill_that_was_cut_short_is_a_kill_again(judged, lab):
+    shutil.copytree(judged.log_dir / "logs", lab.log_dir / "logs")
+    first, again = judged.outcome, lab.train("idle", *RULE)  # it died after the verdict
     assert (again.status, again.step, again.reason) == ("killed", first.step, first.reason)
     assert len([row for row in lab.rows("idle") if row["kind"] == "event"]) == 1
 
 
-def test_record_writes_the_verdict_and_lets_the_run_go_on(lab):
-    lab.train("base", *RULE)
-    stopped = lab.train("idle", *RULE)
-    rule = (*RULE, "kill_rule.action=record")
-    lab.train("base", *rule, under="recorded")
-    recorded = lab.train("idle", *rule, under="recorded")
+def test_record_writes_the_verdict_and_lets_the_run_go_on(judged, lab, baseline):
+    baseline()
+    recorded, stopped = lab.train("idle", *RULE, "kill_rule.action=record"), judged.outcome
     assert (recorded.status, recorded.step) == ("trained", FINAL_STEP)
-    assert (recorded.metrics["kill_verdict"], recorded.metrics["kill_action"]) == (
-        "kill",
-        "record",
-    )
-    assert recorded.metrics["kill_tokens"] == stopped.metrics["kill_tokens"] == stopped.step * 256
-    ours, theirs = (checks_by_the_rule(lab, under) for under in ("recorded", "logs"))
+    found = recorded.metrics
+    assert (found["kill_verdict"], found["kill_action"]) == ("kill", "record")
+    assert found["kill_tokens"] == stopped.metrics["kill_tokens"] == stopped.step * 256
+    ours, theirs = checks_by_the_rule(lab), checks_by_the_rule(judged)
     assert ours[: len(theirs)] == theirs and len(ours) > len(theirs)
     assert {row["verdict"] for row in ours[len(theirs) :]} == {"kill"}
 
 
-def checks_by_the_rule(lab: Lab, under: str = "logs") -> list[dict[str, Any]]:
-    return [row for row in lab.rows("idle", under) if row["kind"] == "kill_rule"]
+def checks_by_the_rule(lab: Lab) -> list[dict[str, Any]]:
+    return [row for row in lab.rows("idle") if row["kind"] == "kill_rule"]
 
 
-def test_each_check_says_which_part_of_the_baselines_curve_was_there(lab, at_step):
+def test_each_check_says_which_part_of_the_baselines_curve_was_there(lab, at_step, baseline):
     """A rival that starts before its baseline gets no verdict, and its checks say why."""
-
-    def late(trainer: train.Trainer) -> None:
-        if trainer.run.experiment == "idle":
-            lab.train("base", *RULE)
-
-    at_step(15, late)
+    at_step(15, lambda _: baseline())
     outcome = lab.train("idle", *RULE)
     checks = checks_by_the_rule(lab)
     blind = [row for row in checks if row["step"] < 15]
@@ -425,35 +367,33 @@ def test_each_check_says_which_part_of_the_baselines_curve_was_there(lab, at_ste
     assert outcome.metrics["kill_tokens"] == checks[-1]["tokens"] == 15 * 256
 
 
-def test_grace_changes_the_verdict_and_both_are_recorded(lab):
-    rule = (*RULE[:2], "kill_rule.grace_tokens=4000")
-    lab.train("base", *rule)
-    outcome = lab.train("idle", *rule)
+def test_grace_changes_the_verdict_and_both_are_recorded(lab, baseline):
+    baseline()
+    outcome = lab.train("idle", *RULE[:2], "kill_rule.grace_tokens=4000")
     assert (outcome.status, outcome.step) == ("trained", FINAL_STEP)
-    assert (outcome.metrics["kill_verdict"], outcome.metrics["kill_verdict_literal"]) == (
-        "keep",
-        "kill",
-    )
+    found = outcome.metrics
+    assert (found["kill_verdict"], found["kill_verdict_literal"]) == ("keep", "kill")
 
 
-def test_without_a_baseline_curve_there_is_no_verdict(lab):
+@pytest.mark.parametrize("other", [None, "training.tokens=10_240"])
+def test_without_a_baseline_of_the_same_budget_there_is_no_verdict(lab, at_step, other):
+    if other is not None:
+        at_step(21, lambda _: os.kill(os.getpid(), signal.SIGUSR1))  # its first half is enough
+        lab.train("base", *RULE, other)
     outcome = lab.train("idle", *RULE)
     assert (outcome.status, outcome.metrics["kill_verdict"]) == ("trained", "none")
     assert outcome.metrics["kill_verdict_literal"] == "none"
 
 
-def test_a_baseline_of_another_budget_judges_nobody(lab):
-    lab.train("base", *RULE, "training.tokens=10_240")
-    assert lab.train("idle", *RULE).status == "trained"
-
-
-def test_a_resume_keeps_the_compute_digest_and_another_machine_adds_its_own(lab, monkeypatch):
-    whole = lab.train().conditions
+def test_a_resume_keeps_the_compute_digest_and_another_machine_adds_its_own(
+    reference, lab, cut_before, monkeypatch
+):
+    whole = reference.outcome.conditions
     assert len(whole) == 1 and whole[0]["processes"] == 1 and len(whole[0]["source_sha256"]) == 64
-    cut = ("training.checkpoint_every_steps=4",)
-    assert lab.train("base", *cut, under="again").conditions == whole  # resumed at its end
+    cut_before(11)
+    assert lab.train().conditions == whole
     monkeypatch.setattr(train.conditions.np, "__version__", "0.1")
-    both = lab.train(under="again").conditions
+    both = lab.train().conditions
     assert both[0] == whole[0] and [found["numpy"] for found in both][1:] == ["0.1"]
 
 
@@ -484,8 +424,8 @@ def test_the_source_digest_follows_what_training_imports_and_nothing_else(tmp_pa
         ("metrics.jsonl", '{"kind": "dev",\n{}\n'),
     ],
 )
-def test_a_damaged_baseline_gives_no_verdict_and_stops_nobody(lab, capsys, file, content):
-    lab.train("base", *RULE)
+def test_a_damaged_baseline_gives_no_verdict_and_stops_nobody(lab, baseline, capsys, file, content):
+    baseline()
     (lab.path("base") / file).write_text(content)
     outcome = lab.train("idle", *RULE)
     assert (outcome.status, outcome.metrics["kill_verdict"]) == ("trained", "none")

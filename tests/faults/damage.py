@@ -30,7 +30,7 @@ BAD_INPUT = 78
 def run(bench: Bench) -> list[Tally]:
     tallies: list[Tally] = []
     stopped = stopped_run(bench)
-    flips, cuts = bench.count(1000, 60), bench.count(200, 15)
+    flips, cuts = bench.count(1000, 20), bench.count(200, 5)
     with tally(tallies, "F3", f"{flips} flipped bits of a real checkpoint") as line:
         for problems in module_level(bench, stopped, flips, flip):
             line.add(problems)

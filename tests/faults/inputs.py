@@ -40,7 +40,7 @@ NONSENSE: tuple[Any, ...] = (
 
 def run(bench: Bench) -> list[Tally]:
     tallies: list[Tally] = []
-    files, mutations = bench.count(2000, 60), bench.count(500, 60)
+    files, mutations = bench.count(2000, 20), bench.count(500, 40)
     with tally(tallies, "F8", f"{files} experiment files from hypothesis") as line:
         any_file(bench, line, files)
     with tally(tallies, "F8", f"{mutations} one-key mutations of a good file") as line:

@@ -17,7 +17,7 @@ SHORT = ("--set", "training.tokens=2560")  # 20 steps
 
 def run(bench: Bench) -> list[Tally]:
     tallies: list[Tally] = []
-    pairs, kills = bench.count(50, 2), bench.count(50, 2)
+    pairs, kills = bench.count(50, 1), bench.count(50, 1)
     with tally(tallies, "F5", f"two processes on one run x {pairs}") as line:
         longest = 0.0
         for number in range(pairs):

@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant(
         "no hash", "src/storage/checkpoint.py",
         (('    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:', "    if False:"),),
-        "F3 flipped bits", quick=True,
+        "F3 flipped bits",
     ),
     Mutant(
         "a manifest's own hash is not checked", "src/storage/checkpoint.py",
@@ -121,7 +121,7 @@ MUTANTS = (
     Mutant(
         "weights_only is off", "src/storage/checkpoint.py",
         (("weights_only=True", "weights_only=False"),),
-        "F9 malicious pickle", quick=True,
+        "F9 malicious pickle",
     ),
     Mutant(
         "the newest by the clock is loaded", "src/storage/checkpoint.py",

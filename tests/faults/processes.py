@@ -124,6 +124,7 @@ def preload() -> None:
     import tensorboard.summary.writer.record_writer  # noqa: F401
     import tokenizers  # noqa: F401
     import torch._dynamo  # the optimizer's constructor imports it, which takes seconds
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -38,23 +38,20 @@ def run(bench: Bench) -> list[Tally]:
     tallies: list[Tally] = []
     trials = bench.count(20, 1)
     os.environ |= SETTINGS
-    with (
-        server(bench) as port,
-        tally(tallies, "F7", f"S3 behind a proxy that resets, stalls, cuts x {trials}") as line,
-    ):
-        totals = {"connections broken": 0, "machines killed": 0, "resumed from the store": 0}
-        for number in range(trials):
-            problems, counts = trial(bench, port, number)
-            for name in totals:
-                totals[name] += counts.get(name, 0)
-            line.add(problems, trial=f"{KINDS[number % 3]} {number}")
-        line.notes += [f"{count} {name}" for name, count in totals.items()]
-    with (
-        server(bench) as port,
-        tally(tallies, "F7", "killed before each write of two uploads") as line,
-    ):
-        for write in [WRITES] if bench.quick else range(1, 1 + 2 * WRITES):
-            line.add(killed_before(bench, port, write), trial=f"write {write}")
+    with server(bench) as port:
+        with tally(
+            tallies, "F7", f"S3 behind a proxy that resets, stalls, cuts x {trials}"
+        ) as line:
+            totals = {"connections broken": 0, "machines killed": 0, "resumed from the store": 0}
+            for number in range(trials):
+                problems, counts = trial(bench, port, number)
+                for name in totals:
+                    totals[name] += counts.get(name, 0)
+                line.add(problems, trial=f"{KINDS[number % 3]} {number}")
+            line.notes += [f"{count} {name}" for name, count in totals.items()]
+        with tally(tallies, "F7", "killed before each write of two uploads") as line:
+            for write in [WRITES] if bench.quick else range(1, 1 + 2 * WRITES):
+                line.add(killed_before(bench, port, write), trial=f"write {write}")
     return tallies
 
 
