@@ -18,10 +18,16 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests import ROOT, python, run_main
 
 VOCAB = 300
+TEXT = [
+    "The café's 12 owls sleep; the river runs on and on.",
+    "A naïve question:\nhow  many tokens is this?  ",
+    "numbers 3.14 and words, words, words",
+] * 20
 
 # Seeded: a property test tries the same cases every time.
 settings.register_profile("seeded", derandomize=True, deadline=None)
@@ -62,6 +68,7 @@ evaluation:
 def one_thread() -> None:
     """Sums depend on the number of threads; children are pinned by their environment."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compiling processes
     torch.set_num_threads(1)
 
 
@@ -165,3 +172,20 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path

@@ -15,7 +15,7 @@ from src.evaluation import evaluate as evaluation
 from src.models.transformer import Transformer
 from src.spec import config
 from src.spec.config import ModelConfig
-from tests.evaluation.test_smallbench import toy_rows, write_rows
+from tests.evaluation import toy_rows, write_rows
 
 TASKS = """\
 tasks:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from src.data.tasks import TASKS_FILE, load_tasks
 from src.evaluation.smallbench import evaluate
 from src.models.export import export
-from tests.evaluation.test_smallbench import write_rows
-from tests.models.test_export import small_model, tokenizer_json  # noqa: F401 (a fixture)
+from tests.evaluation import write_rows
+from tests.models import small_model
 from tests.parity import __main__ as parity
 
 WORDS = "the owl river sleeps runs on a naive question how many tokens of words 3.14 and".split()
@@ -83,7 +83,7 @@ def row(task: str, i: int) -> dict[str, Any]:
 
 
 def test_predictions_and_accuracies_are_the_harnesss(
-    tokenizer_json: Path,  # noqa: F811
+    tokenizer_json: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

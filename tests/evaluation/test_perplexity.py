@@ -160,7 +160,7 @@ def test_agrees_with_the_exported_models_own_loss(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM
 
-    from tests.models.test_export import EOT
+    from tests.models import EOT
 
     vocabulary = {EOT: 0, **{f"t{i}": i for i in range(1, VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOT))

@@ -47,7 +47,7 @@ def questions(seed: int, prompts: int, choices: int) -> tuple[list[np.ndarray], 
     return rows, np.array(queries, dtype=np.int64)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12)
 @given(
     st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 6), st.sampled_from([16, 96, 4096])
 )

@@ -21,8 +21,8 @@ from src.evaluation.trained_run import load_run
 from src.models.export import export
 from src.models.transformer import Transformer
 from src.storage import checkpoint
-from tests.evaluation.test_smallbench import toy_rows, write_rows
-from tests.models.test_export import small_model, tokenizer_json  # noqa: F401 (a fixture)
+from tests.evaluation import toy_rows, write_rows
+from tests.models import small_model
 
 TASK = (
     "tasks:\n- {name: toy, path: p, config: c, split: s, prompt: '{{ q }}', choices: [a, b],"
@@ -31,7 +31,7 @@ TASK = (
 
 
 @pytest.fixture
-def run(tmp_path: Path, tokenizer_json: Path) -> tuple[Path, Transformer]:  # noqa: F811
+def run(tmp_path: Path, tokenizer_json: Path) -> tuple[Path, Transformer]:
     """What training leaves, as far as evaluation reads it."""
     path, model = tmp_path / "logs" / "toy", small_model()
     export(model, tokenizer_json, path / "final", max_position_embeddings=32)

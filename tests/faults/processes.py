@@ -7,6 +7,7 @@ all there is). A share are fresh processes, so that the equivalence is itself te
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -127,6 +128,7 @@ def preload() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # so that the forks' collections leave all this alone
 
 
 def fork(

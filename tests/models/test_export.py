@@ -10,61 +10,13 @@ import pytest
 import torch
 import yaml
 from jinja2 import TemplateError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from src.data.chat_template import CLOSING, OPENING, chat_template
 from src.data.tokenizer import load_tokenizer
 from src.instruction_tuning import encode
 from src.models.export import NotLoadable, export
-from src.models.transformer import Transformer
-from src.spec.config import ModelConfig
-
-TEXT = [
-    "The café's 12 owls sleep; the river runs on and on.",
-    "A naïve question:\nhow  many tokens is this?  ",
-    "numbers 3.14 and words, words, words",
-] * 20
-EOT = "<|endoftext|>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[EOT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
-
-
-def small_model(seed: int = 0, **changes: object) -> Transformer:
-    values: dict[str, object] = {
-        "vocab_size": 300,
-        "d_model": 24,
-        "n_layers": 2,
-        "n_heads": 2,
-        "head_dim": 16,  # attention width 32, not d_model
-        "d_ff": 40,
-    }
-    torch.manual_seed(seed)
-    model = Transformer(ModelConfig(**(values | changes)))  # type: ignore[arg-type]
-    for name, parameter in model.named_parameters():
-        # gains away from 1 and weights large enough that a swapped matrix shows
-        with torch.no_grad():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif "table" in name:
-                parameter.mul_(10)
-            else:
-                parameter.mul_(2)
-    return model
+from tests.conftest import TEXT
+from tests.models import EOT, small_model
 
 
 @pytest.mark.parametrize(

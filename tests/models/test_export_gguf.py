@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -12,20 +10,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from src.models.export import export
-from tests import ROOT
-from tests.models.test_export import small_model, tokenizer_json  # noqa: F401 (a fixture)
+from tests import run_script
+from tests.models import small_model
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16  # those of small_model
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts/export_gguf.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_every_weight_arrives(
-    tokenizer_json: Path,  # noqa: F811
+    tokenizer_json: Path,
     tmp_path: Path,
     qk_norm: bool,
 ) -> None:
@@ -33,8 +26,7 @@ def test_every_weight_arrives(
     final.parent.mkdir()
     model = small_model(qk_norm=qk_norm)
     export(model, tokenizer_json, final, max_position_embeddings=32)
-    done = run(final, output)
-    assert done.returncode == 0, done.stderr
+    assert run_script("export_gguf.py", final, output)[0] == 0
     file = gguf.GGUFReader(output)
     held = {tensor.name: np.array(tensor.data) for tensor in file.tensors}
     weights = load_file(final / "model.safetensors")
@@ -61,6 +53,6 @@ def test_every_weight_arrives(
 
 
 def test_a_folder_without_a_checkpoint_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    done = run(tmp_path, tmp_path / "x.gguf")
-    assert done.returncode == 78 and "config.json" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "x.gguf").exists()
+    code, printed = run_script("export_gguf.py", tmp_path, tmp_path / "x.gguf")
+    assert code == 78 and "config.json" in printed and "Traceback" not in printed
+    assert not (tmp_path / "x.gguf").exists()

@@ -290,25 +290,41 @@ def test_blockwise_attention_sees_no_later_token():
     assert not torch.equal(before[:, :, cut:], after[:, :, cut:])
 
 
+def no_kernel(*_, **__):
+    raise AssertionError("compiled bf16 attention took PyTorch's kernel")
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile asks, not we
-def test_a_compiled_model_is_as_near_to_float32_as_the_eager_one(monkeypatch):
+def test_compiled_bf16_attention_equals_softmax_written_out(monkeypatch):
     """Compiled, a CPU's bf16 attention is written out; eager it is a kernel in float32."""
+    parts, upstream = attention_problem(25, torch.bfloat16)
+    expected = value_and_gradients(softmax_written_out, parts, upstream)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_kernel)
+
+    @torch.compile(dynamic=False)
+    def compiled(q, k, v):
+        return causal_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+
+    for ours, theirs in zip(value_and_gradients(compiled, parts, upstream), expected, strict=True):
+        assert float((ours - theirs).norm()) <= 0.01 * float(theirs.norm()) + 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_model_is_as_near_to_float32_as_the_eager_one(monkeypatch):
+    """Whole blocks as compiling traces them, without the C++ code, which takes a minute to make."""
     tokens = tokens_of(2, QUERY_BLOCK + 9)
 
     def loss_and_gradients(low, compiled):
         model = make(CONFIG)
         if compiled:
             for block in model.blocks:
-                block.compile(dynamic=False)
+                block.compile(dynamic=False, backend="aot_eager")
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             loss = torch.nn.functional.cross_entropy(
                 model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten()
             )
         loss.backward()
         return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    def no_kernel(*_, **__):
-        raise AssertionError("compiled bf16 attention took PyTorch's kernel")
 
     exact, eager = (loss_and_gradients(low, False) for low in (False, True))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_kernel)

@@ -3,78 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from src.models.transformer import Transformer
 from src.spec import allocation, allocation_table
-from src.spec.allocation import WIDE, WIDEST, Allocation, allocate, count_params
-from src.spec.config import ModelConfig, ModelRequest, Sweep, load_sweep, sweep_from
-from tests import ROOT
+from src.spec.allocation import allocate, count_params
+from src.spec.config import ModelConfig, ModelRequest, sweep_from
+from tests import ROOT, run_main
+from tests.spec import (
+    assert_sound,
+    built_params,
+    integers,
+    one,
+    request,
+    shapes_of,
+    shipped,
+    way_out,
+)
 
 SWEEPS = ("embed_ratio", "glu_expansion")
 
 
-def request(**values: object) -> ModelRequest:
-    return ModelRequest(**{"embedding_ratio": 0.35, **values})  # type: ignore[arg-type]
-
-
-def one(asked: ModelRequest) -> Allocation:
-    return allocate({"x": asked})["x"]
-
-
-def shipped(name: str) -> Sweep:
-    return load_sweep(ROOT / "configs" / f"{name}.yaml")
-
-
-def shapes_of(sweep: Sweep) -> dict[str, Allocation]:
-    return allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
-
-
 def glu_group(*expansions: float, **values: object) -> dict[str, ModelRequest]:
     return {f"glu{g:g}": request(glu_expansion=g, **values) for g in expansions}
-
-
-def integers(found: Allocation) -> tuple[int, int, str, int]:
-    m = found.model
-    return m.d_model, m.n_layers, f"{m.n_heads}x{m.head_dim}", m.d_ff
-
-
-def built_params(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        model = Transformer(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def assert_sound(answer: Allocation) -> None:
-    """What holds for every answer, whatever was asked."""
-    asked, model = answer.request, answer.model
-    assert abs(answer.params.total / asked.total_params - 1) <= WIDE.total
-    if asked.embedding_ratio is not None:
-        assert abs(answer.params.share - asked.embedding_ratio) <= WIDE.share
-    glu = 0.20 if asked.d_model and asked.n_heads else WIDE.glu
-    assert abs(model.d_ff / model.d_model / asked.glu_expansion - 1) <= glu
-    assert model.d_model % 8 == 0 and model.d_ff % 8 == 0 and model.n_layers >= 1
-    assert model.n_layers <= 128 and model.n_heads >= (1 if asked.n_heads else 2)
-    if asked.head_dim is None:
-        assert model.head_dim in ((16, 32, 64) if asked.total_params < 3_000_000 else (32, 64))
-    width = model.n_heads * model.head_dim
-    if asked.allocate == "attention":
-        assert model.n_heads >= 4
-    elif asked.n_heads is None or asked.head_dim is None:
-        assert abs(width / model.d_model - 1) <= WIDEST.attention + 1e-9
-    assert (model.vocab_size, model.embedding_dim) == (asked.vocab_size, asked.embedding_dim)
-    assert (model.tie_embeddings, model.qk_norm) == (asked.tie_embeddings, asked.qk_norm)
-    assert answer.params == count_params(model)
 
 
 # ------------------------------------------------------------------------------------ PRD's cells
@@ -281,177 +239,6 @@ def test_flops_count_each_multiplied_weight_and_the_attention():
     assert allocation.flops_per_token(untied, 64) == allocation.flops_per_token(config, 64)
 
 
-# -------------------------------------------------------------------------------------- properties
-
-REQUESTS = st.builds(
-    ModelRequest,
-    total_params=st.floats(5.31, 7.7).map(lambda exponent: int(10**exponent)),
-    vocab_size=st.floats(2.41, 5.1).map(lambda exponent: int(10**exponent)),
-    embedding_ratio=st.floats(0.02, 0.8),
-    glu_expansion=st.one_of(st.sampled_from([2.0, 2.66, 8 / 3, 3.0, 4.0]), st.floats(1.0, 6.0)),
-    tie_embeddings=st.booleans(),
-    qk_norm=st.booleans(),
-    allocate=st.sampled_from(["depth", "attention"]),
-)
-
-
-def way_out(message: str) -> dict[str, dict[str, object]]:
-    """The keys, by experiment, that a refusal offers to paste."""
-    _, _, text = message.partition("\nexperiments:\n")
-    entries = yaml.safe_load(text) or []
-    return {entry.pop("name"): entry for entry in entries}
-
-
-def check_answer_or_way_out(asked: ModelRequest) -> None:
-    try:
-        answer = one(asked)
-    except ValueError as error:
-        changes = way_out(str(error))["x"]
-        assert_sound(one(replace(asked, **changes)))  # type: ignore[arg-type]
-    else:
-        assert_sound(answer)
-        assert built_params(answer.model) == answer.params.total or answer.model.n_layers > 60
-
-
-@settings(max_examples=20)
-@given(asked=REQUESTS)
-def test_an_answer_is_within_tolerance_and_a_refusal_names_a_way_out(asked):
-    check_answer_or_way_out(asked)
-
-
-@settings(max_examples=15)
-@given(
-    asked=REQUESTS,
-    force=st.sampled_from(["n_layers", "d_model", "embedding_dim", "n_heads"]),
-    size=st.integers(1, 40),
-)
-def test_the_same_holds_for_forced_shapes(asked, force, size):
-    value = 8 * size if force in ("d_model", "embedding_dim") else size
-    check_answer_or_way_out(replace(asked, **{force: value}))
-
-
-@settings(max_examples=8)
-@given(asked=REQUESTS, factors=st.sets(st.sampled_from([1.5, 2.0, 2.66, 3.0, 4.0]), min_size=2))
-def test_cells_of_one_sweep_share_their_frame_or_are_refused(asked, factors):
-    cells = {f"g{f}": replace(asked, glu_expansion=f) for f in factors}
-    first = next(iter(cells))
-    try:
-        answers = allocate(cells, first)
-    except ValueError as error:
-        changes = way_out(str(error))
-        assert changes.keys() == cells.keys()
-        assert allocate({name: replace(r, **changes[name]) for name, r in cells.items()}, first)  # type: ignore[arg-type]
-        return
-    assert len({(a.model.d_model, a.model.head_dim) for a in answers.values()}) == 1
-    fixed = "n_heads" if asked.allocate == "depth" else "n_layers"
-    assert len({getattr(a.model, fixed) for a in answers.values()}) == 1
-    for answer in answers.values():
-        assert_sound(answer)
-
-
-# ------------------------------------------------------------------------------ a refusal is proof
-
-
-def brute_force(asked: ModelRequest) -> float | None:
-    """The smallest GLU error of all multiples of 8, or None: the search told by its definition."""
-    tables = 1 if asked.tie_embeddings else 2
-    dims = (16, 32, 64) if asked.total_params < 3_000_000 else (32, 64)
-    column = tables * asked.vocab_size
-    top = asked.total_params * 1.01
-    for share, glu, attention in ((0.0125, 0.05, 0.10), (0.015, 0.12, 0.10), (0.015, 0.12, 0.15)):
-        best = math.inf
-        # Smaller tables have a smaller share; with larger ones not even one layer is left.
-        first = max(8, int((asked.embedding_ratio - share) * 0.99 * asked.total_params / column))
-        for d in range(first // 8 * 8 or 8, int(math.sqrt(top / 3)) + 8, 8):
-            if column * d > top * (asked.embedding_ratio + share):
-                break
-            for head_dim in dims:
-                for heads in range(2, 2 * d // head_dim + 2):
-                    a = heads * head_dim
-                    if abs(a / d - 1) > attention + 1e-9:
-                        continue
-                    qk = 2 * head_dim if asked.qk_norm else 0
-                    for layers in range(1, 129):
-                        rest = column * d + d + layers * (4 * d * a + 2 * d + qk)
-                        for d_ff in range(8, int(asked.glu_expansion * d * (1.01 + glu)) + 9, 8):
-                            total = rest + layers * 3 * d * d_ff
-                            if total > top:
-                                break
-                            error = abs(d_ff / d / asked.glu_expansion - 1)
-                            if (
-                                abs(total / asked.total_params - 1) <= 0.005 + 1e-9
-                                and abs(column * d / total - asked.embedding_ratio) <= share + 1e-9
-                                and error <= glu + 1e-9
-                            ):
-                                best = min(best, error)
-                        if rest > top:
-                            break
-        if best < math.inf:
-            return best
-    return None
-
-
-def searched(
-    total: float, share: float, glu: float, width: int, tied: bool, qk_norm: bool
-) -> ModelRequest:
-    """A request whose share means about `width`, so that many are feasible and none is slow."""
-    column = share * 10**total / width
-    return ModelRequest(
-        total_params=int(10**total),
-        vocab_size=max(257, int(column if tied else column / 2)),
-        embedding_ratio=share,
-        glu_expansion=glu,
-        tie_embeddings=tied,
-        qk_norm=qk_norm,
-    )
-
-
-SEARCHED = st.builds(
-    searched,
-    total=st.one_of(st.sampled_from([6.0, 7.0]), st.floats(5.5, 7.3)),
-    share=st.one_of(st.sampled_from([0.1, 0.25, 0.35, 0.45]), st.floats(0.08, 0.6)),
-    glu=st.one_of(st.sampled_from([2.0, 2.66, 8 / 3, 3.0, 4.0]), st.floats(1.0, 6.0)),
-    width=st.integers(60, 500),
-    tied=st.booleans(),
-    qk_norm=st.booleans(),
-)
-
-
-def assert_equals_brute_force(asked: ModelRequest) -> bool:
-    """Whether the request is feasible, which the allocator and brute force agree about."""
-    best = brute_force(asked)
-    try:
-        found = one(asked)
-    except ValueError:
-        assert best is None, f"refused, but a GLU error of {best} is possible"
-        return False
-    assert best is not None and found.glu_error == best
-    return True
-
-
-@settings(max_examples=100)
-@given(asked=SEARCHED)
-def test_the_search_finds_what_brute_force_finds(asked):
-    assert_equals_brute_force(asked)
-
-
-@pytest.mark.parametrize(
-    ("values", "shape"),
-    [
-        ({"vocab_size": 8_000, "embedding_ratio": 0.393, "glu_expansion": 2.0},
-         (472, 3, "14x32", 864)),
-        ({"embedding_ratio": 0.435}, (264, 7, "8x32", 696)),
-        ({"total_params": 5_000_000, "vocab_size": 8_000, "embedding_ratio": 0.521,
-          "glu_expansion": 2.0}, None),
-    ],
-)  # fmt: skip
-def test_shapes_that_lie_far_from_the_asked_expansion_are_found(values, shape):
-    found = one(request(**values))
-    assert shape is None or integers(found) == shape
-    assert_sound(found)
-    assert assert_equals_brute_force(found.request)
-
-
 # --------------------------------------------------------------------------------------- refusals
 
 
@@ -509,25 +296,20 @@ def test_absurd_shapes_are_refused_or_said():
 # ------------------------------------------------------------------------------------ the dry run
 
 
-def dry_run(*arguments: str) -> str:
-    """Runs the entry point; asserts that torch was not imported."""
+def test_the_dry_run_prints_the_sweep_by_block_without_torch():
     code = (
         "import sys, run_experiment\n"
         "code = run_experiment.main(sys.argv[1:])\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "sys.exit(code)"
     )
+    line = ("--dry_run", "--config", "configs/embed_ratio.yaml")
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, "--dry_run", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-W", "error", "-c", code, *line],
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_dry_run_prints_the_sweep_by_block_without_torch():
-    printed = dry_run("--config", "configs/embed_ratio.yaml")
-    table, _, floor = printed.partition("\n\n")
+    table, _, floor = done.stdout.partition("\n\n")
     assert floor.startswith("runs: 3, tokens: 150,011,904, training FLOPs: ")
     assert "under 1 USD" in floor
     header, *rows = table.splitlines()
@@ -537,17 +319,26 @@ def test_the_dry_run_prints_the_sweep_by_block_without_torch():
     assert "3,584,000" in rows[0]
 
 
-def test_the_dry_run_ends_its_table_with_what_to_know_of_it(tmp_path):
+@pytest.fixture
+def dry_run(capsys) -> Callable[..., str]:
+    def call(*arguments: object) -> str:
+        assert run_main("--dry_run", "--config", *arguments) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_the_dry_run_ends_its_table_with_what_to_know_of_it(dry_run, tmp_path):
     text = (ROOT / "configs" / "glu_expansion.yaml").read_text()
     more = text.replace("training:", "  - name: glu8x\n    glu_expansion: 8.0\ntraining:")
     (tmp_path / "more.yaml").write_text(more)
-    printed = dry_run("--config", str(tmp_path / "more.yaml"))
+    printed = dry_run(tmp_path / "more.yaml")
     assert "\nnote: glu8x: built with a GLU expansion of 7.250" in printed
-    assert "note" not in dry_run("--config", "configs/glu_expansion.yaml")
+    assert "note" not in dry_run(ROOT / "configs" / "glu_expansion.yaml")
 
 
-def test_the_dry_run_for_machines_has_exactly_the_documented_keys():
-    printed = dry_run("--config", "configs/glu_expansion.yaml", "--json")
+def test_the_dry_run_for_machines_has_exactly_the_documented_keys(dry_run):
+    printed = dry_run(ROOT / "configs" / "glu_expansion.yaml", "--json")
     cells = [json.loads(line) for line in printed.splitlines()]
     assert [cell["name"] for cell in cells] == ["glu2x", "glu266x", "glu3x", "glu4x"]
     ask = {"total_params", "embedding_ratio", "glu_expansion"}

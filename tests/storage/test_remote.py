@@ -1,217 +1,23 @@
-"""Remote checkpoints: on a real S3 API behind a faulty proxy, and on a directory for the rest."""
+"""Remote checkpoints, on a directory as the store: what is pushed, what comes back, one owner."""
 
-import hashlib
 import json
-import logging
-import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from src.storage import address
-from src.storage.checkpoint import NoValidCheckpoint, load_latest, manifest_bytes, save
+from src.storage.checkpoint import NoValidCheckpoint, load_latest, manifest_bytes
 from src.storage.object_store import ObjectStore
 from src.storage.remote import Remote, Timing
 from src.storage.run_dir import Held, RunDir
-from tests.faulty_proxy import Proxy
-
-DIGESTS = {"config": "c1", "tokenizer": "t1", "data": "d1"}
-FAST = Timing(
-    heartbeat_s=0.2,
-    stale_s=30.0,
-    settle_s=0.05,
-    backoff_s=0.05,
-    backoff_max_s=0.2,
-    request_timeout_s=1.0,
-    connect_timeout_s=1.0,
-)
-
-
-def _state(step: int) -> dict:
-    generator = torch.Generator().manual_seed(step)
-    return {"w": torch.randn(64, 32, generator=generator), "cursor": step}
-
-
-def _train(run: RunDir, step: int, remote: Remote | None = None) -> None:
-    """What the loop does at a checkpoint: rows, sync, save, push."""
-    run.append({"step": step, "kind": "train", "train_loss": 1.0 / step})
-    run.sync()
-
-    def on_saved(object_path: Path, manifest_path: Path) -> None:
-        if remote is not None:
-            remote.push(object_path, manifest_path, run.metrics_path)
-
-    save(
-        run.checkpoints,
-        _state(step) | {"offset": run.offset()},
-        step=step,
-        digests=DIGESTS,
-        environment={"threads": 1},
-        on_saved=on_saved,
-    )
-
-
-def _same_files(a: RunDir, b: RunDir, step: int) -> bool:
-    """Whether the checkpoint of `step` and the metrics are the same bytes in both."""
-    names = [p.name for p in a.checkpoints.iterdir() if p.name.startswith(f"step-{step:08d}")]
-    files = [f"checkpoints/{name}" for name in names] + ["metrics.jsonl"]
-    return len(names) == 2 and all(
-        (a.path / name).read_bytes() == (b.path / name).read_bytes() for name in files
-    )
-
-
-def _check_store(file_system: fs.FileSystem, base: str) -> list[int]:
-    """Assert that every manifest has its object and metrics, whole; returns the steps."""
-    steps = []
-    for info in file_system.get_file_info(fs.FileSelector(f"{base}/manifests", True, True)):
-        if not info.path.endswith(".json"):
-            continue
-        content = json.loads(file_system.open_input_stream(info.path).read())
-        for key, sha256 in (
-            (content["object"], content["manifest"]["sha256"]),
-            (content["metrics"], content["metrics_sha256"]),
-        ):
-            data = file_system.open_input_stream(f"{base}/{key}").read()
-            assert hashlib.sha256(data).hexdigest() == sha256
-        steps.append(content["manifest"]["step"])
-    return sorted(steps)
-
+from tests.storage import DIGESTS, FAST, check_store, state_of, train
 
 # --- a real S3 API behind a faulty proxy --------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def moto_port() -> Iterator[int]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()[1]
-    server.stop()
-
-
-@pytest.fixture
-def s3(moto_port, monkeypatch) -> Iterator[tuple[str, Proxy, fs.FileSystem, str]]:
-    """(URI through the proxy, proxy, direct file system, bucket/prefix)."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    direct = fs.S3FileSystem(
-        endpoint_override=f"127.0.0.1:{moto_port}", scheme="http", allow_bucket_creation=True
-    )
-    base = f"bucket-{random.SystemRandom().randrange(10**9)}/prefix"
-    direct.create_dir(base.split("/")[0])
-    proxy = Proxy(("127.0.0.1", moto_port))
-    yield (
-        f"s3://{base}?scheme=http&endpoint_override=127.0.0.1%3A{proxy.port}",
-        proxy,
-        direct,
-        base,
-    )
-    proxy.close()
-
-
-def test_s3_resume_from_the_remote_alone_is_bitwise(s3, tmp_path):
-    uri, _, direct, base = s3
-    with RunDir.open(tmp_path / "a", "emb35") as here:
-        remote = Remote.open(uri, "emb35", local=here.path, timing=FAST)
-        for step in (10, 20, 30):
-            _train(here, step, remote)
-            assert remote.drain(30)
-        assert remote.close(30) and not remote.fenced and not remote.stuck
-        assert _check_store(direct, f"{base}/emb35") == [20, 30]
-        with RunDir.open(tmp_path / "b", "emb35") as there:
-            other = Remote.open(uri, "emb35", local=there.path, timing=FAST)
-            assert other.owner.generation == 2
-            assert other.fetch_latest(there, digests=DIGESTS) == 30
-            assert _same_files(here, there, 30)
-            state, manifest = load_latest(there.checkpoints, digests=DIGESTS)
-            assert manifest["step"] == 30 and torch.equal(state["w"], _state(30)["w"])
-            there.truncate(state["offset"])
-            _train(there, 40, other)
-            assert other.close(30)
-    assert _check_store(direct, f"{base}/emb35") == [30, 40]
-
-
-@pytest.mark.parametrize("kind", ["reset", "stall", "cut"])
-def test_s3_faults_never_leave_a_manifest_without_its_object(s3, tmp_path, kind):
-    uri, proxy, direct, base = s3
-    draw = random.Random(kind)
-    with RunDir.open(tmp_path / "a", "r") as here:
-        remote = Remote.open(uri, "r", local=here.path, timing=FAST)
-        proxy.break_with(lambda: (kind, draw.randrange(0, 12_000)) if draw.random() < 0.6 else None)
-        for step in (10, 20, 30):
-            _train(here, step, remote)  # training goes on at once
-            remote.drain(1.0)
-            _check_store(direct, f"{base}/r")
-        assert proxy.faults > 0
-        proxy.heal()
-        assert remote.drain(30)
-        assert _check_store(direct, f"{base}/r")[-1] == 30
-        assert remote.close(30)
-        with RunDir.open(tmp_path / "b", "r") as there:
-            other = Remote.open(uri, "r", local=there.path, timing=FAST)
-            proxy.break_with(
-                lambda: (kind, draw.randrange(0, 9000)) if draw.random() < 0.3 else None
-            )
-            fetched = None
-            while fetched is None:  # a run that exits 74 is run again
-                try:
-                    fetched = other.fetch_latest(there, digests=DIGESTS)
-                except OSError:
-                    assert load_latest(there.checkpoints, digests=DIGESTS) is None
-            proxy.heal()
-            assert fetched == 30 and _same_files(here, there, 30)
-            other.close(30)
-
-
-def test_s3_a_writer_that_dies_at_any_byte_leaves_whole_checkpoints(s3, tmp_path):
-    """The store sees a killed machine as connections that end: from the n-th byte on, all do."""
-    uri, proxy, direct, base = s3
-    for number, limit in enumerate((700, 6_000, 12_000, 18_000)):
-        run_name = f"r{number}"
-        with RunDir.open(tmp_path / "a", run_name) as here:
-            remote = Remote.open(uri, run_name, local=here.path, timing=FAST)
-            _train(here, 10, remote)
-            assert remote.drain(30)
-            left = [limit]
-
-            def ration(left=left):
-                take = left[0]
-                left[0] = max(0, left[0] - 3_500)
-                return ("reset", take)
-
-            proxy.break_with(ration)
-            _train(here, 20, remote)
-            remote.close(0.4)
-            steps = _check_store(direct, f"{base}/{run_name}")
-            assert steps in ([10], [10, 20])
-            proxy.heal()
-
-
-def test_s3_a_dead_store_neither_blocks_training_nor_the_end(s3, tmp_path):
-    uri, proxy, _, _ = s3
-    with RunDir.open(tmp_path / "a", "r") as here:
-        remote = Remote.open(uri, "r", local=here.path, timing=FAST)
-        proxy.break_with(lambda: ("stall", 0))
-        for step in (10, 20, 30):
-            _train(here, step, remote)
-        assert not remote.drain(0.2) and not remote.close(0.2)
-        assert not remote.fenced
-        assert remote.stuck
-        proxy.break_with(lambda: ("reset", 0))
-        with pytest.raises(OSError, match="s3://bucket"):
-            Remote.open(uri, "r2", timing=FAST)
 
 
 # --- a directory as the store -------------------------------------------------------------------
@@ -232,7 +38,7 @@ def _pushed(store: str, tmp_path: Path, *steps: int) -> Path:
     with RunDir.open(tmp_path / "a", "r") as here:
         remote = Remote.open(store, "r", local=here.path, timing=FAST)
         for step in steps:
-            _train(here, step, remote)
+            train(here, step, remote)
             assert remote.drain(20)
         assert remote.close(20)
         return here.path
@@ -258,14 +64,14 @@ def test_the_newest_of_what_waits_is_pushed(store, tmp_path, monkeypatch):
     monkeypatch.setattr(Remote, "_upload_checkpoint", waiting)
     with RunDir.open(tmp_path / "a", "r") as here:
         remote = Remote.open(store, "r", timing=FAST)
-        _train(here, 10, remote)
+        train(here, 10, remote)
         while remote._jobs:  # until the thread has taken it
             time.sleep(0.01)
         for step in (20, 30, 40):
-            _train(here, step, remote)
+            train(here, step, remote)
         gate.set()  # by now the local copy of 10 is pruned
         assert remote.close(20)
-    assert _check_store(fs.LocalFileSystem(), str(tmp_path / "store" / "r")) == [10, 40]
+    assert check_store(fs.LocalFileSystem(), str(tmp_path / "store" / "r")) == [10, 40]
 
 
 def test_bytes_that_read_back_differently_are_written_again(store, tmp_path, monkeypatch):
@@ -280,12 +86,12 @@ def test_bytes_that_read_back_differently_are_written_again(store, tmp_path, mon
     monkeypatch.setattr(ObjectStore, "sha256", lying)
     _pushed(store, tmp_path, 10)
     assert len(lies) == 2
-    assert _check_store(fs.LocalFileSystem(), str(tmp_path / "store" / "r")) == [10]
+    assert check_store(fs.LocalFileSystem(), str(tmp_path / "store" / "r")) == [10]
 
 
 def test_a_damaged_object_is_not_pushed(store, tmp_path, caplog):
     with RunDir.open(tmp_path / "a", "r") as here:
-        _train(here, 10)
+        train(here, 10)
         object_path = next(here.checkpoints.glob("*.pt"))
         broken = bytearray(object_path.read_bytes())
         broken[len(broken) // 2] ^= 1
@@ -306,7 +112,9 @@ def test_damage_in_the_store_falls_back_then_refuses(store, tmp_path, victim, ca
             path.write_bytes(path.read_bytes()[:-1])
     step, path = _fetch(store, tmp_path / "b")
     assert step == 10 and "trying the one before" in caplog.text
-    assert torch.equal(load_latest(path / "checkpoints", digests=DIGESTS)[0]["w"], _state(10)["w"])
+    assert torch.equal(
+        load_latest(path / "checkpoints", digests=DIGESTS)[0]["w"], state_of(10)["w"]
+    )
     for path in _files(tmp_path, victim):
         path.write_bytes(b"")
     with pytest.raises(NoValidCheckpoint, match="none that can be trusted"):
@@ -326,7 +134,7 @@ def test_what_is_fetched_must_be_this_run(store, tmp_path):
 def test_a_local_checkpoint_that_is_ahead_is_kept(store, tmp_path):
     path = _pushed(store, tmp_path, 10)
     with RunDir.open(path.parent, "r") as here:
-        _train(here, 20)
+        train(here, 20)
         rows = here.metrics_path.read_bytes()
     assert _fetch(store, path.parent)[0] is None
     assert (path / "metrics.jsonl").read_bytes() == rows
@@ -343,7 +151,7 @@ def test_an_empty_store_is_no_checkpoint(store, tmp_path):
 def test_a_finished_run_comes_back_whole(store, tmp_path):
     with RunDir.open(tmp_path / "a", "r") as here:
         remote = Remote.open(store, "r", timing=FAST)
-        _train(here, 10, remote)
+        train(here, 10, remote)
         here.finish({"dev_loss": 1.0})
         (here.path / "final").mkdir()
         (here.path / "final" / "config.json").write_text("{}")
@@ -386,17 +194,17 @@ def test_a_dead_owner_is_replaced_and_stops_when_it_wakes(store, tmp_path):
     dead_at_once = Timing(heartbeat_s=0.2, stale_s=0.0, settle_s=0.05, backoff_s=0.05)
     with RunDir.open(tmp_path / "a", "r") as here, RunDir.open(tmp_path / "b", "r") as there:
         first = Remote.open(store, "r", timing=asleep)
-        _train(here, 10, first)
+        train(here, 10, first)
         assert first.drain(20)
         second = Remote.open(store, "r", timing=dead_at_once)
         assert second.fetch_latest(there, digests=DIGESTS) == 10
-        _train(here, 30, first)
+        train(here, 30, first)
         assert not first.drain(20) and first.fenced
         assert not _files(tmp_path, "objects/*-step-00000030-*")  # it did not even upload
-        _train(there, 20, second)
+        train(there, 20, second)
         assert second.drain(20) and not second.fenced
-        assert _check_store(fs.LocalFileSystem(), str(tmp_path / "store" / "r")) == [10, 20]
-        _train(here, 40, first)  # a fenced writer ignores what it is given
+        assert check_store(fs.LocalFileSystem(), str(tmp_path / "store" / "r")) == [10, 20]
+        train(here, 40, first)  # a fenced writer ignores what it is given
         assert not first.close(1) and second.close(20)
 
 
@@ -411,7 +219,7 @@ def test_an_owner_replaced_during_its_upload_writes_no_manifest(store, tmp_path,
 
     monkeypatch.setattr(ObjectStore, "put", put_then_replace)
     with RunDir.open(tmp_path / "a", "r") as here:
-        _train(here, 10, first)
+        train(here, 10, first)
         assert not first.drain(20) and first.fenced
     assert len(_files(tmp_path, "objects/*")) == 2 and not _files(tmp_path, "manifests/*")
     assert seconds[0].close(20) and not first.close(1)
@@ -434,7 +242,7 @@ def test_what_a_fenced_writer_still_lands_does_not_hide_the_winner(store, tmp_pa
     _, path = _fetch(store, tmp_path / "b")
     with RunDir.open(path.parent, "r") as there:
         remote = Remote.open(store, "r", local=there.path, timing=FAST)
-        _train(there, 20, remote)
+        train(there, 20, remote)
         assert remote.close(20)
     late["manifest"]["step"] = 99
     name = f"g00001-{late['owner']['token'][:8]}-step-00000099.json"
@@ -449,7 +257,7 @@ def test_a_manifest_of_a_later_owner_fences(store, tmp_path):
     folder.mkdir()
     (folder / "g00007-01234567-step-00000005.json").write_bytes(b"")
     with RunDir.open(tmp_path / "a", "r") as here:
-        _train(here, 10, first)
+        train(here, 10, first)
         assert not first.drain(20) and first.fenced
     assert len(list(folder.iterdir())) == 1
     first.close(1)
