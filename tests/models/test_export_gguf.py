@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from src.models.export import export
-from tests import run_script
+from tests import python
 from tests.models import small_model
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16  # those of small_model
@@ -26,7 +26,7 @@ def test_every_weight_arrives(
     final.parent.mkdir()
     model = small_model(qk_norm=qk_norm)
     export(model, tokenizer_json, final, max_position_embeddings=32)
-    assert run_script("export_gguf.py", final, output)[0] == 0
+    assert python("scripts/export_gguf.py", final, output).returncode == 0
     file = gguf.GGUFReader(output)
     held = {tensor.name: np.array(tensor.data) for tensor in file.tensors}
     weights = load_file(final / "model.safetensors")
@@ -53,6 +53,7 @@ def test_every_weight_arrives(
 
 
 def test_a_folder_without_a_checkpoint_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    code, printed = run_script("export_gguf.py", tmp_path, tmp_path / "x.gguf")
-    assert code == 78 and "config.json" in printed and "Traceback" not in printed
+    done = python("scripts/export_gguf.py", tmp_path, tmp_path / "x.gguf")
+    assert done.returncode == 78 and "config.json" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "x.gguf").exists()
