@@ -82,7 +82,7 @@ def test_every_text_is_in_the_split_of_its_hash_and_copies_stay_together(
     run("import_text.py", "--input", texts, "--output", tmp_path / "elsewhere" / "mine", *SHARES)
     assert hashes(tmp_path / "elsewhere" / "mine") == before
     # What was printed as the next command, with entries that this little can fill.
-    following = printed.partition("python scripts/")[2].split()
+    following = printed.partition("python scripts/")[2].splitlines()[0].split()
     assert following[:3] == ["preprocess_lm.py", "--input", str(output)]
     following[4] = "300"
     run(*following)
