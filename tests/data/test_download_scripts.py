@@ -49,10 +49,7 @@ def test_wikitext_lines_become_articles_and_nothing_is_lost(wikitext: Path, mirr
         assert facts["bytes"] == sum(len(text.encode()) for text in texts)
         assert facts["sha256"] == sha256(file)
     assert "/" not in source["config"] and str(mirror) not in (wikitext / "source.json").read_text()
-
-
-def test_the_blank_lines_of_an_article_get_their_source_bytes_back(wikitext: Path) -> None:
-    first = texts_of(wikitext / "test.jsonl")[0].split("\n")
+    first = texts_of(wikitext / "test.jsonl")[0].split("\n")  # blank lines have their bytes again
     assert first[0].startswith(" = ") and first[1] == " " and first[2].endswith(" <unk> – @-@ . ")
 
 
@@ -75,8 +72,11 @@ def test_a_finished_corpus_is_verified_kept_and_replaced_only_by_force(
     run(*ours, "--force")
     assert hashes(output) == before
 
-    run(*ours, "--dataset", "tiny/prose", "--force")
+    run(*ours, "--dataset", "tiny/prose:default", "--force")  # any texts in the hub's layout
     assert json.loads((output / "source.json").read_bytes())["dataset"] == "tiny/prose"
+    shards = sorted((mirror / "tiny/prose/default").glob("train-*.parquet"))
+    rows = [text for shard in shards for text in pq.read_table(shard).column("text").to_pylist()]
+    assert len(shards) == 2 and texts_of(output / "train.jsonl") == rows
     assert not (output / ".partial").exists()
 
 
@@ -108,16 +108,6 @@ def test_a_missing_split_is_named_and_never_replaced(tmp_path: Path, mirror: Pat
     assert "splits.train" in refused(
         "preprocess_lm.py", "--input", output, "--vocab_size", "300", "--output", tmp_path / "t"
     )
-
-
-def test_any_text_dataset_of_the_hub_layout(tmp_path: Path, mirror: Path) -> None:
-    run(
-        "download_wikitext.py",
-        *("--output", tmp_path / "prose", "--mirror", mirror, "--dataset", "tiny/prose:default"),
-    )
-    shards = sorted((mirror / "tiny/prose/default").glob("train-*.parquet"))
-    rows = [text for shard in shards for text in pq.read_table(shard).column("text").to_pylist()]
-    assert len(shards) == 2 and texts_of(tmp_path / "prose" / "train.jsonl") == rows
 
 
 @pytest.mark.parametrize(

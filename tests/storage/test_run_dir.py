@@ -27,16 +27,6 @@ run = RunDir.open(Path(sys.argv[1]), "emb35")
 print("held", flush=True)
 time.sleep(60)
 """
-SECOND = """
-import sys
-from pathlib import Path
-from src.storage.run_dir import Held, RunDir
-try:
-    RunDir.open(Path(sys.argv[1]), "emb35")
-except Held as held:
-    print(held.pid, held.host, held)
-    sys.exit(75)
-"""
 
 
 def _holder(log_dir: Path, body: str = "") -> subprocess.Popen[str]:
@@ -58,33 +48,18 @@ def _end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGKILL
 # --- lock ---------------------------------------------------------------------------------------
 
 
-def test_second_process_is_refused_and_told_pid_and_host(tmp_path):
-    holder = _holder(tmp_path)
-    second = subprocess.run(
-        [sys.executable, "-c", SECOND, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    _end(holder)
-    assert second.returncode == 75
-    pid, host = second.stdout.split()[:2]
-    assert (int(pid), host) == (holder.pid, os.uname().nodename)
-
-
-def test_lock_is_free_after_sigkill_and_after_close(tmp_path):
-    for _ in range(3):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_lock_is_free_after_sigkill_and_after_close_and_no_earlier(tmp_path, stopped):
+    """Who comes second is told the holder's process and host."""
+    for _ in range(2):
         holder = _holder(tmp_path)
+        if stopped:
+            holder.send_signal(signal.SIGSTOP)
         with pytest.raises(Held) as caught:
             RunDir.open(tmp_path, "emb35")
-        assert caught.value.pid == holder.pid
+        assert (caught.value.pid, caught.value.host) == (holder.pid, os.uname().nodename)
         _end(holder)
         RunDir.open(tmp_path, "emb35").close()
-
-
-def test_stopped_holder_keeps_the_lock(tmp_path):
-    holder = _holder(tmp_path)
-    holder.send_signal(signal.SIGSTOP)
-    with pytest.raises(Held):
-        RunDir.open(tmp_path, "emb35")
-    _end(holder)
 
 
 def test_forked_child_of_a_killed_holder_does_not_keep_the_lock(tmp_path):
