@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from src.analysis import kill_table
 from src.analysis.run_csv import Row
 from src.analysis.science import predictions
 from src.spec import config
+from src.spec.rates import spelled
 from src.spec.study_file import load_study
 from src.study.plan import allocate
 from tests import ROOT
-from tests.analysis.published import RESULTS, claimed, prose, rows, sd, unchecked
+from tests.analysis.published import RESULTS, claimed, content, prose, rows, sd, unchecked
 
 PAGE = ROOT / "REPORT.md"
 TEN, MINIATURE = RESULTS / "study-10m", RESULTS / "miniature"
@@ -59,18 +61,40 @@ def set_up() -> Iterator[str]:
     assert first["tokens"] / full == pytest.approx(0.1, rel=0.01)
 
 
-def batch() -> Iterator[str]:
+def rates() -> Iterator[str]:
+    """Of the block of 611 steps, beside that of 153."""
     large = {name: run("prd", name) for name in SHARES}
     small = {name: run("rates", f"{name}-lr4e-3") for name in ("emb35", "emb45")}
+    low = {name: run("rates", f"{name}-lr2e-3") for name in SHARES}
     yield f"on {large['emb35']['steps']} steps"
     yield f"{small['emb35']['steps']} steps, the same tokens"
     assert large["emb35"]["tokens"] == pytest.approx(small["emb35"]["tokens"], rel=0.01)
     assert large["emb35"]["batch_size"] == 4 * small["emb35"]["batch_size"]
     factor = {n: large[n]["dev_perplexity"] / small[n]["dev_perplexity"] for n in small}
-    yield f"a factor of {factor['emb35']:.1f} for emb35, {factor['emb45']:.1f} for emb45"
+    yield f"at 4e-3 a factor of {factor['emb35']:.1f} for emb35, {factor['emb45']:.1f} for emb45"
     assert large["emb35"]["dev_perplexity"] < large["emb45"]["dev_perplexity"]
-    assert small["emb45"]["dev_perplexity"] < small["emb35"]["dev_perplexity"]
-    assert large["emb25"]["kill_tokens"] and large["emb45"]["kill_tokens"]
+    ahead = [
+        100 * (block["emb45"]["dev_perplexity"] / block["emb35"]["dev_perplexity"] - 1)
+        for block in (low, small)
+    ]
+    yield f"at 2e-3 emb35 leads emb45 by {ahead[0]:.1f} %, at 4e-3 emb45 leads by {-ahead[1]:.1f} %"
+    for block in (large, low):
+        assert max(SHARES, key=lambda name: block[name]["dev_perplexity"]) == "emb25"
+    lowest = min(finished(), key=lambda row: row["dev_perplexity"])
+    assert lowest is small["emb45"] and lowest["baseline_name"] == "emb35-lr2e-3"
+    bundled = content(TEN / "results_bundle.json")["runs"]
+    (judged,) = (
+        one for one in kill_table.judged(list(rows(TEN).values()), bundled)
+        if one.run == lowest["run"]
+    )  # fmt: skip
+    assert judged.whole is not None and judged.whole.kind == "kill" and judged.action == "record"
+    baseline, rate = lowest["baseline_name"].split("-lr")
+    yield (
+        f"the lowest run of its block (emb45 at {spelled(lowest['learning_rate'])}) after "
+        f"{judged.whole.tokens / 1e6:.1f}M tokens, judged by {baseline} at {rate}"
+    )
+    suggested = content(TEN / "prd/emb35-sanity/learning_rates.json")["suggested"]
+    yield f"Phase 0 passed (its ramp suggests {1000 * suggested:.1f}e-3)"
 
 
 def noise() -> Iterator[str]:
@@ -109,7 +133,7 @@ def laws() -> Iterator[str]:
     yield f"the best share at {100 * found['levine_best_share']:.0f} %"
 
 
-CLAIMS = (set_up, batch, noise, cost, laws)
+CLAIMS = (set_up, rates, noise, cost, laws)
 
 
 @pytest.mark.parametrize("claims", CLAIMS, ids=lambda claims: claims.__name__)
