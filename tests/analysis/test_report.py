@@ -11,7 +11,6 @@ from src.analysis import kill_table
 from src.analysis.run_csv import Row
 from src.analysis.science import predictions
 from src.spec import config
-from src.spec.rates import spelled
 from src.spec.study_file import load_study
 from src.study.plan import allocate
 from tests import ROOT
@@ -78,20 +77,31 @@ def rates() -> Iterator[str]:
         for block in (low, small)
     ]
     yield f"at 2e-3 emb35 leads emb45 by {ahead[0]:.1f} %, at 4e-3 emb45 leads by {-ahead[1]:.1f} %"
-    for block in (large, low):
-        assert max(SHARES, key=lambda name: block[name]["dev_perplexity"]) == "emb25"
-    lowest = min(finished(), key=lambda row: row["dev_perplexity"])
-    assert lowest is small["emb45"] and lowest["baseline_name"] == "emb35-lr2e-3"
+    assert {row["device_name"] for row in small.values()} == {"AMD EPYC"}
+    assert all("Xeon" in row["device_name"] for row in low.values())
+    ends = {
+        name: [run("rates", f"{name}-lr{rate}")["dev_perplexity"] for rate in tried]
+        for name, tried in (("emb25", ("2e-3", "4e-3")), ("emb45", ("2e-3", "4e-3", "8e-3")))
+    }
+    first, second = (f"{ppl:.1f}" for ppl in ends["emb25"])
+    yield f"emb25 ends at {first} and {second} at 2e-3 and 4e-3"
+    one, two, three = (f"{ppl:.1f}" for ppl in ends["emb45"])
+    yield f"emb45 at {one}, {two} and {three} at 2e-3, 4e-3 and 8e-3"
+    for block in (large, low, small | {"emb25": run("rates", "emb25-lr4e-3")}):
+        assert max(block, key=lambda name: block[name]["dev_perplexity"]) == "emb25"
+    missing = {row["experiment"] for row in rows(TEN).values() if row["status"] == "missing"}
+    assert missing == {"emb25-lr8e-3", "emb35-lr8e-3"}
+    yield "Not run yet: 8e-3 for emb25 and emb35"
     bundled = content(TEN / "results_bundle.json")["runs"]
-    (judged,) = (
-        one for one in kill_table.judged(list(rows(TEN).values()), bundled)
-        if one.run == lowest["run"]
-    )  # fmt: skip
-    assert judged.whole is not None and judged.whole.kind == "kill" and judged.action == "record"
-    baseline, rate = lowest["baseline_name"].split("-lr")
+    judged = kill_table.judged(list(rows(TEN).values()), bundled)
+    wrong = [one for one in judged if one.replayed is not None and one.replayed.false_kill]
+    assert [one.run for one in wrong] == [f"rates/emb45-lr{rate}-rank" for rate in ("4e-3", "8e-3")]
+    assert {one.baseline for one in wrong} == {"rates/emb35-lr2e-3-rank"}
+    stops = {f"{one.whole.tokens / 1e6:.1f}M" for one in wrong if one.whole and one.whole.tokens}
+    (at,) = stops
     yield (
-        f"the lowest run of its block (emb45 at {spelled(lowest['learning_rate'])}) after "
-        f"{judged.whole.tokens / 1e6:.1f}M tokens, judged by {baseline} at {rate}"
+        "judged by emb35 at 2e-3, would have stopped both runs of the block that ended below it "
+        f"(emb45 at 4e-3 and 8e-3), after {at} tokens"
     )
     suggested = content(TEN / "prd/emb35-sanity/learning_rates.json")["suggested"]
     yield f"Phase 0 passed (its ramp suggests {1000 * suggested:.1f}e-3)"
