@@ -128,14 +128,13 @@ def differences(found: Iterable[Judged]) -> list[str]:
 def summary(found: Sequence[Judged]) -> str:
     """What the rule saves and costs over the runs that ran to the end, with its grace period and
     without, and the rate of its false kills among those that ended no worse than the baseline."""
-    told = (
-        f"{len(found)} runs judged, {sum(one.differs for one in found)} otherwise over the whole "
-    )
-    told += "curves."
-    for name, runs in (
-        ("the rule", [one.replayed for one in found if one.replayed is not None]),
-        ("its literal reading (no grace)", [one.literal for one in found if one.literal]),
+    differing = sum(one.differs for one in found)
+    told = f"{len(found)} runs judged, {differing} otherwise over the whole curves."
+    for name, replays in (
+        ("the rule", [one.replayed for one in found]),
+        ("its literal reading (no grace)", [one.literal for one in found]),
     ):
+        runs = [run for run in replays if run is not None]
         told += (
             f" Of {len(runs)} that ran to the end {name} kills "
             f"{sum(run.killed_at is not None for run in runs)}, "

@@ -59,6 +59,12 @@ def claimed(claims: Callable[[], Iterator[str]]) -> tuple[str, ...]:
     return tuple(claims())
 
 
+def lacking(page: Path, claims: Callable[[], Iterator[str]]) -> list[str]:
+    """Claims of one part that the prose does not hold."""
+    text = prose(page)
+    return [claim for claim in claimed(claims) if claim not in text]
+
+
 def unchecked(page: Path, parts: Iterable[Callable[[], Iterator[str]]]) -> list[str]:
     """Where the prose has a number that stands in no claim."""
     text = prose(page)
