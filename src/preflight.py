@@ -64,8 +64,7 @@ def check(
     data.consecutive_windows(
         tokens.validation.tokens, limit=training.dev_token_budget, seq_len=training.seq_len
     )
-    if run.kill_rule is not None:
-        _check_kill_rule(run, sweep)
+    kill_rule.check_fits(run.kill_rule, training, str(sweep.file), sweep.states_kill_rule)
     costs.check()
     if "smallbench_accuracy" in run.evaluation.metrics:
         _check_smallbench(
@@ -105,26 +104,6 @@ def _check_machine(run: RunConfig, log_dir: Path, device: str, remote: str | Non
         chosen = runtime.choose_device(device)
         if explicit:
             runtime.resolve_precision(run.training.precision, chosen)
-
-
-def _check_kill_rule(run: RunConfig, sweep: Sweep) -> None:
-    training, stated = run.training, run.kill_rule
-    assert stated is not None
-    rule, every = stated.in_run(training.tokens), training.eval_every_steps * training.step_tokens
-    if rule.window_tokens < every:
-        raise ValueError(
-            f"{sweep.file}: kill_rule.window_tokens: found {rule.window_tokens:,} with dev "
-            f"evaluations every {every:,} tokens, expected at least that: a shorter window would "
-            "kill at two checks in a row, however far apart; lower training.eval_every_tokens"
-        )
-    if sweep.states_kill_rule and not kill_rule.can_ever_fire(
-        rule, training.steps * training.step_tokens, every
-    ):
-        raise ValueError(
-            f"{sweep.file}: kill_rule: found a rule that can never fire in "
-            f"{training.tokens:,} tokens with dev evaluations every {every:,}; expected "
-            "window_tokens and grace_tokens that fit, or no kill_rule"
-        )
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from src.spec.strict_yaml import key, one_of
+from src.spec.training_config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +134,29 @@ def can_ever_fire(rule: KillRule, total_tokens: int, eval_every_tokens: int) -> 
     grace = rule.grace(total_tokens)
     first = min(math.ceil(max(grace, 1) / eval_every_tokens) * eval_every_tokens, total_tokens)
     return first >= grace and total_tokens - first >= rule.window_tokens
+
+
+def check_fits(rule: KillRule | None, training: TrainingConfig, file: str, stated: bool) -> None:
+    """Refuse (ValueError, naming `file`) a rule that a run's checks and budget leave no meaning.
+
+    stated: by the user; a default rule that cannot fire in a short run is left alone.
+    """
+    if rule is None:
+        return
+    every = training.eval_every_steps * training.step_tokens
+    if rule.window_tokens < every:
+        raise ValueError(
+            f"{file}: kill_rule.window_tokens: found {rule.window_tokens:,} with dev "
+            f"evaluations every {every:,} tokens, expected at least that: a shorter window would "
+            "kill at two checks in a row, however far apart; lower training.eval_every_tokens"
+        )
+    in_run = rule.in_run(training.tokens)
+    if stated and not can_ever_fire(in_run, training.steps * training.step_tokens, every):
+        raise ValueError(
+            f"{file}: kill_rule: found a rule that can never fire in {training.tokens:,} tokens "
+            f"with dev evaluations every {every:,}; expected window_tokens and grace_tokens that "
+            "fit, or no kill_rule"
+        )
 
 
 def _check_curve(name: str, curve: Curve) -> None:

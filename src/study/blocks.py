@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from src.analysis import decisions, repeats
+from src.spec import kill_rule
 from src.spec.config import Sweep
 from src.spec.study_file import SANITY, Block
 from src.study import generated, ranking, vocabulary
@@ -96,6 +97,8 @@ class _Blocks:
             for run in sweep.chosen(block.experiments, [seed])
         ]
         for one in runs:
+            rule, training = one.run.kill_rule, one.run.training
+            kill_rule.check_fits(rule, training, str(sweep.file), sweep.states_kill_rule)
             plan.need_tokens(block.name, one)
         if block.phase == SANITY:
             self._check(block, runs[0])

@@ -125,7 +125,8 @@ def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
 def test_runs_under_a_rule_that_only_records_wait_for_no_baseline(prd: Study) -> None:
     known = {"train_tokens": {16_000: 1, 8_000: 1}, "sanity": {"emb35-sanity": SANE}}
     waiting = blocks.plan(prd, State(**known)).ready()
-    recorded = replace(prd, overrides=("kill_rule.action=record",))
+    overrides = ("kill_rule.action=record", "training.eval_every_tokens=500_000")
+    recorded = replace(prd, overrides=overrides)
     free = blocks.plan(recorded, State(**known)).ready()
     assert {job.run.experiment for job in waiting} == {"emb35"}
     assert {job.run.experiment for job in free} == {"emb35", "emb25", "emb45"}
@@ -321,6 +322,12 @@ def test_a_run_made_with_another_config_is_refused(prd: Study) -> None:
     foreign = {"status": "finished", "n_layers": 99, "dev_loss": 1.0}
     with pytest.raises(ValueError, match=r"emb35-rank: found a run with n_layers 99, expected 11"):
         blocks.plan(prd, State(results={"emb35-rank": foreign}))
+
+
+def test_a_kill_rule_that_no_run_could_meet_is_refused_by_the_plan(prd: Study) -> None:
+    short = replace(prd, overrides=(*prd.overrides, "kill_rule.window_tokens=5_000_000"))
+    with pytest.raises(ValueError, match="found a rule that can never fire in 5,000,000 tokens"):
+        blocks.plan(short, State())
 
 
 def test_estimates_count_only_what_is_left(prd: Study) -> None:

@@ -22,7 +22,8 @@ FLAGS = (
     "training.precision=bf16", "training.compile=on", "training.micro_batch=16",
     "training.loss_chunk=512",
 )  # fmt: skip
-SMALL = ("training.ranking_batch_size=64", "training.learning_rate=[2e-3,4e-3,8e-3]")
+SMALL = ("training.ranking_batch_size=64", "training.learning_rate=[2e-3,4e-3,8e-3,1e-3]")
+RATES = {"emb25": (2, 4, 1), "emb35": (2, 4, 1), "emb45": (2, 4, 8)}
 
 
 @pytest.fixture
@@ -47,7 +48,8 @@ def runs(plan: Plan, stage: str) -> list[Configuration]:
 def test_the_runs_are_those_that_were_begun_before_it_was_a_file(ten: Study) -> None:
     """Same directory, same configuration: checkpoints of before go on."""
     asked = {job.name: job.configuration for job in simulate(ten, loss)[0].jobs}
-    by_hand = [("prd", FLAGS, ["all"], [0]), ("rates", (*FLAGS, *SMALL), ["all"], [0]),
+    tried = [f"{name}-lr{rate}e-3" for name, rates in RATES.items() for rate in rates]
+    by_hand = [("prd", FLAGS, ["all"], [0]), ("rates", (*FLAGS, *SMALL), tried, [0]),
                ("rates", (*FLAGS, *SMALL), ["emb35-lr4e-3", "emb45-lr8e-3"], [1, 2])]  # fmt: skip
     count = 0
     for folder, flags, names, seeds in by_hand:
