@@ -69,7 +69,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no_figures", action="store_true", help="the CSV and the report only")
     parser.add_argument("--report", type=Path, help="fill the marked tables of this Markdown file")
-    parser.add_argument("--study", type=Path, help="default: LOG_DIR/study.json")
+    parser.add_argument(
+        "--study", type=Path, help="default: study.json in LOG_DIR, or beside the CSV"
+    )
     parser.add_argument("--from_csv", type=Path, help="read this CSV instead of run directories")
     parser.add_argument(
         "--check", action="store_true", help="change nothing: exit 78 if the report is out of date"
@@ -210,7 +212,8 @@ def _filled(
     options: argparse.Namespace, rows: Sequence[Row], kills: Sequence[kill_table.Judged] | None
 ) -> str:
     """The report with its tables, made from the runs and the study."""
-    file = options.study or options.log_dir[0] / "study.json"
+    place = options.log_dir[0] if options.from_csv is None else options.from_csv.parent
+    file = options.study or place / "study.json"
     study = read_json(file) if options.study is not None or file.is_file() else None
     text = options.report.read_text(encoding="utf-8")
     judged = study is not None and study.get("winner") is not None

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from src.analysis import intervals, repeats
+from src.spec import run_identity
 from src.spec.rates import spelled
 
+_PROGRAM = ("program_digest", "compute_digest")
 _ALIKE = ["sweep", "phase", "batch_size", "seq_len"]
 
 
@@ -104,12 +107,12 @@ def own_rates(runs: pd.DataFrame) -> dict[str, float]:
     its rates have (all of its seeds where there is none such)."""
     best: dict[str, float] = {}
     for name, mine in runs.dropna(subset=["dev_loss", "learning_rate"]).groupby("configuration"):
-        judged = _on_common_seeds(mine, "learning_rate")
+        judged = on_common_seeds(mine, "learning_rate")
         best[str(name)] = float(judged.groupby("learning_rate")["dev_loss"].mean().idxmin())
     return best
 
 
-def _on_common_seeds(runs: pd.DataFrame, what: str) -> pd.DataFrame:
+def on_common_seeds(runs: pd.DataFrame, what: str) -> pd.DataFrame:
     """The runs of the seeds that every value of this column has; all where there is none such."""
     counts = runs.groupby("seed")[what].nunique()
     common = runs[runs["seed"].isin(counts.index[counts == runs[what].nunique()])]
@@ -122,49 +125,75 @@ def at_own_rates(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[best.isna() | (runs["learning_rate"] == best)]
 
 
-def shared_rate(runs: pd.DataFrame) -> float | None:
-    """Of the rates that every configuration was trained at, that of the lowest mean dev loss."""
+def shared_rates(runs: pd.DataFrame) -> pd.Series:
+    """Mean dev loss over the configurations by rate, of the rates that all were trained at."""
     means = runs.pivot_table(index="configuration", columns="learning_rate", values="dev_loss")
-    common = means.dropna(axis="columns")
-    return None if common.empty else float(common.mean().idxmin())
+    return means.dropna(axis="columns").mean()
 
 
 def ranking(runs: pd.DataFrame) -> pd.Series:
     """Mean dev perplexity by configuration, or bits per byte where vocabularies differ, the best
     first, over the seeds that all have (all seeds where there is none such)."""
-    judged = _on_common_seeds(runs, "configuration")
+    judged = on_common_seeds(runs, "configuration")
     measure = "perplexity" if judged["vocab_size"].nunique() < 2 else "bits_per_byte"
     return judged.groupby("configuration")[f"dev_{measure}"].mean().dropna().sort_values()
 
 
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """ln of one configuration's perplexity over another's; of pairs where `pairs` is above 0."""
+
+    interval: intervals.Interval
+    pairs: int
+    seeds: tuple[int, ...]  # of the first configuration that count
+
+
+def gap(ours: str, theirs: str, runs: pd.DataFrame, key: str) -> Gap | None:
+    """Of two configurations among `runs` (each at one rate), `key` being a loss in nats a token:
+    over the pairs of runs alike in seed and program where there are two or more, else over all
+    seeds, with one on a side over the common ones; None without a loss on both sides. The noise is
+    that of all of `runs`."""
+    losses = {
+        str(name): {
+            (int(row["seed"]), run_identity.computed_as(row)): float(row[key])
+            for row in group.dropna(subset=[key])
+            .fillna({c: "" for c in _PROGRAM})
+            .to_dict("records")
+        }
+        for name, group in runs.groupby("configuration")
+    }
+    one, other = losses.get(ours, {}), losses.get(theirs, {})
+    if not one or not other:
+        return None
+    found = repeats.pair(one, other)
+    if len(found.pairs) > 1:
+        a, b = zip(*found.pairs, strict=True)
+        noise = repeats.paired_noise(losses)
+        seeds = tuple(seed for seed, _ in found.labels)
+        return Gap(intervals.seed_interval(a, b, noise=noise), len(a), seeds)
+    if common := {seed for seed, _ in one} & {seed for seed, _ in other}:
+        if min(len(one), len(other)) == 1:
+            one, other = ({k: v for k, v in x.items() if k[0] in common} for x in (one, other))
+    noise = repeats.pooled_noise({name: [*of.values()] for name, of in losses.items()})
+    interval = intervals.seed_interval(
+        [*one.values()], [*other.values()], paired_seeds=False, noise=noise
+    )
+    return Gap(interval, 0, tuple(seed for seed, _ in one))
+
+
 def order_sentences(runs: pd.DataFrame) -> list[str]:
-    """Which configuration leads each block, at its own best rate and at the shared one, and
+    """Which configuration leads each block, at its own best rate and at every shared one, and
     whether two blocks of the same sweep order them otherwise."""
     told: list[str] = []
     orders: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for block in blocks(runs):
-        best = ranking(at_own_rates(block.runs))
+        chosen = at_own_rates(block.runs)
+        best = ranking(chosen)
         if len(best) < 2:
             continue
-        rates = own_rates(block.runs)
-        digits = 1 if best.name == "dev_perplexity" else 3
-        named = [
-            f"{name} {value:.{digits}f}"
-            + (f" at {spelled(rates[name])}" if block.many_rates else "")
-            for name, value in best.items()
-        ]
-        sentence = f"{block.title}: {str(best.name).replace('_', ' ')} {' < '.join(named)}"
-        tried = block.runs.groupby("configuration")["learning_rate"].agg(["min", "max", "nunique"])
-        for name, ends in tried[tried["nunique"] > 1].iterrows():
-            if rates[str(name)] in (ends["min"], ends["max"]):
-                end = "lowest" if rates[str(name)] == ends["min"] else "highest"
-                sentence += f"; {name}'s is the {end} rate tried, its best may lie beyond"
-        if block.runs.groupby("configuration")["seed"].nunique().min() == 1:
-            sentence += "; one seed of some, so their order is not sure"
-        told.append(f"{sentence}.")
         order = tuple(map(str, best.index))
-        rate = shared_rate(block.runs) if block.many_rates else None
-        if rate is not None:
+        told.append(f"{block.title}: {_ordered(block, chosen, best)}.")
+        for rate in shared_rates(block.runs).index if block.many_rates else ():
             at = tuple(ranking(block.runs[block.runs["learning_rate"] == rate]).index)
             same = "the same order" if at == order else f"another order, {' < '.join(at)}"
             told[-1] += f" At the shared rate {spelled(rate)}: {same}."
@@ -174,6 +203,33 @@ def order_sentences(runs: pd.DataFrame) -> list[str]:
             same = "the same order" if first == second else "another order"
             told.append(f"{one} against {other}: {same}.")
     return told
+
+
+def _ordered(block: Block, chosen: pd.DataFrame, best: pd.Series) -> str:
+    """The configurations of a block in order, and what speaks against it."""
+    rates, measure = own_rates(block.runs), str(best.name)
+    digits = 1 if measure == "dev_perplexity" else 3
+    named = [
+        f"{name} {value:.{digits}f}" + (f" at {spelled(rates[name])}" if block.many_rates else "")
+        for name, value in best.items()
+    ]
+    seeds = sorted(on_common_seeds(chosen, "configuration")["seed"].unique())
+    some = len(seeds) < chosen["seed"].nunique()
+    over = f" over seed{'s' * (len(seeds) > 1)} {', '.join(f'{s:.0f}' for s in seeds)}" * some
+    said = [f"{measure.replace('_', ' ')}{over} {' < '.join(named)}"]
+    tried = block.runs.groupby("configuration")["learning_rate"].agg(["min", "max", "nunique"])
+    for name, ends in tried[tried["nunique"] > 1].iterrows():
+        if rates[str(name)] in (ends["min"], ends["max"]):
+            end = "lowest" if rates[str(name)] == ends["min"] else "highest"
+            said.append(f"{name}'s is the {end} rate tried, its best may lie beyond")
+    if chosen.groupby("configuration")["seed"].nunique().min() == 1:
+        said.append("one seed of some, so their order is not sure")
+    key = "dev_loss" if measure == "dev_perplexity" else ""
+    for a, b in pairwise(map(str, best.index)) if key else ():
+        found = gap(a, b, chosen, key)
+        if found is not None and found.interval.seeds > 1 and found.interval.high >= 0:
+            said.append(f"{a} and {b} are not told apart")
+    return "; ".join(said)
 
 
 def kind_text(phase: str, tokens: float = 0.0) -> str:

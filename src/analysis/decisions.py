@@ -31,12 +31,18 @@ class Promotion:
     reason: str
 
 
+def by_chance(noise: Noise, n_1: int, n_2: int) -> float:
+    """The difference of two means of so many runs that two equal configurations exceed one time in
+    twenty: t * sd * sqrt(1/n_1 + 1/n_2), t the two-sided 95 % quantile of Student's t at the
+    noise's degrees of freedom."""
+    t = float(stats.t.ppf(0.975, noise.df))
+    return t * noise.sd * math.sqrt(1 / n_1 + 1 / n_2)
+
+
 def promote(losses: Mapping[str, Sequence[float]], noise: Noise | None) -> Promotion:
     """Promote the lowest mean dev loss, and the runner-up when the margin is thin.
 
-    Thin means that the gap of the two means is below t * sd * sqrt(1/n_1 + 1/n_2), with t the
-    two-sided 95 % quantile of Student's t at the noise's degrees of freedom: a gap
-    that two equal ones would show more than one time in twenty. Without a measured noise no
+    Thin means that the gap of the two means is less than `by_chance`. Without a measured noise no
     margin can be called safe, so two are promoted (PRD section 12: top 2 if margins are thin).
 
     losses: dev losses by configuration, one value per seed (nats per token, or nats per byte where
@@ -58,12 +64,10 @@ def promote(losses: Mapping[str, Sequence[float]], noise: Noise | None) -> Promo
     if noise is None:
         reason = f"{leads}, but seed noise was not measured: two go on."
         return Promotion((best, second), ranking, None, reason)
-    t = float(stats.t.ppf(0.975, noise.df))
-    threshold = t * noise.sd * math.sqrt(1 / alive[best].n + 1 / alive[second].n)
-    rule = (
-        f"{threshold:.4f} = t(0.95, {noise.df} df) {t:.2f} x sd {noise.sd:.4f} x "
-        f"sqrt(1/{alive[best].n} + 1/{alive[second].n})"
-    )
+    n = alive[best].n, alive[second].n
+    threshold = by_chance(noise, *n)
+    rule = f"{threshold:.4f} = t(0.95, {noise.df} df) x sd {noise.sd:.4f} x "
+    rule += f"sqrt(1/{n[0]} + 1/{n[1]})"
     if gap < threshold:
         reason = f"{leads}, less than {rule}: two go on."
         return Promotion((best, second), ranking, threshold, reason)

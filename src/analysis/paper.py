@@ -55,12 +55,13 @@ class Look:
 
 
 def looks(runs: pd.DataFrame) -> dict[str, Look]:
-    """A look for each configuration of a whole table, baselines in black; by what was asked for
-    and name, so that equal tables give equal looks."""
+    """A look for each configuration of a whole table, in black what is the baseline wherever it
+    stands; by what was asked for and name, so that equal tables give equal looks."""
     order = [EMBEDDING_RATIO.asked, GLU_EXPANSION.asked, "configuration"]
     known = runs.dropna(subset=["configuration"]).sort_values(order)
     names = known["configuration"].drop_duplicates()
-    is_base = names.isin(runs["baseline_configuration"])
+    other = known.loc[known["configuration"] != known["baseline_configuration"], "configuration"]
+    is_base = names.isin(runs["baseline_configuration"]) & ~names.isin(other)
     return {name: _baseline_look(place) for place, name in enumerate(names[is_base])} | {
         name: look(place) for place, name in enumerate(names[~is_base])
     }
@@ -236,6 +237,8 @@ def save(figure: Figure, output: Path) -> None:
 
 def words(column: str) -> str:
     """An axis' label: test_perplexity is "Test perplexity per token"."""
-    split, _, rest = column.partition("_")
+    split = next((s for s in ("test", "dev") if column.startswith(f"{s}_")), "")
+    rest = column.removeprefix(f"{split}_")
     names = {"perplexity": "perplexity per token", "word_perplexity": "perplexity per word"}
-    return f"{split.capitalize()} {names.get(rest, rest.replace('_', ' '))}"
+    told = f"{split} {names.get(rest, rest.replace('_', ' '))}".strip()
+    return told[0].upper() + told[1:]

@@ -25,6 +25,7 @@ from src.spec.command_line import Parser, Refusal
 from src.storage.files import workshop, write_atomic, write_json
 from src.storage.run_dir import read_rows
 
+SUMMARY = "results_summary.csv"
 TRAIN_ROWS = 200
 WHOLE = ("study.json", "latency/*.json", "**/sanity.json", "**/learning_rates.*")
 OF_A_RUN = ("metrics.json", "documents_*.npz")
@@ -51,17 +52,32 @@ def main() -> None:
     with workshop(output.with_name(f".{output.name}.part")) as made:  # all of it, or nothing
         gather(log_dirs, made)
         if (output / bundle.NAME).is_file():
-            shutil.copytree(made, output, dirs_exist_ok=True)
+            _replace(output, made)
         else:
             made.rename(output)  # where nothing is, or an empty folder
     print(f"{output}: published")
+
+
+def _replace(output: Path, made: Path) -> None:
+    """Bring an earlier publication up to date; Refusal where it has runs that are not here."""
+    before, now = ({row["run"] for row in read_csv(place / SUMMARY) if "path" in row}
+                   for place in (output, made))  # fmt: skip
+    if lost := sorted(before - now):
+        raise Refusal(
+            f"--output {output}: found {len(lost)} published runs that no log directory has "
+            f"({', '.join(lost[:3])}), expected an earlier publication of this study; name another "
+            "folder, or put those runs back with the study's own command"
+        )
+    for figure in output.glob("*.png"):  # one that is no longer drawn contradicts the rest
+        figure.unlink()
+    shutil.copytree(made, output, dirs_exist_ok=True)
 
 
 def gather(log_dirs: Sequence[Path], output: Path) -> None:
     """Make the publication in `output`; leaves by SystemExit where the aggregator refuses."""
     for log_dir in log_dirs:
         _copy(log_dir, WHOLE, output / log_dir.resolve().name if len(log_dirs) > 1 else output)
-    table = output / "results_summary.csv"
+    table = output / SUMMARY
     if code := aggregate.main(["--log_dir", *map(str, log_dirs), "--output", str(table)]):
         raise SystemExit(code)
     rows = read_csv(table)

@@ -13,8 +13,17 @@ from typing import Any
 
 import pandas as pd
 
-from src.analysis import intervals, kill_table
-from src.analysis.blocks import Block, at_own_rates, blocks, order_sentences, own_rates, tokens_text
+from src.analysis import kill_table
+from src.analysis.blocks import (
+    Block,
+    at_own_rates,
+    blocks,
+    gap,
+    on_common_seeds,
+    order_sentences,
+    own_rates,
+    tokens_text,
+)
 from src.analysis.run_csv import Row, table
 from src.analysis.table_text import DASH, field, fixed, markdown, mean_sd, total, whole
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, Request
@@ -82,57 +91,61 @@ def summary_table(runs: pd.DataFrame) -> str:
     for block in blocks(runs):
         if len(block.runs):
             split = "test" if block.runs["test_loss"].notna().all() else "dev"
-            head = f"configuration | share | layers | rate | seeds | {split} PPL | "
-            head += f"against {block.baseline or 'the baseline'} | {split} bits/byte"
-            parts.append(f"**{block.title}**\n\n{markdown(head, _compared(block, split), '')}")
+            glu = block.runs[GLU_EXPANSION.asked].nunique() > 1
+            head = f"configuration | {'GLU' if glu else 'share'} | layers | rate | seeds | "
+            head += f"{split} PPL | against {block.baseline or 'the baseline'} | {split} bits/byte"
+            body = _compared(block, split, GLU_EXPANSION if glu else EMBEDDING_RATIO)
+            parts.append(f"**{block.title}**\n\n{markdown(head, body, '')}")
     return "\n\n".join(parts) or "(no finished run)"
 
 
-def _compared(block: Block, split: str) -> list[list[str]]:
+def _compared(block: Block, split: str, axis: Request) -> list[list[str]]:
     best = at_own_rates(block.runs)
-    base = best[best["configuration"] == block.baseline].set_index("seed")
     body = []
-    order = best.groupby("configuration")[EMBEDDING_RATIO.built].mean().sort_values()
+    order = best.groupby("configuration")[axis.built].mean().sort_values()
     for name in order.index:
         group = best[best["configuration"] == name]
         first, mark = group.iloc[0], " **(baseline)**" if name == block.baseline else ""
+        share = axis is EMBEDDING_RATIO
         body.append(
             [
                 f"{field(name)}{mark}",
-                fixed(100 * first[EMBEDDING_RATIO.built], 1, " %"),
+                fixed(100 * first[axis.built], 1, " %") if share else fixed(first[axis.built], 2),
                 whole(first["n_layers"]),
                 DASH if pd.isna(first["learning_rate"]) else spelled(first["learning_rate"]),
                 str(len(group)),
                 mean_sd(group[f"{split}_perplexity"], 1),
-                DASH if mark else _against(group.set_index("seed"), base, f"{split}_loss"),
+                DASH if mark else _against(block, name, best, f"{split}_loss"),
                 mean_sd(group[f"{split}_bits_per_byte"], 4),
             ]
         )
     return body
 
 
-def _against(ours: pd.DataFrame, base: pd.DataFrame, key: str) -> str:
-    """Perplexity against the baseline's: of pairs where the seeds and the program are the same."""
-    a, b = ours[key].dropna(), base[key].dropna()
-    if a.empty or b.empty:
+def _against(block: Block, name: str, best: pd.DataFrame, key: str) -> str:
+    """Perplexity against the baseline's, and which runs say so where not all do."""
+    found = gap(name, block.baseline or "", best, key)
+    if found is None:
         return DASH
-    programs = pd.concat([ours["program_digest"], base["program_digest"]])
-    paired = set(a.index) == set(b.index) and programs.notna().all() and programs.nunique() == 1
-    b = b.reindex(a.index) if paired else b
-    found = intervals.seed_interval(a.tolist(), b.tolist(), paired_seeds=bool(paired))
-    low, ratio, high = (f"{100 * (value - 1):+.1f}" for value in found.ratio)
-    if found.seeds < 2:
-        return f"{ratio} %"
-    return f"{ratio} % ({low} to {high}{'' if paired else ', no pairs'})"
+    low, ratio, high = (f"{100 * (value - 1):+.1f}" for value in found.interval.ratio)
+    group = best[best["configuration"] == name]
+    if found.interval.seeds < 2:
+        seed = f" (seed {found.seeds[0]})" if len(group) > len(found.seeds) else ""
+        return f"{ratio} %{seed}"
+    pairs = f", {found.pairs} pairs" * (found.pairs < len(group)) if found.pairs else ", no pairs"
+    return f"{ratio} % ({low} to {high}{pairs})"
 
 
 def rates_table(runs: pd.DataFrame) -> str:
-    """Mean dev perplexity of each configuration at each rate tried, its best in bold."""
+    """Mean dev perplexity of each configuration at each rate tried, its best in bold, over the
+    seeds that all of its rates have."""
     parts = []
     for block in blocks(runs):
         if block.many_rates:
             best = own_rates(block.runs)
-            means = block.runs.pivot_table(
+            mates = block.runs.groupby("configuration", group_keys=False)
+            alike = pd.concat([on_common_seeds(mine, "learning_rate") for _, mine in mates])
+            means = alike.pivot_table(
                 index="configuration", columns="learning_rate", values="dev_perplexity"
             )
             head = f"configuration | {' | '.join(spelled(rate) for rate in means.columns)}"
@@ -148,7 +161,7 @@ def rates_table(runs: pd.DataFrame) -> str:
 
 
 def processors_differ(runs: pd.DataFrame) -> list[str]:
-    """A sentence for each block whose runs were computed on different processors, or by different
+    """Sentences for each block whose runs were computed on different processors, or by different
     programs: they stand beside each other all the same."""
     told = []
     for block in blocks(runs):
@@ -159,11 +172,11 @@ def processors_differ(runs: pd.DataFrame) -> list[str]:
                 f"{block.title}: computed by {programs} programs (code, versions or "
                 "settings, program_digest): a difference between such runs may come from that."
             )
-        elif len(counts) > 1:
+        if len(counts) > 1:
             names = ", ".join(f"{name}: {n}" for name, n in counts.items())
             told.append(
-                f"{block.title}: the same program on {len(counts)} kinds of processor ({names} "
-                "runs): compared all the same; rounding differs, which acts like another seed."
+                f"{block.title}: on {len(counts)} kinds of processor ({names} runs): compared all "
+                "the same; rounding differs, which acts like another seed."
             )
     return told
 
@@ -260,7 +273,7 @@ def _tokens(tokens: float) -> str:
 
 def cost_table(runs: pd.DataFrame) -> str:
     """Runs, hours and dollars by phase and status, and their sum; killed runs cost money too."""
-    paid = runs[runs["status"] != "missing"]
+    paid = runs[(runs["status"] != "missing") & runs["same_as"].isna()]
     groups = paid.groupby([paid["phase"].map(field), paid["status"].map(field)])
     body = [[*map(str, key), *_costs(group)] for key, group in groups]
     if body:

@@ -31,7 +31,9 @@ def learning_curves(runs: pd.DataFrame, curves: Curves, styles: Styles, output: 
 
     A panel never holds two tokenizers: their perplexities would not compare.
     """
-    known = runs[runs["run"].map(lambda name: bool(curves.get(name))) & runs["experiment"].notna()]
+    whose = runs["same_as"].fillna(runs["run"])  # an equal run's curve stands in its place
+    curves = {run: curves.get(other, ()) for run, other in zip(runs["run"], whose, strict=True)}
+    known = runs[runs["run"].map(lambda name: bool(curves[name])) & runs["experiment"].notna()]
     if known.empty:
         return False
     keys = ["sweep", "phase", "vocab_size", "batch_size"]
@@ -173,7 +175,7 @@ def pareto_figure(runs: pd.DataFrame, styles: Styles, output: Path) -> bool:
     no front, and none at all where the runs' devices differ. Only runs of one corpus, phase,
     budget and batch are comparable: the largest such group is drawn, full runs before ranking runs.
     """
-    finished = runs[runs["status"] == "finished"]
+    finished = runs[(runs["status"] == "finished") & runs["same_as"].isna()]
     group = at_own_rates(_largest_comparable(finished))
     if group.empty:
         return False

@@ -121,7 +121,8 @@ def stands_for(other: Row, own: Mapping[str, Any]) -> Row:
     names = ("run", "experiment", "sweep", "baseline", "baseline_name")
     asked = {key: own[key] for key in (*names, *(q.asked for q in REQUESTS)) if key in own}
     kept = {key: value for key, value in other.items() if key not in _OWN}
-    return kept | asked | {"reason": f"the same model and training as {other['run']}"}
+    told = f"the same model and training as {other['run']}"
+    return kept | asked | {"same_as": other["run"], "reason": told}
 
 
 def _data_of(row: Row, rows: Sequence[Row]) -> Row:

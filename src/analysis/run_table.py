@@ -82,8 +82,9 @@ def _is_planned(row: Row, study: Mapping[str, Any], prefix: str) -> bool:
     the full budget what it promoted."""
     if row["sweep"] not in study.get("sweeps", []):
         return True
-    name = row["run"].removeprefix(prefix)
-    return any(run["run"] == name and run["state"] != "assumed" for run in study.get("runs", []))
+    name = row["run"].removeprefix(prefix)  # whatever block's folder it would lie in
+    planned = [run for run in study.get("runs", []) if run["state"] != "assumed"]
+    return any(name in (run["run"], run["run"].rpartition("/")[2]) for run in planned)
 
 
 def _read_run(path: Path, config: Mapping[str, Any]) -> Row:

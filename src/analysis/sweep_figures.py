@@ -115,7 +115,9 @@ def sweep_figure(runs: pd.DataFrame, axis: Axis, metric: str, styles: Styles, ou
         for ax, block in zip(axes, shown, strict=True):
             handles += _draw(ax, block, axis, column_of(metric, block.runs), styles)
         drawn = pd.concat([part for block in shown for part in (block.runs, block.killed)])
-        heading = f"{paper.words(column_of(metric, drawn))} against {axis.title}"
+        columns = {column_of(metric, block.runs) for block in shown}
+        what = columns.pop() if len(columns) == 1 else metric
+        heading = f"{paper.words(what)} against {axis.title}"
         paper.finish(figure, handles, heading, drawn, styles)
         paper.save(figure, output)
     return True
@@ -179,7 +181,7 @@ def _series(best: pd.DataFrame, axis: Axis, many_rates: bool) -> pd.Series:
         "embedding_lr_ratio": lambda v: f"embedding rate x {v:g}",
     }
     if not many_rates:
-        names["learning_rate"] = lambda v: f"rate {v:g}"
+        names["learning_rate"] = lambda v: f"rate {spelled(v)}"
     table = best["embedding_dim"].notna().map({True: "factorised table", False: "whole table"})
     told, label = best.assign(table=table), pd.Series("", index=best.index)
     for key, write in names.items():

@@ -352,9 +352,11 @@ def _git_state() -> tuple[str | None, bool | None]:
 
 
 def cpu_model() -> str:
-    """The CPU's name."""
-    names = [value for key, value in _cpuinfo() if key == "model name"]
-    return names[0] if names else platform.processor() or platform.machine()
+    """The CPU's name, with family and model, for a virtual machine may call all kinds alike."""
+    first = dict(reversed(_cpuinfo()))  # of the first CPU
+    name = first.get("model name") or platform.processor() or platform.machine()
+    kind = ", ".join(f"{k.split()[-1]} {first[k]}" for k in ("cpu family", "model") if k in first)
+    return f"{name} ({kind})" if kind else name
 
 
 def environment_stamp(device: torch.device | None = None) -> dict[str, Any]:

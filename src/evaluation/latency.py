@@ -34,7 +34,7 @@ from src.compute import runtime
 from src.compute.autotune import seconds
 from src.compute.compute_config import DTYPES
 from src.evaluation import memory
-from src.evaluation.trained_run import load_run
+from src.evaluation.trained_run import load_shape
 from src.models.transformer import Transformer
 from src.spec import command_line
 from src.spec.progress import Progress, say
@@ -334,7 +334,7 @@ def _measured(asked: argparse.Namespace) -> dict[str, Any]:
     device = runtime.choose_device(asked.device)
     runtime.pin_threads(asked.threads)
     paths = asked.compare or [asked.run]
-    models = [load_run(path).model for path in paths]
+    models, trained = zip(*(load_shape(path) for path in paths), strict=True)
     precision = asked.precision or _own_precision(paths)
     dtype = DTYPES[runtime.resolve_precision(precision, device)]
     timing = {"warmup": asked.warmup, "repeats": asked.repeats}
@@ -342,13 +342,25 @@ def _measured(asked: argparse.Namespace) -> dict[str, Any]:
         "device": device, "autocast_dtype": dtype, "lengths": asked.lengths, **timing,
     }  # fmt: skip
     if asked.run is not None:
-        names = {"run": asked.run.name}
+        names = {"run": _name(asked.run, asked.output)}
         result = measure(models[0], compiled=asked.compiled, **options)
     else:
-        names = {"baseline": paths[0].name, "ours": paths[1].name}
+        baseline, ours = (_name(path, asked.output) for path in paths)
+        names = {"baseline": baseline, "ours": ours}
         result = {"comparison": compare(models[1], models[0], **options), "margin": MARGIN}
     environment = runtime.environment_stamp(device)
-    return {**names, "precision": precision, **timing, **result, "environment": environment}
+    told = {**names, "trained_weights": all(trained), "precision": precision, **timing}
+    return {**told, **result, "environment": environment}
+
+
+def _name(run: Path, output: Path | None) -> str:
+    """The run's name in its log directory where the output is LOG_DIR/latency/FILE, as a study
+    writes it; else that of its own directory."""
+    if output is not None and output.absolute().parent.name == "latency":
+        log_dir = output.absolute().parents[1]
+        if run.absolute().is_relative_to(log_dir):
+            return run.absolute().relative_to(log_dir).as_posix()
+    return run.name
 
 
 def _own_precision(paths: Sequence[Path]) -> str:

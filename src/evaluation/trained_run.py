@@ -54,8 +54,8 @@ class TrainedRun:
         return leakage.contaminated_rows(stated, smallbench_dir, corpus)
 
 
-def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
-    """Read `logs/<run>`; raises ValueError where it is no finished run or its files disagree."""
+def _resolved(path: Path) -> dict[str, Any]:
+    """The content of its config.yaml; ValueError where that is none."""
     try:
         resolved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -69,7 +69,28 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
             f"{path / 'config.yaml'}: found another content than a run has written, expected that; "
             "restore it from a copy"
         )
-    done = path / "metrics.json"
+    return resolved
+
+
+def _built(resolved: dict[str, Any]) -> Transformer:
+    with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
+        return Transformer(ModelConfig(**resolved["model"]))
+
+
+def load_shape(path: Path) -> tuple[Transformer, bool]:
+    """The model of `logs/<run>` for its speed alone, and whether it has the trained weights.
+
+    A finished run whose weights are gone, as after a move to another machine with what was
+    published, has the same shape untrained: the same operations take the same time.
+    """
+    if exported(path) or not (path / "metrics.json").is_file():
+        return load_run(path).model, True
+    return _built(_resolved(path)).eval(), False
+
+
+def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
+    """Read `logs/<run>`; raises ValueError where it is no finished run or its files disagree."""
+    resolved, done = _resolved(path), path / "metrics.json"
     metrics = read_json(done) if done.is_file() else {}
     if metrics.get("status") == "killed":
         raise ValueError(f"{path}: the kill rule stopped this run, so it has no final model")
@@ -91,8 +112,7 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
         "data": resolved["data_sha256"],
     }
     weights = _final_weights(path, digests, metrics.get("steps"))
-    with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
-        model = Transformer(ModelConfig(**resolved["model"]))
+    model = _built(resolved)
     model.load_state_dict(weights)
     return TrainedRun(
         path=path,

@@ -126,6 +126,7 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         _text("path", "where it was found; CSV only", csv_only=True),
         _text("status", "`finished`; `killed` by the kill rule; `failed` with a reason; `unfinished`, no `metrics.json` yet; `missing`, named by its sweep and provided by no run. The last three only in the CSV", summary=True),
         _text("reason", "why a run is not `finished`; of a finished one, the run whose numbers stand here, or where a copy was found", summary=True),
+        _text("same_as", "the run whose numbers stand here, where an equal one was trained; CSV only", csv_only=True),
         _text("experiment", "name in the sweep's YAML", summary=True),
         _text("sweep", "the sweep's YAML file", summary=True),
         _flag("baseline", "this run is of the sweep's baseline experiment", summary=True),

@@ -7,6 +7,7 @@ on an assumption is never run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -155,7 +156,27 @@ class _Blocks:
             f"no depth and d_ff are within the allocator's bounds on the model of {name}.",
             keep=made.raw["baseline"],
         )  # fmt: skip
-        return self.plan.generate(f"{block.name}-{name}.yaml", raw)
+        twins = self._built_as_another(block, Source(glu.path, raw))
+        entries = [entry for entry in raw["experiments"] if entry["name"] not in twins]
+        return self.plan.generate(f"{block.name}-{name}.yaml", {**raw, "experiments": entries})
+
+    def _built_as_another(self, block: Block, made: Source) -> list[str]:
+        """Experiments of a GLU sweep whose expansion comes out nearer to what another one asks:
+        on a shallow model a layer more or less is a large step."""
+        sweep = self.plan.sweep(made, "rank", block.overrides)
+        asked = {run.experiment: run.model.glu_expansion for run in sweep.runs}
+        built = {name: shape.glu_expansion for name, shape in allocate(sweep).items()}
+        twins = [
+            name
+            for name, found in built.items()
+            if name != sweep.baseline
+            and min(asked.values(), key=lambda value: abs(value - found)) != asked[name]
+        ]
+        if twins and self.plan.decided:
+            told = [f"{n}: asked {asked[n]:g}, built {built[n]:.2f}" for n in twins]
+            reason = "what can be built is nearer to another expansion of the sweep."
+            self.plan.decide("1", "allocation", told, "left out", reason)
+        return twins
 
     def _stands_on(self, block: Block, glu: Source, leader: Configuration) -> bool:
         """Whether a GLU sweep stands on the leader's model and rate as its file says."""
@@ -237,7 +258,7 @@ class _Blocks:
                 ", ".join(chosen),
                 "lowest mean dev loss of the shares' seeds among what was promoted; a "
                 "configuration of one seed counts with its difference from the leading share's "
-                "run of that seed.",
+                "run of that seed, as equal where that is less than seeds differ by chance.",
             )  # fmt: skip
         baseline = generated.experiment(first.source.raw, base.run.experiment)
         raw = generated.of_entries(first.source.raw, base.run.experiment, [baseline, *entries])
@@ -268,7 +289,8 @@ class _Blocks:
 
     def _score(self, parts: Sequence[_Planned], part: _Planned, one: Configuration) -> float:
         """Mean loss over the seeds of a share; another configuration counts with the leading
-        share's mean and its difference from the leader's run of the same seed."""
+        share's mean and its difference from the leader's run of the same seed, 0 where chance
+        makes such a one."""
         if not self.plan.decided:
             return 0.0
         leader = one if part is parts[0] else self._leader(parts[0])
@@ -276,7 +298,10 @@ class _Blocks:
         if leader is one:
             return mean
         mine, theirs = self.plan.losses([one]), self.plan.losses([leader])
-        return mean + mine[0] - theirs[0] if mine else float("inf")
+        if not mine:
+            return math.inf
+        gap, noise = mine[0] - theirs[0], self._noise()
+        return mean if noise and abs(gap) < decisions.by_chance(noise, 1, 1) else mean + gap
 
     def _seeds(self, one: Configuration) -> list[Configuration]:
         """The runs of its experiment at every seed that blocks so far gave it."""
@@ -340,8 +365,10 @@ class _Blocks:
         full = [found for found in self.planned.values() if found.block.phase == "full"]
         for found in full:
             judge = self._judge(found)
-            if judge and judge.compare_speeds(found.complete) and found.complete:
-                judge.decide()
+            if judge:
+                speeds = judge.compare_speeds(found.complete)
+                if found.complete:
+                    judge.decide(speeds)
         ranked = [one for p in self.planned.values() if p.block.phase == "rank" for one in p.runs]
         for folder in dict.fromkeys(found.block.folder for found in full):
             some = [found for found in full if found.block.folder == folder]

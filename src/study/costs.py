@@ -50,7 +50,7 @@ def table(found: Plan, rate: Rate, spent: Mapping[str, float], budget: float) ->
     hours = sum(seconds(job, rate) for job in counted) / 3600
     usd, all_spent = sum(dollars(job, rate) for job in counted), sum(spent.values())
     lines.append(
-        f"to go: {hours:.2f} hours, {usd:.2f} USD; spent {all_spent:.2f} USD; together "
+        f"to go: {hours:.2f} run hours, {usd:.2f} USD; spent {all_spent:.2f} USD; together "
         f"{all_spent + usd:.2f} of budget_usd {budget:.2f} ({rate.source})"
     )
     lines += [f"assumed until it is decided: {what}" for what in found.assumptions]

@@ -97,16 +97,22 @@ class Judge:
 
     # -------------------------------------------------------------------------- decisions
 
-    def decide(self) -> None:
-        """Everything that finished runs of both sides say."""
+    def decide(self, speeds: bool) -> None:
+        """Everything that finished runs of both sides say; who wins only once all `speeds` are
+        there."""
         judged = {name: g for name, g in self.chosen.items() if self._every_seed_finished(name, g)}
         if not judged or not self.plan.losses(self.baseline, self.key):
-            self._decide(
-                "winner", [], "no winner",
-                "the baseline has no finished seed, or no finalist finished all of its seeds.",
-            )  # fmt: skip
+            self._no_winner(
+                "the baseline has no finished seed, or no finalist finished all of its seeds."
+            )
             return
         self.interval_decisions(judged)
+        if not speeds:
+            return
+        judged = {name: g for name, g in judged.items() if self._computed_alike(name, g)}
+        if not judged:
+            self._no_winner("no finalist has two seeds that were computed as the baseline's were.")
+            return
         reference = self._measured(self.baseline)
         found = {name: self._measured(group) for name, group in judged.items()}
         for name, group in judged.items():
@@ -120,6 +126,9 @@ class Judge:
         }
         self._winner_decision(reference, found, ties)
 
+    def _no_winner(self, reason: str) -> None:
+        self._decide("winner", [], "no winner", reason)
+
     def _every_seed_finished(self, name: str, group: Seeds) -> bool:
         """A rule that stops bad seeds would leave a finalist with its good ones."""
         ended = len(self.plan.losses(group, self.key))
@@ -130,6 +139,17 @@ class Judge:
                 "judged on those it would be compared by its best seeds.",
             )  # fmt: skip
         return ended == len(group)
+
+    def _computed_alike(self, name: str, group: Seeds) -> bool:
+        """Whether two seeds pair, where both sides have two: what another program computed differs
+        by that as well."""
+        sides = [self._labelled(group), self._labelled(self.baseline)]
+        found = repeats.pair(*sides)
+        alike = len(found.pairs) > 1 or min(map(len, sides)) < 2
+        if not alike:
+            told = "; ".join(found.left_out)
+            self._decide("two seeds computed alike", [name], "out", f"left out: {told}.")
+        return alike
 
     def interval_decisions(self, judged: Mapping[str, Seeds]) -> None:
         """The 95 % interval of each against the baseline, p values after Holm; the noise is that

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,7 @@ def test_what_a_study_did_not_promote_is_not_missing(tmp_path: Path) -> None:
         return {run for run, row in tabulated(tmp_path).items() if row["status"] == "missing"}
 
     assert missing({"emb35": "done", "emb25": "to do"}) == {"emb25", "glu4x"}
+    assert missing({"emb35": "done", "20m/emb25": "to do"}) == {"emb25", "glu4x"}
     assert missing({"emb35": "done", "emb25": "assumed"}) == {"glu4x"}
 
 
@@ -346,6 +348,11 @@ def test_the_report_made_from_the_csv_is_the_same_and_can_be_checked(
     tabulate(tmp_path, *fill)
     assert report.read_text() == from_runs
     tabulate(tmp_path, *fill, "--check")
+    # The study of these results lies beside them, whatever stands in logs/.
+    report.write_text("<!-- table:decisions --><!-- /table:decisions -->")
+    shutil.copy(study / "logs/study.json", tmp_path)
+    tabulate(tmp_path, *fill)
+    assert "| 1 | emb25 |" in report.read_text()
     report.write_text(from_runs.replace("| emb25", "| emb24", 1))
     assert "differ" in tabulate(tmp_path, *fill, "--check", code=78).stderr
 

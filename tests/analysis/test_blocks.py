@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from src.analysis import blocks, report_tables, run_csv, run_table
-from tests.synthetic_runs import SHARE_SWEEP, write_sweep
+from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, write_sweep
 
 SHARE = "embed_ratio.yaml"
 RATES = {"2e-3": 2e-3, "4e-3": 4e-3, "8e-3": 8e-3}
@@ -57,6 +57,7 @@ def test_who_leads_at_its_own_rate_and_whether_blocks_agree(logs: list[Path]) ->
     assert rates.index("emb35") < rates.index("emb25") < rates.index("emb45")
     assert "emb25's is the highest rate tried" in rates and "emb35's" not in rates
     assert "At the shared rate 4e-3: another order, emb35 < emb45 < emb25." in rates
+    assert "At the shared rate 2e-3" in rates and "not told apart" not in rates
     assert against.endswith("another order.")
 
 
@@ -81,3 +82,41 @@ def test_runs_of_two_processors_are_compared_and_that_is_said(logs: list[Path]) 
     other = runs["program_digest"].where(runs["experiment"] != "emb25", "q" * 64)
     (told, _) = report_tables.processors_differ(runs.assign(program_digest=other))
     assert "computed by 2 programs" in told
+
+
+def test_a_table_says_which_seeds_and_pairs_it_rests_on(logs: list[Path]) -> None:
+    """One seed of one rate is lost, and a third one was computed by another program."""
+    runs = run_csv.table(run_table.read_rows(*logs))
+    here = (runs["experiment"] == "emb45-lr4e-3") & (runs["batch_size"] == 64)
+    some = runs[~(here & (runs["seed"] == 2))]
+    (told,) = (line for line in blocks.order_sentences(some) if "611 steps" in line and "<" in line)
+    assert "dev perplexity over seeds 0, 1 emb35" in told
+    moved = runs["program_digest"].where(~(here & (runs["seed"] == 0)), "q" * 64)
+    made = report_tables.summary_table(runs.assign(program_digest=moved))
+    (line,) = (line for line in made.splitlines() if "| emb45 |" in line and "| 4e-3 | 3 |" in line)
+    assert ", 2 pairs)" in line
+    beside = (runs["experiment"] == "emb35-lr4e-3") & (runs["batch_size"] == 64)
+    first = blocks.gap("emb45", "emb35", runs[here | beside], "dev_loss")
+    second = blocks.gap("emb45", "emb35", some[some["seed"] == 0], "dev_loss")
+    assert first is not None and second is not None and (first.pairs, second.pairs) == (3, 0)
+    assert second.interval.seeds == 1 and second.seeds == (0,)
+    more = runs["dev_perplexity"].where(~(here & (runs["seed"] > 0)), 999.0)
+    (rates,) = (line for line in report_tables.rates_table(
+        runs.assign(dev_perplexity=more)).splitlines() if line.startswith("| emb45"))  # fmt: skip
+    assert "999" not in rates, "the other rates have seed 0 alone"
+
+
+def test_two_configurations_that_seeds_do_not_part_are_not_ordered(logs: list[Path]) -> None:
+    runs = run_csv.table(run_table.read_rows(*logs))
+    noisy = runs["dev_loss"] + 0.3 * ((runs["seed"] == 1) & (runs["configuration"] == "emb35"))
+    told = blocks.order_sentences(runs.assign(dev_loss=noisy))
+    assert any("emb35 and emb25 are not told apart" in line for line in told)
+
+
+def test_a_glu_sweep_is_in_the_order_of_what_was_built(tmp_path: Path) -> None:
+    write_sweep(tmp_path, "glu_expansion.yaml", GLU_SWEEP, phase="rank", tokens=5_000_000)
+    made = report_tables.summary_table(run_csv.table(run_table.read_rows(tmp_path)))
+    head, _, *lines = made.splitlines()[2:]
+    assert "| GLU |" in head and "| share |" not in head
+    built = [float(line.split(" | ")[1]) for line in lines]
+    assert len(built) > 2 and built == sorted(built)

@@ -48,6 +48,20 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     assert "found no such directory" in publish(tmp_path / "none", tmp_path / "new", code=78)
 
 
+def test_a_publication_of_other_runs_is_refused_and_an_old_figure_goes(tmp_path: Path) -> None:
+    logs, output = tmp_path / "logs", tmp_path / "published"
+    write_sweep(logs, "embed_ratio.yaml", SHARE_SWEEP[:2])
+    publish(logs, output)
+    (output / "rank_agreement.png").write_bytes(b"of another day")
+    write_sweep(logs, "embed_ratio.yaml", SHARE_SWEEP[2:])
+    publish(logs, output)
+    assert (output / "runs/emb45").is_dir() and not (output / "rank_agreement.png").exists()
+    other = tmp_path / "other"
+    write_sweep(other, "embed_ratio.yaml", SHARE_SWEEP[:1])
+    assert "found 2 published runs that no log" in publish(other, output, code=78)
+    assert (output / "runs/emb45").is_dir()
+
+
 def test_a_tuned_and_a_foreign_directory_and_folders_of_this_machine(tmp_path: Path) -> None:
     logs, output = tmp_path / "logs", tmp_path / "published"
     write_sweep(logs, "embed_ratio.yaml", SHARE_SWEEP)

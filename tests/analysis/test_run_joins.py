@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from src.analysis import bundle, run_table
+from src.analysis import bundle, paper, report_tables, run_csv, run_figures, run_table
 from src.spec import config, run_identity
 from src.spec.config import TrainingConfig
 from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, write_sweep
@@ -50,8 +50,27 @@ def test_a_model_under_two_names_is_in_both_sweeps_without_a_study(both: Path) -
     row, other = rows["glu266x"], rows["emb35"]
     assert (row["status"], row["sweep"], row["glu_expansion_asked"]) == ("finished", GLU, 2.66)
     assert row["test_perplexity"] == other["test_perplexity"] and not row["baseline"]
-    assert "cost_usd" not in row and "path" not in row and "emb35" in row["reason"]
+    assert "cost_usd" not in row and "path" not in row and row["same_as"] == "emb35"
     assert "glu266x-seed1" not in rows  # a seed that no run of this sweep has
+
+
+def test_a_run_under_a_second_name_costs_nothing_and_is_one_point(
+    both: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state_built(both, model_digest=MODEL, training_digest=TRAINING)
+    rows = run_table.read_rows(both)
+    runs, curves = run_csv.table(rows), run_table.read_curves(rows)
+    assert "| 6 |" in report_tables.cost_table(runs), "three seeds of emb35 and three of the GLU"
+    styles = paper.looks(runs)
+    assert (styles["emb35"].colour, styles["glu266x"].colour != paper.BLACK) == (paper.BLACK, True)
+    shown: list[str] = []
+    drawn = run_figures._draw_curves
+    monkeypatch.setattr(
+        run_figures, "_draw_curves",
+        lambda ax, group, *rest: shown.extend(group["run"]) or drawn(ax, group, *rest),
+    )  # fmt: skip
+    assert run_figures.learning_curves(runs, curves, styles, both / "curves.png")
+    assert "glu266x" in shown, "with the curve of emb35"
 
 
 def test_seeds_given_by_hand_are_joined_too(both: Path) -> None:

@@ -177,6 +177,36 @@ def test_latency_command(run: tuple[Path, Transformer], capsys: pytest.CaptureFi
     assert "state it with --precision" in capsys.readouterr().err
 
 
+def test_speeds_are_compared_without_the_weights(
+    run: tuple[Path, Transformer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On another machine there is what was published: shapes, no weights."""
+    path, _ = run
+    log_dir, moved = path.parent, path.parent / "20m" / "toy"
+    moved.mkdir(parents=True)
+    shutil.copy(path / "config.yaml", moved)
+    line = [
+        "--device",
+        "cpu",
+        "--warmup",
+        "1",
+        "--repeats",
+        "3",
+        "--lengths",
+        "4",
+        "--threads",
+        "1",
+    ]
+    line += ["--compare", str(path), str(moved), "--output", str(log_dir / "latency" / "a.json")]
+    assert eval_latency.main(line) == 78, "no finished run"
+    assert "found no whole export" in capsys.readouterr().err
+    (moved / "metrics.json").write_text('{"status": "finished"}')
+    assert eval_latency.main(line) == 0
+    found = json.loads((log_dir / "latency" / "a.json").read_text())
+    assert (found["baseline"], found["ours"]) == ("toy", "20m/toy"), "as a study names its runs"
+    assert found["trained_weights"] is False
+
+
 @pytest.mark.parametrize("content", ["config_digest: x\n", "- 1\n", "a: [\n", "\0"])
 def test_a_config_that_no_run_wrote_is_refused(run: tuple[Path, Transformer], content: str) -> None:
     path, _ = run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from src.storage.documents import Documents
+from src.study import blocks
 from src.study import runner as study
 from src.study.plan import Job, Plan, Study
-from tests.study.invented import by_share, finalists, only, readings, row, simulate
+from tests.study.invented import by_share, finalists, only, readings, row, rows, simulate
 
 
 def loss(job: Job) -> float:
@@ -53,6 +55,18 @@ def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
     assert (
         "seed 1 (compute alike): the other side's run of this seed was computed" in says["reason"]
     )
+    assert "seed 1 (compute alike)" in row(plan, "two seeds computed alike")["reason"]
+    assert row(plan, "winner")["verdict"] == "no winner" and plan.winner is None
+
+
+def test_intervals_do_not_wait_for_the_comparison_of_speeds(prd: Study) -> None:
+    plan, order = follow(prd, documents=documents)
+    (latency,) = (job for job in plan.jobs if job.kind == "latency")
+    state = replace(plan.state, latency={})
+    before = blocks.plan(plan.study, state)
+    assert order[-1] == latency.name == before.ready()[0].name
+    assert row(before, "equivalence") == row(plan, "equivalence")
+    assert not rows(before, "winner") and before.winner is None
 
 
 def test_seeds_of_another_processor_pair_and_that_is_said(prd: Study) -> None:

@@ -82,7 +82,9 @@ def test_later_blocks_follow_the_leader_at_its_own_best_rate(ten: Study) -> None
     leader = next(c for c in runs(plan, "rates") if c.run.experiment == "emb45-lr8e-3")
     width = (leader.allocation.model.d_model, leader.allocation.model.n_heads)
     glu = runs(plan, "glu")
-    assert {c.run.experiment for c in glu} >= {"glu2x-emb45-lr8e-3", "glu4x-emb45-lr8e-3"}
+    # On six layers 3 comes out as 2.7, next to 2.66: it is left out, and that is said.
+    assert {c.run.experiment.partition("-")[0] for c in glu} == {"glu2x", "glu266x", "glu4x"}
+    assert row(plan, "allocation")["numbers"] == "glu3x-emb45-lr8e-3: asked 3, built 2.71"
     tables = [c for c in runs(plan, "factorised") if c.run.model.embedding_dim]
     shares = sorted(c.allocation.params.share for c in tables)
     assert len(shares) == 2 and abs(shares[0] - 0.15) < 0.02 and abs(shares[1] - 0.25) < 0.02
@@ -132,6 +134,15 @@ def test_shares_meet_over_all_their_seeds(ten: Study) -> None:
     told = row(plan, "lowest dev loss, block seeds")
     assert told["verdict"].startswith("emb25") and "seed" not in told["verdict"]
     assert row(plan, "finalists, block 20m")["verdict"].startswith("emb25")
+
+
+def test_a_configuration_of_one_seed_ahead_by_chance_is_no_finalist(ten: Study) -> None:
+    def close(job: Job) -> float:
+        return loss(job) + (0.0295 if "glu2x" in job.run.experiment else 0.0)
+
+    plan, _ = simulate(ten, close)
+    told = row(plan, "finalists, block 20m")
+    assert told["verdict"] == "emb45-lr8e-3" and "by chance" in told["reason"]
 
 
 def test_a_leading_baseline_is_no_finalist(ten: Study) -> None:

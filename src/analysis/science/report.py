@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from src.analysis import repeats, run_table
-from src.analysis.blocks import at_own_rates, each_once, many_rates, own_rates, shared_rate
+from src.analysis.blocks import at_own_rates, each_once, many_rates, own_rates, shared_rates
 from src.analysis.run_csv import read_csv, table
 from src.analysis.run_joins import each_once as without_copies
 from src.analysis.science import fits, surface
@@ -137,7 +137,8 @@ def _of_sweep(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> list[dict[s
     shared rate."""
     if not many_rates(runs):
         return [_curve_of(runs, "one rate", predictions)]
-    own, shared = own_rates(runs), shared_rate(runs)
+    own, rates = own_rates(runs), shared_rates(runs)
+    shared = None if rates.empty else float(rates.idxmin())
     best = at_own_rates(runs)
     if set(own.values()) == {shared}:
         return [_curve_of(best, f"own best and shared rate {shared:g}", predictions)]
