@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from src.analysis import kill_table
+from src.analysis import decisions, kill_table, repeats
 from src.analysis.run_csv import Row
 from src.analysis.science import predictions
 from src.spec import config
@@ -60,6 +61,14 @@ def set_up() -> Iterator[str]:
     assert first["tokens"] / full == pytest.approx(0.1, rel=0.01)
 
 
+def ends(name: str) -> dict[float, float]:
+    """Dev perplexity of a share by the rates of the block of 611 steps, seed 0."""
+    some = [
+        row for row in finished() if row["run"].startswith(f"rates/{name}-") and not row["seed"]
+    ]
+    return {row["learning_rate"]: row["dev_perplexity"] for row in some}
+
+
 def rates() -> Iterator[str]:
     """Of the block of 611 steps, beside that of 153."""
     large = {name: run("prd", name) for name in SHARES}
@@ -76,22 +85,27 @@ def rates() -> Iterator[str]:
         100 * (block["emb45"]["dev_perplexity"] / block["emb35"]["dev_perplexity"] - 1)
         for block in (low, small)
     ]
-    yield f"at 2e-3 emb35 leads emb45 by {ahead[0]:.1f} %, at 4e-3 emb45 leads by {-ahead[1]:.1f} %"
-    assert {row["device_name"] for row in small.values()} == {"AMD EPYC"}
-    assert all("Xeon" in row["device_name"] for row in low.values())
-    ends = {
-        name: [run("rates", f"{name}-lr{rate}")["dev_perplexity"] for rate in tried]
-        for name, tried in (("emb25", ("2e-3", "4e-3")), ("emb45", ("2e-3", "4e-3", "8e-3")))
-    }
-    first, second = (f"{ppl:.1f}" for ppl in ends["emb25"])
-    yield f"emb25 ends at {first} and {second} at 2e-3 and 4e-3"
-    one, two, three = (f"{ppl:.1f}" for ppl in ends["emb45"])
-    yield f"emb45 at {one}, {two} and {three} at 2e-3, 4e-3 and 8e-3"
-    for block in (large, low, small | {"emb25": run("rates", "emb25-lr4e-3")}):
-        assert max(block, key=lambda name: block[name]["dev_perplexity"]) == "emb25"
-    missing = {row["experiment"] for row in rows(TEN).values() if row["status"] == "missing"}
-    assert missing == {"emb25-lr8e-3", "emb35-lr8e-3"}
-    yield "Not run yet: 8e-3 for emb25 and emb35"
+    yield (
+        f"at 2e-3 emb35 is {ahead[0]:.1f} % ahead of emb45, at 4e-3 emb45 is {-ahead[1]:.1f} % "
+        "ahead of emb35"
+    )
+    tried = {name: ends(name) for name in SHARES}
+    for name in ("emb25", "emb35"):
+        assert min(tried[name], key=tried[name].__getitem__) == 2e-3
+        assert min(tried[name]) < 2e-3 < max(tried[name])
+    yield "its list: 2e-3 for emb25 and emb35; 4e-3 for emb45, level with 8e-3"
+    assert min(tried["emb45"]) < min(tried["emb45"], key=tried["emb45"].__getitem__)
+    assert abs(tried["emb45"][4e-3] / tried["emb45"][8e-3] - 1) < 0.001
+    for rate in {rate for found in tried.values() for rate in found} - {8e-3}:
+        there = {name: found[rate] for name, found in tried.items() if rate in found}
+        assert max(there, key=there.__getitem__) == "emb25"
+    assert max(large, key=lambda name: large[name]["dev_perplexity"]) == "emb25"
+    best = {"emb35": low["emb35"], "emb45": small["emb45"]}
+    for block, says in ((large, "({b:.3f} and\n{a:.3f})"), (best, "({b:.3f} and {a:.3f})")):
+        a, b = (block[name]["outside_dev_bits_per_byte"] for name in ("emb35", "emb45"))
+        yield says.format(a=a, b=b).replace("\n", " ")
+        dev = [block[name]["dev_perplexity"] for name in ("emb35", "emb45")]
+        assert (a < b) != (dev[0] < dev[1])
     bundled = content(TEN / "results_bundle.json")["runs"]
     judged = kill_table.judged(list(rows(TEN).values()), bundled)
     wrong = [one for one in judged if one.replayed is not None and one.replayed.false_kill]
@@ -116,14 +130,30 @@ def noise() -> Iterator[str]:
         if row["experiment"] == "mini-emb35" and row["phase"] == "rank"
     ]
     assert len(losses) == 5
-    yield f"by {sd(losses):.3f} nats (sd), {100 * math.expm1(sd(losses)):.0f} % in perplexity"
+    yield f"by {sd(losses):.3f} nats (sd): two single runs"
+    pooled = repeats.pooled_noise({"mini-emb35": losses})
+    assert pooled is not None
+    chance = math.expm1(decisions.by_chance(pooled, 1, 1))
+    yield f"closer than {100 * chance:.0f} % are not told apart"
+    shares = [{name: run("prd", name)["dev_perplexity"] for name in SHARES},
+              {name: min(ends(name).values()) for name in SHARES}]  # fmt: skip
+    larger = [
+        (block, *sorted(pair))
+        for block, ppl in enumerate(shares)
+        for pair in itertools.combinations(SHARES, 2)
+        if abs(math.log(ppl[pair[0]] / ppl[pair[1]])) > math.log1p(chance)
+    ]
+    assert larger == [(0, "emb25", "emb35"), (0, "emb25", "emb45")]
+    log = (RESULTS / "LOG.md").read_text(encoding="utf-8")
+    assert "had ended at 590.6 (emb35) and 578.4 (emb45)" in log
+    yield "at 590.6 for emb35 and 578.4 for emb45"
 
 
 def cost() -> Iterator[str]:
     runs = finished()
     hours = sum(row["wall_seconds"] for row in runs) / 3600
     yield f"{len(runs)} runs, {sum(row['tokens'] for row in runs) / 1e6:.0f}M tokens"
-    yield f"{hours:.1f} hours of one core"
+    yield f"{hours:.1f} hours of wall time"
     yield f"{sum(row['cost_usd'] for row in runs):.2f} dollars"
     first = run("prd", "emb35")
     seconds = 3 * first["flops_per_token"] * first["tokens"] / A100_BF16_FLOPS
