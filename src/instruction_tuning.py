@@ -74,13 +74,14 @@ def held_out_loss(
 
 @torch.no_grad()
 def generate(model: Transformer, prompt: Sequence[int], context: int, limit: int) -> list[int]:
-    """Greedy continuation of at most `limit` tokens, up to the end token or a full context."""
+    """Greedy continuation of at most `limit` tokens (fewer than the context), up to the end token;
+    a long prompt loses its beginning, so that there is room."""
     device = model.norm.weight.device
-    kept = list(prompt)[-(context - 1) :]
+    kept = list(prompt)[-(context - limit) :]
     cache = model.new_cache(1, context)
     logits = model(torch.tensor([kept], device=device), cache)[:, -1]
     made: list[int] = []
-    for _ in range(min(limit, context - len(kept))):
+    for _ in range(limit):
         token = int(logits.argmax())
         if token == END:
             break
@@ -186,6 +187,8 @@ def _resolved(
         "tuning": {name: getattr(asked, name) for name in SETTINGS},
         "tokenizer_sha256": base.resolved["tokenizer_sha256"],
         "data_sha256": data.hexdigest(),
+        # Both are scored on the same items.
+        **{key: base.resolved[key] for key in ("evaluation", "data_dir") if key in base.resolved},
     }
 
 

@@ -13,9 +13,11 @@ from src.data import leakage, requests
 from src.data import tasks as smallbench
 from src.data import tokens as data
 from src.data.tokenizer import load_tokenizer
+from src.evaluation import metrics
 from src.spec import costs, kill_rule
 from src.spec.allocation import Allocation
 from src.spec.config import RunConfig, Sweep
+from src.spec.progress import say
 from src.storage import address, run_dir
 
 
@@ -75,10 +77,18 @@ def check(
             tokens.tokenizer_path,
         )
         directory = Path(run.evaluation.smallbench_dir)
-        leakage.contaminated_rows(run.evaluation.leakage, directory, tokens.corpus)
+        if leakage.contaminated_rows(run.evaluation.leakage, directory, tokens.corpus) is None:
+            say(
+                run.run_name,
+                f"no report says which items of {directory} the training text contains: all are "
+                f"asked; python scripts/check_leakage.py --smallbench {directory} --corpus ... "
+                "makes it",
+            )
     if run.evaluation.outside_dir is not None:
         for name in ("validation", "test") if run.evaluation.test else ("validation",):
             data.outside_texts(Path(run.evaluation.outside_dir), name)
+    resolved, digest = metrics.resolved(run, allocations, sweep, tokens)
+    run_dir.begun_with(log_dir / run.run_name, resolved, digest, metrics.older_digest(resolved))
     return RunContext(
         run=run, sweep=sweep, allocations=allocations, data=tokens,
         log_dir=log_dir, device=device, remote=remote,

@@ -61,7 +61,8 @@ def execute(context: RunContext) -> int:
                 elif lost:  # small files from another machine are a finished run too
                     gone = "; it has neither final/ nor a checkpoint"
                 print(f"{context.name}: finished before, nothing to do ({directory.path}){gone}")
-                return OK
+                remote.push_missing(directory, digests)
+                return OK if remote.landed(context.name) else TRY_AGAIN
             diverged = _diverged(directory.path)
             if diverged is not None:  # refused alone: the command's other runs go on
                 print(diverged, file=sys.stderr)
@@ -69,7 +70,7 @@ def execute(context: RunContext) -> int:
             directory.clear_failure()
             with _recorded_failure(directory, context.name):
                 _train_and_measure(context, directory, digests, remote)
-                return OK
+                return OK if remote.landed(context.name) else TRY_AGAIN
             return OUR_FAULT
     except Held as held:
         print(f"{context.name}: {held}", file=sys.stderr)
@@ -154,6 +155,19 @@ class _Remote:
         if self._remote is not None:
             self._remote.push_final(directory, _results(directory.path), digests)
 
+    def push_missing(self, directory: Any, digests: dict[str, str]) -> None:
+        """The results of a finished run that the store has not got."""
+        if self._remote is not None and any(directory.checkpoints.glob("step-*.json")):
+            if not self._remote.has_final():
+                self.push_final(directory, digests)
+
+    def landed(self, name: str) -> bool:
+        """Whether the store has all that was pushed, waited for; if not, that is said."""
+        if self._remote is None or self._remote.drain(20):
+            return True
+        print(f"{name}: finished here, its store has not got all of it", file=sys.stderr)
+        return False
+
 
 def _results(path: Path) -> list[str]:
     """What a finished run is on another disk: all but its lock, views and older checkpoints."""
@@ -175,7 +189,11 @@ def _change_evaluation(
     again; one that the kill rule stopped is left as it is. Raises ValueError where the final
     weights are gone."""
     stored, finished = directory.config() or {}, directory.finished()
-    changes = "; ".join(differences(stored.get("evaluation", {}), resolved["evaluation"]))
+    told = differences(stored.get("evaluation", {}), resolved["evaluation"])
+    key = "questions_sha256"
+    if key in stored and stored[key] != resolved.get(key, stored[key]):
+        told.append("other tasks, rows or leakage report")
+    changes = "; ".join(told)
     if not changes:
         return
     if finished is not None and finished.get("status") == "killed":

@@ -149,6 +149,7 @@ class Trainer(Stepper):
         self.windows = training_windows(data, training)
         self.dev = dev_windows(data, training)
         self.stability = Stability()
+        self.judged: kill_rule.Verdict | None = None  # at the newest check
         self.peak_before = 0.0  # MiB, of earlier attempts
         self.conditions_before: list[dict[str, Any]] = []  # likewise
         runtime.reset_peak_memory(machine.device)
@@ -271,7 +272,8 @@ class Trainer(Stepper):
     def evaluate(self, board: EventFile) -> kill_rule.Verdict | None:
         """Log the dev loss and the rule's verdict; returns the one that stops the run, if it does.
 
-        A run that was cut between its kill and its metrics.json asks again and logs nothing twice.
+        A run that comes back to a check says again what it logged there, by the part of the
+        baseline's curve that there was then: it logs nothing twice and changes no verdict.
         """
         logged = self.directory.rows("dev")
         again = bool(logged) and logged[-1]["step"] == self.step
@@ -285,33 +287,38 @@ class Trainer(Stepper):
                 "dev", dev_loss=loss, dev_perplexity=math.exp(loss), elapsed_s=self.seconds
             )
             _show(board, row)
-        verdict, reference = self.verdict()
-        if verdict is not None and not again:
-            self._append("kill_rule", **kill_rule.row(verdict, reference, self.tokens))
-        if verdict is None or verdict.kind != "kill" or self._rule.action != "stop":
+        told = [row for row in self.directory.rows("kill_rule") if row["step"] == self.step]
+        self.judged, reference = self.verdict(told[-1]["baseline_checks"] if told else None)
+        if self.judged is None:
+            return None
+        row = told[-1] if told else kill_rule.row(self.judged, reference, self.tokens)
+        if not told:
+            self._append("kill_rule", **row)
+        if row["verdict"] != "kill" or self._rule.action != "stop":
             return None
         if not self.directory.rows("event"):
-            self._append("event", event="killed", reason=verdict.reason)
-        return verdict
+            self._append("event", event="killed", reason=self.judged.reason)
+        return self.judged
 
     @property
     def _rule(self) -> kill_rule.KillRule:
         assert self.run.kill_rule is not None
         return self.run.kill_rule.in_run(self.training.tokens)
 
-    def verdict(self) -> tuple[kill_rule.Verdict | None, kill_rule.Curve]:
-        """The rule's verdict, and the baseline's curve on disk at this moment, which it rests on;
-        None where the rule is not on. The rule waits for nothing."""
+    def verdict(self, checks: int | None) -> tuple[kill_rule.Verdict | None, kill_rule.Curve]:
+        """The rule's verdict, and the baseline's curve on disk at this moment, which it rests on
+        (its first `checks`); None where the rule is not on. The rule waits for nothing."""
         if self.run.kill_rule is None or self.run.experiment == self.run.baseline or not self.step:
             return None, ()
         baseline = self.directory.path.parent / self.run.baseline_run_name
+        ours = read_curve(self.directory.path)
         try:
             comparable = _comparable(self.directory.path, baseline)
-            reference = read_curve(baseline) if comparable else []
+            reference = read_curve(baseline)[:checks] if comparable else []
+            return kill_rule.verdict(self._rule, reference, ours), reference
         except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
             print(f"{self.run.run_name}: no verdict: {baseline} cannot be read ({error!r})")
-            reference = []
-        return kill_rule.verdict(self._rule, reference, read_curve(self.directory.path)), reference
+            return kill_rule.verdict(self._rule, [], ours), []
 
     # ----------------------------------------------------------------------------------- the log
 
@@ -345,7 +352,7 @@ class Trainer(Stepper):
         dev = [row for row in rows if row["kind"] == "dev"]
         checks = [row for row in rows if row["kind"] == "kill_rule"]
         used = [u for row in trained if (u := row.get("gpu_utilisation_percent")) is not None]
-        verdict, _ = self.verdict()
+        verdict = self.judged
         metrics: dict[str, Any] = {
             "device_name": runtime.device_name(self.machine.device),
             "train_loss": final_loss(trained),

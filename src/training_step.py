@@ -235,7 +235,8 @@ class Stepper:
         """Take on what `save_state` has saved."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the checkpoint's machine needed none
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped = state["step"], state["skipped"]
         self.seconds_before = state["seconds"]
         checkpoint.restore_rng(state["rng"])

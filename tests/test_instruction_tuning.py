@@ -124,7 +124,7 @@ def test_greedy_generation_with_the_cache_equals_generation_without(base: Traine
             assert token == int(base.model(torch.tensor([kept]))[0, -1].argmax())
             kept.append(token)
     assert 0 < len(made) <= 12
-    assert len(tuning.generate(base.model, prompt * 20, context=32, limit=12)) <= 1
+    assert 0 < len(tuning.generate(base.model, prompt * 20, context=32, limit=12)) <= 12
 
 
 # --- whole runs -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from src.evaluation import evaluate as evaluation
 from src.evaluation import metrics as record
 from src.evaluation.trained_run import load_run
 from src.spec import metric_keys
+from src.storage.remote import Remote
 from src.storage.run_dir import RunDir, read_rows
 from tests import ROOT
 from tests.conftest import VOCAB
@@ -142,6 +143,11 @@ def test_ranking_runs_are_shorter_and_judged(logs, start):
     before = fingerprint(logs)
     assert start(*stated, exp=("all",), asked=("--phase", "rank")) == OK  # killed is done
     assert fingerprint(logs) == before
+    # Begun with another config: refused before the runs that stand before it in the list.
+    shutil.rmtree(logs / "base-rank")
+    changed = (*stated, "training.learning_rate=0.1")
+    assert start(*changed, exp=("all",), asked=("--phase", "rank")) == BAD_INPUT
+    assert not (logs / "base-rank").exists()
 
 
 def test_the_launch_loop_of_the_prd_under_bash(tiny_sweep, tmp_path):
@@ -275,6 +281,16 @@ def test_a_finished_run_comes_back_whole_from_a_store(tmp_path, start, capsys):
     for name in ("metrics.json", "final/model.safetensors", "documents_test.npz"):
         assert (two / name).read_bytes() == (one / name).read_bytes()
     assert load_run(two).model.config == load_run(one).model.config
+
+    # A run that ended before its upload did: the same command brings the store up to date.
+    (tmp_path / "store" / "base" / "final.json").unlink()
+    assert start("training.tokens=512", log_dir=tmp_path / "one", asked=remote) == OK
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "store" / "base" / "final.json").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Remote, "drain", lambda *_: False)
+        assert start("training.tokens=512", log_dir=tmp_path / "one", asked=remote) == TRY_AGAIN
+    assert "its store has not got all of it" in capsys.readouterr().err
 
     (tmp_path / "there").mkdir()
     for log_dir in (tmp_path / "deep" / "three", tmp_path / "there"):

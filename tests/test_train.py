@@ -367,6 +367,23 @@ def test_each_check_says_which_part_of_the_baselines_curve_was_there(lab, at_ste
     assert outcome.metrics["kill_tokens"] == checks[-1]["tokens"] == 15 * 256
 
 
+@pytest.mark.parametrize("cut", [15, FINAL_STEP])
+def test_a_check_that_was_passed_is_passed_when_the_run_comes_back_to_it(
+    lab, at_step, baseline, cut
+):
+    """Though the baseline is there by now: the run would else end otherwise than an uncut one."""
+    at_step(cut, lambda _: os.kill(os.getpid(), signal.SIGUSR1))
+    first = lab.train("idle", *RULE)
+    assert first.status == "preempted" and first.step == cut
+    before = checks_by_the_rule(lab)
+    baseline()
+    outcome, checks = lab.train("idle", *RULE), checks_by_the_rule(lab)
+    assert checks[: len(before)] == before and before[-1]["verdict"] == "none"
+    ended = ("killed", "kill") if cut < FINAL_STEP else ("trained", "none")
+    assert (outcome.status, outcome.metrics["kill_verdict"]) == ended
+    assert (checks[-1]["verdict"], len(checks) > len(before)) == (ended[1], cut < FINAL_STEP)
+
+
 def test_grace_changes_the_verdict_and_both_are_recorded(lab, baseline):
     baseline()
     outcome = lab.train("idle", *RULE[:2], "kill_rule.grace_tokens=4000")
@@ -422,6 +439,8 @@ def test_the_source_digest_follows_what_training_imports_and_nothing_else(tmp_pa
         ("config.yaml", "- 1\n"),
         ("metrics.jsonl", '{"kind": "dev", "step": 1, "dev_perplexity": 9.0}\n'),
         ("metrics.jsonl", '{"kind": "dev",\n{}\n'),
+        ("metrics.jsonl", '{"kind": "dev", "tokens": 9, "dev_perplexity": NaN}\n'),
+        ("metrics.jsonl", '{"kind": "dev", "tokens": 9, "dev_perplexity": "9"}\n'),
     ],
 )
 def test_a_damaged_baseline_gives_no_verdict_and_stops_nobody(lab, baseline, capsys, file, content):

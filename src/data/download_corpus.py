@@ -8,7 +8,7 @@ Writes a corpus directory (docs/CORPUS.md). WikiText's lines are joined into art
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from src.data.corpus import SPLITS, corpus_parser, make_once, write_documents
 from src.data.hub import MIRROR_HELP, find_mirror, load, where
 from src.spec.command_line import Refusal
 from src.spec.progress import track
+from src.storage.files import read_json
 
 WIKITEXT = "Salesforce/wikitext"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z0-9._-]+)?")
@@ -60,7 +61,7 @@ def download(
 ) -> None:
     """Have the dataset as a corpus directory; nothing half-done is ever visible."""
     path, config = parse_dataset(dataset)
-    splits = list(dict.fromkeys(splits))
+    splits = [split for split in SPLITS if split in {*splits, *_held(output, path, config)}]
 
     def make(partial: Path) -> dict[str, Any]:
         print(f"{path}, configuration {config or 'default'}, from {where(mirror)}", flush=True)
@@ -79,6 +80,14 @@ def download(
     made = make_once(output, path, config, splits, make, force=force)
     if made and path == WIKITEXT and config and "raw" not in config:
         print("rare words read <unk>; --dataset wikitext-2-raw-v1 is the text without it")
+
+
+def _held(output: Path, path: str, config: str | None) -> Collection[str]:
+    """Splits of this dataset that were downloaded before: they stay, whatever is asked now."""
+    file = output / "source.json"
+    source = read_json(file) if file.is_file() else {}
+    same = source.get("dataset") == path and config in (None, source.get("config"))
+    return tuple(source["splits"]) if same else ()
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:

@@ -64,7 +64,9 @@ def main() -> None:
         )
     output: Path = asked.output
     files = find_files(asked.input, output)
-    separator = asked.separator and asked.separator.replace("\\n", "\n").replace("\\t", "\t")
+    separator = asked.separator
+    for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
+        separator = separator and separator.replace(written, meant)
     column, shares = asked.text_column, (asked.validation, asked.test)
     tracked = track(files.items(), "--input: hashing", "files", len(files))
     listed = [(name, sha256_of(file)) for name, file in tracked]
@@ -85,6 +87,9 @@ def main() -> None:
         for split in ("validation", "test"):
             if (count := splits[split]["documents"]) < FEW_DOCUMENTS:
                 say(split, f"{count} documents are few to measure on; raise --{split}")
+        documents = sum(facts["documents"] for facts in splits.values())
+        if separator and documents == len(files):
+            say("--separator", f"{separator!r} stands in no file; lines may end in \\r\\n")
         size = splits["train"]["bytes"]
         vocabulary = next(entries for least, entries in VOCABULARIES if size >= least)
         print(
@@ -97,6 +102,7 @@ def main() -> None:
 def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
     """The files to read by their names within what was named, sorted; others are counted aloud."""
     files: dict[str, Path] = {}
+    known: set[Path] = set()
     others: Counter[str] = Counter()
     for path in named:
         if not path.exists():
@@ -109,6 +115,9 @@ def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
             inside = Path(path.resolve().name, file.relative_to(path))
             if not file.is_file() or any(part.startswith(".") for part in inside.parts[1:]):
                 continue
+            if file.resolve() in known:  # named with the folder that it lies in
+                continue
+            known.add(file.resolve())
             if kind_of(file) is None:
                 others[file.suffix or "without an ending"] += 1
             elif files.setdefault(str(inside), file) != file:

@@ -30,10 +30,12 @@ class Example:
 
 
 def encode(tokenizer: Tokenizer, prompt: str, answer: str, context: int) -> Example:
-    """One example of at most context + 1 tokens: long answers lose their end, long prompts (which
-    then no longer fit) their beginning, so that an answer always follows its own prompt's end."""
+    """One example of at most context + 1 tokens. Where both do not fit, the answer has what the
+    prompt leaves, half of the context at least: long answers lose their end, long prompts their
+    beginning, so that an answer always follows its own prompt's end."""
     head = [END, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    tail = [*tokenizer.encode(answer, add_special_tokens=False).ids, END][: max(1, context // 2)]
+    room = max(1, context // 2, context + 1 - len(head))
+    tail = [*tokenizer.encode(answer, add_special_tokens=False).ids, END][:room]
     head = head[-(context + 1 - len(tail)) :]
     return Example(np.array(head + tail, dtype=np.int64), len(head))
 

@@ -6,20 +6,26 @@ The list of keys is src/spec/metric_keys.py; a missing value stays None, never 0
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from src.data import leakage
+from src.data.tasks import held_tasks
 from src.data.tokens import TokenData
 from src.spec import config as cfg
 from src.spec import costs, metric_keys, run_identity
 from src.spec.allocation import Allocation, flops_per_token
 from src.spec.allocation_table import asked_and_built
 from src.spec.config import RunConfig, Sweep
+from src.spec.strict_yaml import read_yaml
+from src.storage.files import read_json
 
 SCHEMA = 2
 _TRAINED = (
     "experiment", "baseline", "phase", "seed", "model", "training", "kill_rule",
     "tokenizer_sha256", "data_sha256",
 )  # fmt: skip
+_EVALUATED = ("evaluation", "questions_sha256")
 _CONTENT = "content_sha256"  # of everything else in config.yaml: what the table reads
 # Of the YAML's `model` section, what the allocator may build otherwise.
 _ASKED = {quantity.request: quantity.asked for quantity in metric_keys.REQUESTS}
@@ -46,7 +52,8 @@ def resolved(
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_sha256": data.sha256,
         "evaluation": cfg.to_dict(run.evaluation),
-        "evaluation_digest": evaluation_digest(run),
+        **_questions(run, data.corpus),
+        "evaluation_digest": evaluation_digest(run, data.corpus),
         "sweep": {
             "file": sweep.file.name,
             "experiments": list(sweep.names),
@@ -67,9 +74,25 @@ def resolved(
     return {**content, _CONTENT: cfg.json_sha256(content)}, _digest(content, _TRAINED)
 
 
-def evaluation_digest(run: RunConfig) -> str:
+def evaluation_digest(run: RunConfig, corpus: Mapping[str, Any]) -> str:
     """Hash of what is measured after training."""
-    return cfg.digest({"evaluation": cfg.to_dict(run.evaluation)})
+    return cfg.digest({"evaluation": cfg.to_dict(run.evaluation), **_questions(run, corpus)})
+
+
+def _questions(run: RunConfig, corpus: Mapping[str, Any]) -> dict[str, str]:
+    """Hash of what SmallBench asks: the task list, the rows, and which of them the training text
+    contains; {} where it is not measured."""
+    asked = run.evaluation
+    if "smallbench_accuracy" not in asked.metrics:
+        return {}
+    directory = Path(asked.smallbench_dir)
+    report = leakage.report_path(asked.leakage, directory, corpus)
+    content = [
+        read_yaml(run.smallbench_tasks, "a task list"),
+        {task: facts["sha256"] for task, facts in held_tasks(directory).items()},
+        None if report is None else read_json(report)["tasks"],
+    ]
+    return {"questions_sha256": cfg.json_sha256(content)}
 
 
 def older_digest(content: Mapping[str, Any]) -> str:
@@ -87,7 +110,7 @@ def edited(config: Mapping[str, Any]) -> bool:
     if "evaluation_digest" not in config:
         return older_digest(content) != config["config_digest"]
     found = (config["config_digest"], config["evaluation_digest"])
-    return found != (_digest(content, _TRAINED), _digest(content, ["evaluation"]))
+    return found != (_digest(content, _TRAINED), _digest(content, _EVALUATED))
 
 
 def _digest(content: Mapping[str, Any], keys: Sequence[str]) -> str:
@@ -146,7 +169,7 @@ def facts(
         "phase": run.phase,
         "seed": run.seed,
         "config_digest": config_digest,
-        "evaluation_digest": evaluation_digest(run),
+        "evaluation_digest": evaluation_digest(run, data.corpus),
         **identity(run, answer),
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_sha256": data.sha256,

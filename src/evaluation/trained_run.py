@@ -40,12 +40,12 @@ class TrainedRun:
 
     @property
     def evaluation(self) -> dict[str, Any]:
-        """The section as the run was evaluated; of a tuned run, which is not, the defaults."""
+        """The section as the run (of a tuned one, its base) was evaluated; else the defaults."""
         return self.resolved.get("evaluation") or to_dict(EvaluationConfig())
 
     def contaminated_rows(self, smallbench_dir: Path) -> dict[str, set[int]] | None:
         """Rows that this run's training text contains; None where no report says so."""
-        if "data_dir" not in self.resolved:  # of a tuned run
+        if "data_dir" not in self.resolved:
             return None
         token_dir = Path(self.resolved["data_dir"]) / f"v{self.model.config.vocab_size}"
         meta = token_dir / "meta.json"

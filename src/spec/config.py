@@ -188,12 +188,13 @@ class Sweep:
     def chosen(self, names: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
         """The asked runs: seeds within experiments, the baseline first (others are judged by it).
 
-        names: experiments, or "all"; seeds: None for the file's. ValueError for what is not there.
+        names: experiments, or "all" among them; seeds: None for the file's. ValueError for what is
+        not there.
         """
         for seed in seeds or ():
             if not 0 <= seed < 2**31:
                 raise ValueError(f"--seed: found {seed}, expected a seed from 0 to 2^31 - 1")
-        asked = self.names if list(names) == ["all"] else names
+        asked = self.names if "all" in names else names
         wanted = list(dict.fromkeys(run for name in asked for run in self.named(name)))
         wanted.sort(key=lambda name: name != self.baseline)
         return [self.run(name, seed) for name in wanted for seed in (seeds or self.seeds)]

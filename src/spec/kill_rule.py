@@ -117,10 +117,11 @@ def row(found: Verdict, baseline: Curve, tokens: int) -> dict[str, Any]:
 
 
 def comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Of two runs' config.yaml: same schedule, batches, dev windows and data, so that equal tokens
-    mean equal conditions."""
+    """Of two runs' config.yaml: same size, schedule, batches, dev windows and data, so that equal
+    tokens mean equal conditions."""
     keys = ("tokens", "batch_size", "seq_len", "eval_every_tokens", "dev_tokens")
     same = all(ours["training"][key] == theirs["training"][key] for key in keys)
+    same &= ours["asked"]["total_params_asked"] == theirs["asked"]["total_params_asked"]
     return same and bool(ours["data_sha256"] == theirs["data_sha256"])
 
 

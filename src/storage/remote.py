@@ -337,6 +337,10 @@ class Remote:
             raise Bad(f"{name} names the file {manifest['file']!r}")
         return manifest, data, metrics
 
+    def has_final(self) -> bool:
+        """Whether the store has the results of the finished run."""
+        return self._patiently(lambda: self._store.modified("final.json") is not None)
+
     def fetch_final(self, run: RunDir, *, digests: Mapping[str, str]) -> bool:
         """Bring a finished run's files into `run`, metrics.json last; False if there are none.
 

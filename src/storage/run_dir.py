@@ -107,6 +107,39 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
+def stored_config(run: Path) -> dict[str, Any] | None:
+    """`config.yaml` of a run, None where there is none; ValueError for what is no run's."""
+    path = run / "config.yaml"
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(stored, dict) or "config_digest" not in stored:
+        raise ValueError(f"{path}, key config_digest: missing, so {run} is not a run.")
+    return stored
+
+
+def begun_with(run: Path, resolved: dict[str, Any], *digests: str) -> str | None:
+    """The digest that a run directory was begun with, None where it was not; ValueError, listing
+    `key: stored -> asked`, where it is none of `digests`."""
+    stored = stored_config(run)
+    if stored is None:
+        return None
+    found = str(stored.pop("config_digest"))
+    if found not in digests:
+        changes = differences(stored, resolved)
+        shown = "; ".join(changes[:_SHOWN_DIFFERENCES]) or f"digest: {found} -> {digests[0]}"
+        more = len(changes) - _SHOWN_DIFFERENCES
+        raise ValueError(
+            f"{run / 'config.yaml'}: this run was begun with another config (stored -> "
+            f"asked): {shown}{f'; and {more} more' if more > 0 else ''}. Ask for the stored "
+            f"values, give the experiment another name, or delete {run}."
+        )
+    return found
+
+
 def differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """`key: stored -> asked`, one for each that differs."""
     asked = yaml.safe_load(yaml.safe_dump(asked))
@@ -292,34 +325,14 @@ class RunDir:
         `resolved` holds plain values only. Returns the digest that the run was begun with. Raises
         ValueError that lists `key: stored -> asked`.
         """
-        stored = self.config()
-        if stored is None:
+        found = begun_with(self.path, resolved, *digests)
+        if found is None:
             self.write_config(resolved, digests[0])
-            return digests[0]
-        found = str(stored.pop("config_digest"))
-        if found not in digests:
-            changes = differences(stored, resolved)
-            shown = "; ".join(changes[:_SHOWN_DIFFERENCES]) or f"digest: {found} -> {digests[0]}"
-            more = len(changes) - _SHOWN_DIFFERENCES
-            raise ValueError(
-                f"{self.path / 'config.yaml'}: this run was begun with another config (stored -> "
-                f"asked): {shown}{f'; and {more} more' if more > 0 else ''}. Ask for the stored "
-                f"values, give the experiment another name, or delete {self.path}."
-            )
-        return found
+        return found or digests[0]
 
     def config(self) -> dict[str, Any] | None:
         """`config.yaml`'s content, None where there is none; ValueError for what is no run's."""
-        path = self.path / "config.yaml"
-        try:
-            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        if not isinstance(stored, dict) or "config_digest" not in stored:
-            raise ValueError(f"{path}, key config_digest: missing, so {self.path} is not a run.")
-        return stored
+        return stored_config(self.path)
 
     def write_config(self, resolved: dict[str, Any], digest: str) -> None:
         content = {"config_digest": digest, **resolved}

@@ -121,7 +121,7 @@ def test_exp_names_an_experiment_or_one_of_its_runs(tmp_path, capsys):
     assert [r.run_name for r in sweep.chosen(["b-lr4e-3", "a-lr2e-3"], [1])] == [
         "a-lr2e-3-seed1", "b-lr4e-3-seed1",
     ]  # fmt: skip
-    assert len(sweep.chosen(["all"], [0, 1])) == 12
+    assert len(sweep.chosen(["all"], [0, 1])) == len(sweep.chosen(["b", "all"], [0, 1])) == 12
     assert len(sweep.chosen(["b", "b-lr4e-3"], None)) == 3
     assert main(["--config", str(path), "--exp", "c", "--dry_run"]) == 78
     assert "no experiment named 'c'" in capsys.readouterr().err
