@@ -34,12 +34,13 @@ class Child:
         self, name: str, work: Work, root: Path = ROOT, variables: Mapping[str, str] | None = None
     ) -> None:
         self.name = name
+        path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(theirs.fileno()), name],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **(variables or {}), "PYTHONPATH": str(root)},
+                env={**os.environ, **(variables or {}), "PYTHONPATH": path},
                 cwd=root,
             )
         self.pipe.send(dataclasses.asdict(work))

@@ -15,6 +15,7 @@ minutes on two cores. Needs accelerate for the Trainer (requirements-test.txt).
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,7 +29,7 @@ from benchmarks.child import ROOT, Child, clone
 from benchmarks.peers import PEERS, Work
 from src.compute.cores import WAITING
 from src.spec.allocation import allocate, flops_per_token
-from src.spec.command_line import Parser, at_least, refuse
+from src.spec.command_line import OUR_FAULT, Parser, at_least, refuse
 from src.spec.config import ModelConfig, load_sweep
 
 BASE = "base"  # the older build's name among the peers
@@ -80,7 +81,16 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Interleaved turns of all peers, at most so many and no new one after `seconds`; `told` gets
     what is known after each: tokens/s (`tokens` a turn) and ratios to ours, by peer."""
-    facts = {name: child.receive()["ready"] for name, child in children.items()}
+    facts: dict[str, Any] = {}
+    for name, child in children.items():
+        try:
+            facts[name] = child.receive()["ready"]
+        except RuntimeError as error:
+            if name == "ours":
+                raise
+            print(f"  {error}: left out", flush=True)
+            child.kill()
+    children = {name: child for name, child in children.items() if name in facts}
     begun = time.monotonic()
     times: dict[str, list[float]] = {name: [] for name in children}
     rows: dict[str, dict[str, Any]] = {}
@@ -191,6 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _measure(asked, roots, base)
     except (ValueError, OSError) as error:
         return refuse(error)
+    except RuntimeError as error:  # of our own step, in its process
+        print(error, file=sys.stderr)
+        return OUR_FAULT
 
 
 def _measure(asked: Any, roots: Mapping[str, Path], base: str | None) -> int:
@@ -277,7 +290,15 @@ def _micro_batches(
     known = () if asked.device == "cpu" else SEARCHED
     fitting = [m for m in asked.micro_batches or known if asked.batch_size % m == 0]
     if len(fitting) > 1:
-        return {name: best_micro_batch(name, start, fitting, asked.steps) for name in names}
+        found: dict[str, int] = {}
+        for name in names:
+            try:
+                found[name] = best_micro_batch(name, start, fitting, asked.steps)
+            except RuntimeError as error:
+                if name == "ours":
+                    raise
+                print(f"  {error}: left out", flush=True)
+        return found
     if fitting:
         return dict.fromkeys(names, fitting[0])
     scale = max(1, asked.seq_len // 128)

@@ -1,16 +1,26 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, most important first, on machines that vanish: CUDA tests, the step
-# against its peers, the 10M study, the PRD's phases on english-50m. Published after each part; a
-# new machine needs data/ and the published folders, and goes on by the same command.
+# Everything that needs a GPU (A100 or newer), most important first, on machines that vanish: CUDA
+# tests, the step against its peers, the 10M study, the PRD's phases on english-50m. After `make
+# setup-test`, with the data of configs/study_10m.yaml. A new machine needs data/ and the published
+# folders, and goes on by the same command.
+#   PARTS="tests bench"    of: tests bench study english (default: all)
+#   LIMIT_S=540            seconds until the machine goes: studies stop in time to be published
+#   OUT=folder             where the published folders are packed at the end (results.txz)
 set -uo pipefail
-python=${PYTHON:-python3} code=0
+python=${PYTHON:-python3} code=0 end=$((SECONDS + ${LIMIT_S:-864000}))
+part() { [[ " ${PARTS:-tests bench study english} " == *" $1 "* ]]; }
 study() { # FILE NAME [FLAGS]: carry a study on, then keep its small files
-  "$python" run_experiment.py --study "$1" --device cuda --log_dir "logs/$2" "${@:3}" || code=$?
+  local left=$((end - SECONDS - 60))
+  ((left > 0)) && { timeout --signal TERM --kill-after 30 "$left" \
+    "$python" run_experiment.py --study "$1" --device cuda --log_dir "logs/$2" \
+    --published "results/$2" "${@:3}" || code=$?; }
   "$python" scripts/publish_results.py --log_dir "logs/$2" --output "results/$2" || code=$?
 }
-TEST_DEVICE=cuda "$python" -m pytest -q tests/test_cuda.py || code=$?
-"$python" -m benchmarks.throughput --device cuda || code=$?
-study configs/study_10m.yaml study-10m-gpu --published results/study-10m-gpu --set \
-  training.threads=null training.micro_batch=null training.loss_chunk=null training.compile=auto
-study configs/english_study.yaml study-gpu --published results/study-gpu
+part tests && { TEST_DEVICE=cuda "$python" -m pytest -q tests/test_cuda.py || code=$?; }
+part bench && { "$python" -m benchmarks.throughput --device cuda --batch_size 256 \
+  --micro_batches 256 --steps 50 || code=$?; }
+part study && study configs/study_10m.yaml study-10m-gpu --set training.threads=null \
+  training.micro_batch=64 training.loss_chunk=8192 training.compile=auto
+part english && study configs/english_study.yaml study-gpu
+[[ -z ${OUT:-} ]] || tar -cJf "$OUT/results.txz" results/study*-gpu results/benchmarks
 exit $code

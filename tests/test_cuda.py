@@ -29,7 +29,10 @@ from tests.models.test_loss import plain_cross_entropy
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
 GPU = DEVICE.type == "cuda"
-pytestmark = pytest.mark.skipif(GPU and not torch.cuda.is_available(), reason="no GPU")
+pytestmark = [
+    pytest.mark.skipif(GPU and not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # the compiler's advice on float32
+]
 
 MODEL = ModelConfig(vocab_size=512, d_model=64, n_layers=2, n_heads=2, head_dim=32, d_ff=176)
 LOW = [torch.float32, torch.bfloat16, *([torch.float16] if GPU else [])]

@@ -93,7 +93,11 @@ def test_no_modules_import_each_other():
 def test_what_decides_imports_no_torch_and_of_ours_only_what_decides(module):
     names = imported(MODULES[module])
     assert not {name for name in names if name.split(".")[0] in ("torch", "time", ".")}
-    assert ours(MODULES[module]) <= PURE | {"spec.config", "spec.strict_yaml", "spec.training_config"}
+    assert ours(MODULES[module]) <= PURE | {
+        "spec.config",
+        "spec.strict_yaml",
+        "spec.training_config",
+    }
 
 
 def test_no_catch_all_modules_and_path_edits_in_doors_only():

@@ -93,6 +93,8 @@ def test_long_texts_are_cut_so_that_the_answer_follows_its_prompts_end(base: Tra
     tail = base.tokenizer.encode(answer, add_special_tokens=False).ids
     assert found.ids[: found.answer_start].tolist() == head[-17:]
     assert found.ids[found.answer_start :].tolist() == tail[:16]
+    fits = tuning.encode(base.tokenizer, "a", "x y z " * 4, 32)
+    assert fits.ids[-1] == tuning.END and len(fits.ids) - fits.answer_start > 16
     whole = tuning.encode(base.tokenizer, "a", "b", 32)
     assert whole.ids[0] == whole.ids[-1] == tuning.END
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -11,7 +13,9 @@ import yaml
 
 from src.evaluation import evaluate as evaluation
 from src.evaluation import metrics as record
+from src.spec import config
 from src.storage.run_dir import RunDir
+from tests.evaluation import make_task, toy_rows, write_rows
 from tests.runs import fingerprint, metrics, rows
 
 OK, OUR_FAULT, TRY_AGAIN, BAD_INPUT = 0, 70, 75, 78
@@ -43,6 +47,40 @@ def test_a_finished_run_is_measured_again_where_the_evaluation_changed(copied, s
     assert "nothing to do" in capsys.readouterr().out
     assert start("evaluation.test=false", "training.learning_rate=0.1") == BAD_INPUT
     assert "training.learning_rate: 0.004 -> 0.1" in capsys.readouterr().err
+
+
+def test_what_smallbench_asks_is_part_of_the_evaluation(tiny_sweep, tmp_path):
+    tasks, rows_of = tmp_path / "tasks.yaml", tmp_path / "smallbench"
+    tasks.write_text(yaml.safe_dump({"tasks": [dataclasses.asdict(make_task())]}))
+    write_rows(rows_of, "toy", toy_rows(4))
+    stated = [f"evaluation.smallbench_dir={rows_of}", f"evaluation.smallbench_tasks={tasks}"]
+    stated.append("evaluation.metrics=[perplexity, smallbench_accuracy]")
+    asked, plain = (config.load_sweep(tiny_sweep, some).run("base", 0) for some in (stated, ()))
+    corpus = {"splits": {"train": {"sha256": "c" * 64}}}
+
+    def digest(run):
+        return record.evaluation_digest(run, corpus)
+
+    found, perplexity_alone = [digest(asked)], digest(plain)
+    tasks.write_text(tasks.read_text() + "# a remark\n")
+    assert digest(asked) == found[0]
+    tasks.write_text(tasks.read_text().replace("{{ q }}", "Q: {{ q }}"))
+    found.append(digest(asked))
+    write_rows(rows_of, "toy", toy_rows(5))
+    found.append(digest(asked))
+    report = {"tasks": {"toy": {"contaminated": [1]}}}
+    (rows_of / f"leakage-{'c' * 12}.json").write_text(json.dumps(report))
+    found.append(digest(asked))
+    assert len(set(found)) == 4 and digest(plain) == perplexity_alone
+
+
+def test_other_tasks_are_asked_of_a_finished_run(start, monkeypatch, capsys):
+    for hashed, says in (("a", "base: "), ("a", "nothing to do"), ("b", "other tasks, rows")):
+        monkeypatch.setattr(record, "_questions", lambda *_, h=hashed: {"questions_sha256": h})
+        assert start("training.tokens=512") == OK
+        assert says in capsys.readouterr().out
+    assert "nothing to do" not in says and start("training.tokens=512") == OK
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_cut_before_the_second_evaluation_loses_nothing(copied, start, monkeypatch):

@@ -45,8 +45,10 @@ def load(
 ) -> Study:
     """A study file and its sweeps; what the command line states wins. Raises ValueError."""
     asked = load_study(path)
+    moved = device not in (None, asked.device)
     asked = dataclasses.replace(
         asked,
+        tokens_per_s=None if moved else asked.tokens_per_s,  # the file's is of its own device
         log_dir=log_dir or asked.log_dir,
         device=device or asked.device,
         published=published or asked.published,

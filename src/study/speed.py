@@ -98,7 +98,7 @@ def probe(study: Study, threads: int | None) -> dict[str, Any]:
         done = subprocess.run(
             bound([sys.executable, "-m", "src.study.speed"]), capture_output=True,
             input=pickle.dumps((one, study.config.device, Path(folder))),
-            env={**cores.shared(1, threads), "PYTHONPATH": str(REPOSITORY)},
+            env=cores.shared(1, threads), cwd=REPOSITORY,
         )  # fmt: skip
     if done.returncode:
         told = done.stderr.decode().strip().splitlines() or [f"exit code {done.returncode}"]

@@ -53,6 +53,17 @@ def test_wikitext_lines_become_articles_and_nothing_is_lost(wikitext: Path, mirr
     assert first[0].startswith(" = ") and first[1] == " " and first[2].endswith(" <unk> – @-@ . ")
 
 
+def test_splits_that_are_there_stay_whatever_is_asked_next(tmp_path: Path, mirror: Path) -> None:
+    output = tmp_path / "corpus"
+    for split in ("validation", "test"):
+        run("download_wikitext.py", "--output", output, "--mirror", mirror, "--splits", split)
+    splits = json.loads((output / "source.json").read_bytes())["splits"]
+    assert set(splits) == {"validation", "test"}
+    assert all(
+        sha256(output / f"{name}.jsonl") == facts["sha256"] for name, facts in splits.items()
+    )
+
+
 def test_a_finished_corpus_is_verified_kept_and_replaced_only_by_force(
     tmp_path: Path, mirror: Path
 ) -> None:

@@ -146,6 +146,20 @@ def test_a_named_column_and_a_separator(tmp_path: Path) -> None:
     assert sorted(text.strip("\n") for text in TEXTS) == sorted(text.strip("\n") for text in found)
 
 
+def test_a_separator_in_no_file_is_said_and_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for place, text in enumerate(TEXTS):
+        (folder / f"{place}.txt").write_bytes(text.encode() + b"\r\n\r\nand more")
+    twice = ("import_text.py", "--input", folder, folder / "5.txt", *SHARES)
+    told = run(*twice, "--output", tmp_path / "one", "--separator", r"\n\n")
+    assert r"'\n\n' stands in no file" in told
+    splits = read_source(tmp_path / "one")["splits"]
+    assert sum(facts["documents"] for facts in splits.values()) == len(TEXTS)
+    told = run(*twice, "--output", tmp_path / "two", "--separator", r"\r\n\r\n")
+    assert "stands in no file" not in told
+
+
 @given(
     st.lists(st.text("ab\n", max_size=6)), st.sampled_from(["--", "\n\n", "-"]), st.integers(1, 9)
 )
