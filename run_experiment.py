@@ -59,6 +59,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         return arguments
     if arguments.engine or arguments.published:
         parser.error("--engine and --published go with --study")
+    if arguments.phase == "sanity" and arguments.seed:
+        parser.error("--phase sanity: takes no --seed; its checks begin from seed 0")
     arguments.phase = arguments.phase or "full"
     arguments.log_dir, arguments.device = arguments.log_dir or "logs", arguments.device or "auto"
     if not arguments.dry_run and not arguments.exp:

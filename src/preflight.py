@@ -57,7 +57,8 @@ def check(
     run_dir.check_log_dir(log_dir)
     checkpoints = log_dir / run.run_name / "checkpoints"
     parameters = allocations[run.experiment].params.total
-    run_dir.check_disk(checkpoints, 12 * parameters)  # weights, two moments; float32
+    if not (log_dir / run.run_name / "metrics.json").is_file():
+        run_dir.check_disk(checkpoints, 12 * parameters)  # weights, two moments; float32
     tokens = data.load(run.token_dir, run.model.vocab_size, run.data.train_tokens)
     training = run.training
     data.Windows(

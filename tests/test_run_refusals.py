@@ -53,6 +53,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["--phase", "rank", "--set", "kill_rule.window_tokens=5_000"],
         ["kill_rule", "never fire"],
     ),
+    "a ranking budget under one step": (
+        ["--phase", "rank", "--set", "training.ranking_tokens=9"],
+        ["training.ranking_tokens: found 9", "lower training.ranking_batch_size"],
+    ),
     "a key in the remote": (["--remote", "s3://key:SECRET@bucket/x"], ["holds credentials"]),
     "a store's option that is none": (["--remote", "s3://bucket/x?regoin=a"], ["'regoin'"]),
     "a store without a bucket": (["--remote", "gs:///x"], ["no bucket"]),
@@ -131,8 +135,12 @@ def test_an_outside_corpus_without_its_test_split_is_refused_before_training(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--config", "x"], ["--config", "x", "--exp", "a", "--json"], ["--nope"]]
-)
+    "arguments",
+    [
+        [], ["--config", "x"], ["--config", "x", "--exp", "a", "--json"], ["--nope"],
+        ["--config", "x", "--exp", "a", "--phase", "sanity", "--seed", "5"],
+    ],
+)  # fmt: skip
 def test_a_command_line_that_cannot_be_read_ends_with_78(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         run_main(*arguments)

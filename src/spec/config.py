@@ -430,5 +430,5 @@ def _run(where: str, name: str, stated: Mapping[str, dict[str, Any]], phase: str
             tokens=min(training.tokens, training.ranking_tokens),
             batch_size=training.ranking_batch_size or training.batch_size,
         )
-    built["training"].check(where)
+    built["training"].check(where, "ranking_" if phase == "rank" else "")
     return RunConfig(experiment=name, baseline="", seed=0, phase=phase, **built)

@@ -65,12 +65,14 @@ class TrainingConfig:
         """Dev tokens read at each evaluation during training."""
         return self.dev_tokens or min(131_072, max(8_192, self.tokens // 100))
 
-    def check(self, where: str) -> None:
-        """Refuse (ValueError) values that do not fit each other."""
+    def check(self, where: str, ranking: str = "") -> None:
+        """Refuse (ValueError) values that do not fit each other. ranking: `ranking_` where tokens
+        and batch are those of the keys of that name."""
         if self.tokens < self.step_tokens:
             raise ValueError(
-                f"{where}training.tokens: found {self.tokens:,}, expected at least one step of "
-                f"batch_size x seq_len = {self.step_tokens:,} tokens; lower training.batch_size"
+                f"{where}training.{ranking}tokens: found {self.tokens:,}, expected at least one "
+                f"step of batch_size x seq_len = {self.step_tokens:,} tokens; lower "
+                f"training.{ranking}batch_size"
             )
         if self.steps > 1 and self.warmup_steps >= self.steps:
             raise ValueError(

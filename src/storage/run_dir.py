@@ -225,7 +225,7 @@ def check_log_dir(log_dir: Path) -> None:
 
 
 def check_disk(directory: Path, bytes_needed: int) -> None:
-    """Refuse (ValueError) to start where three checkpoints of `bytes_needed` do not fit.
+    """OSError where three checkpoints of `bytes_needed` do not fit.
 
     Three: the two that are kept and the one being written; what a cut run has kept counts as room.
     """
@@ -233,7 +233,7 @@ def check_disk(directory: Path, bytes_needed: int) -> None:
     kept = list(directory.glob("step-*.pt"))
     free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in kept)
     if free < 3 * bytes_needed:
-        raise ValueError(
+        raise OSError(
             f"{directory}: {free / 2**20:.0f} MiB of disk are free, expected at least "
             f"{3 * bytes_needed / 2**20:.0f} MiB (three checkpoints): free some space or choose "
             f"another --log_dir."

@@ -139,13 +139,19 @@ def rank(name: str) -> tuple[int, int, str]:
 
 
 def identity_of(local: Path | None) -> str:
-    """What names a run directory on one disk, kept in it; a new one each time without it."""
+    """What names a run directory of this machine since it booted; a new one each time without it.
+
+    An owner of the same name is dead, or the directory's lock would have told. A copy of the
+    directory, or another machine that sees it on a shared disk, has another name.
+    """
     if local is None:
         return uuid.uuid4().hex
     path = local / "remote.json"
     try:
-        return str(read_json(path)["holder"])
+        holder = str(read_json(path)["holder"])
     except (FileNotFoundError, Refusal, KeyError):
         holder = uuid.uuid4().hex
         write_json(path, {"holder": holder})
-        return holder
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    machine = boot.read_text() if boot.is_file() else str(uuid.getnode())
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"{holder} {machine.strip()} {local.resolve()}").hex

@@ -427,7 +427,7 @@ def test_too_little_disk_is_refused_with_numbers(tmp_path, monkeypatch):
     free = 900 << 20
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     run_dir.check_disk(tmp_path / "not" / "yet", free // 4)
-    with pytest.raises(ValueError, match="MiB of disk are free, expected at least"):
+    with pytest.raises(OSError, match="MiB of disk are free, expected at least"):
         run_dir.check_disk(tmp_path / "not" / "yet", free // 3 + 1)
     assert not (tmp_path / "not").exists()
     _save(tmp_path / "cut", 100)  # a run that is resumed has paid for part of it already

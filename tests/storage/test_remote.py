@@ -1,6 +1,7 @@
 """Remote checkpoints, on a directory as the store: what is pushed, what comes back, one owner."""
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -294,6 +295,15 @@ def test_the_same_directory_takes_over_from_its_killed_process(store, tmp_path):
             Remote.open(store, "r", local=tmp_path, timing=FAST)
         again.close(20)
         killed.close(1)
+
+
+def test_a_copied_directory_does_not_take_over_from_a_living_one(store, tmp_path):
+    with RunDir.open(tmp_path / "a", "r") as here:
+        first = Remote.open(store, "r", local=here.path, timing=FAST)
+        shutil.copytree(here.path, tmp_path / "b" / "r")
+        with pytest.raises(Held):
+            Remote.open(store, "r", local=tmp_path / "b" / "r", timing=FAST)
+        first.close(20)
 
 
 @pytest.mark.parametrize(
