@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICK := quickstart
 STUDY ?= configs/study.yaml
-LOGS ?= logs
+LOGS ?= $(shell sed -n 's/^log_dir: *//p' $(STUDY))
 
 .PHONY: setup setup-test quickstart test lint data study clean faults
 

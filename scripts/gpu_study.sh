@@ -9,15 +9,20 @@
 set -uo pipefail
 python=${PYTHON:-python3} code=0 end=$((SECONDS + ${LIMIT_S:-864000}))
 part() { [[ " ${PARTS:-tests bench study english} " == *" $1 "* ]]; }
-study() { # FILE NAME [FLAGS]: carry a study on, then keep its small files
-  local left=$((end - SECONDS - 60))
-  ((left > 0)) && { timeout --signal TERM --kill-after 30 "$left" \
-    "$python" run_experiment.py --study "$1" --device cuda --log_dir "logs/$2" \
-    --published "results/$2" "${@:3}" || code=$?; }
-  "$python" scripts/publish_results.py --log_dir "logs/$2" --output "results/$2" || code=$?
+limited() { # COMMAND...: for as long as is left, less a minute to publish; 75 where it was cut
+  local left=$((end - SECONDS - 60)) ended=0
+  ((left > 0)) || return 75
+  timeout --signal TERM --kill-after 30 "$left" "$@" || ended=$?
+  return $((ended == 124 ? 75 : ended))
 }
-part tests && { TEST_DEVICE=cuda "$python" -m pytest -q tests/test_cuda.py || code=$?; }
-part bench && { "$python" -m benchmarks.throughput --device cuda --batch_size 256 \
+study() { # FILE NAME [FLAGS]: carry a study on, then keep its small files
+  limited "$python" run_experiment.py --study "$1" --device cuda --log_dir "logs/$2" \
+    --published "results/$2" "${@:3}" || code=$?
+  [[ ! -d logs/$2 ]] || "$python" scripts/publish_results.py --log_dir "logs/$2" \
+    --output "results/$2" || code=$?
+}
+part tests && { TEST_DEVICE=cuda limited "$python" -m pytest -q tests/test_cuda.py || code=$?; }
+part bench && { limited "$python" -m benchmarks.throughput --device cuda --batch_size 256 \
   --micro_batches 256 --steps 50 || code=$?; }
 part study && study configs/study_10m.yaml study-10m-gpu --set training.threads=null \
   training.micro_batch=64 training.loss_chunk=8192 training.compile=auto

@@ -6,10 +6,11 @@ learning rates for a configuration, each is judged at its own best rate, chosen 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -155,10 +156,8 @@ def gap(ours: str, theirs: str, runs: pd.DataFrame, key: str) -> Gap | None:
     that of all of `runs`."""
     losses = {
         str(name): {
-            (int(row["seed"]), run_identity.computed_as(row)): float(row[key])
-            for row in group.dropna(subset=[key])
-            .fillna({c: "" for c in _PROGRAM})
-            .to_dict("records")
+            (int(row["seed"]), _program(row)): float(row[key])
+            for row in group.dropna(subset=[key]).to_dict("records")
         }
         for name, group in runs.groupby("configuration")
     }
@@ -179,6 +178,12 @@ def gap(ours: str, theirs: str, runs: pd.DataFrame, key: str) -> Gap | None:
         [*one.values()], [*other.values()], paired_seeds=False, noise=noise
     )
     return Gap(interval, 0, tuple(seed for seed, _ in one))
+
+
+def _program(row: Mapping[str, Any]) -> str | None:
+    """What computed a run of a table; None where that is not known, which equals nothing."""
+    known = {name: row[name] for name in _PROGRAM if pd.notna(row.get(name))}
+    return run_identity.computed_as(known)
 
 
 def order_sentences(runs: pd.DataFrame) -> list[str]:
@@ -227,7 +232,11 @@ def _ordered(block: Block, chosen: pd.DataFrame, best: pd.Series) -> str:
     key = "dev_loss" if measure == "dev_perplexity" else ""
     for a, b in pairwise(map(str, best.index)) if key else ():
         found = gap(a, b, chosen, key)
-        if found is not None and found.interval.seeds > 1 and found.interval.high >= 0:
+        if (
+            found is not None
+            and found.interval.seeds > 1
+            and found.interval.low <= 0 <= found.interval.high
+        ):
             said.append(f"{a} and {b} are not told apart")
     return "; ".join(said)
 

@@ -52,7 +52,7 @@ def portable(value: Any) -> Any:
         return [portable(item) for item in value]
     if not isinstance(value, str):
         return value
-    text = value.replace(f"{Path.cwd()}/", "").replace(str(Path.home()), "~")
+    text = value.replace(f"{Path.cwd()}/", "").replace(f"{Path.home()}/", "~/")
     return f".../{Path(text).name}" if text.startswith("/") else text
 
 

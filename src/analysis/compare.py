@@ -83,6 +83,10 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
     runs, weights = _same_documents(runs, asked.measure)
     cut = len(asked.baseline), len(asked.baseline) + len(asked.ours)
     theirs, ours = (_side(some, notes) for some in (runs[: cut[0]], runs[cut[0] : cut[1]]))
+    if asked.unlike:
+        theirs, ours = (_one_a_seed(side, notes) for side in (theirs, ours))
+        others = runs[cut[1] :]
+        runs = [*theirs.values(), *ours.values(), *others]
     noise = _noise(runs, asked.measure, asked.unlike)
     kept: Sequence[Sequence[Run]] = [list(ours.values()), list(theirs.values())]
     if not asked.unlike:
@@ -168,6 +172,15 @@ def _side(runs: Sequence[Run], notes: list[str]) -> dict[repeats.Label, Run]:
             )
         notes.append(f"{run.path} is {same.path} again and counts once")
     return found
+
+
+def _one_a_seed(side: dict[repeats.Label, Run], notes: list[str]) -> dict[repeats.Label, Run]:
+    """A seed that two programs computed is no second seed."""
+    kept: dict[int, repeats.Label] = {}
+    for label, run in side.items():
+        if kept.setdefault(label[0], label) != label:
+            notes.append(f"{run.path} is seed {label[0]} again and does not count")
+    return {label: side[label] for label in kept.values()}
 
 
 def _other_processors(pairs: Sequence[tuple[Run, Run]]) -> list[str]:

@@ -26,6 +26,7 @@ from src.storage.files import workshop, write_atomic, write_json
 from src.storage.run_dir import read_rows
 
 SUMMARY = "results_summary.csv"
+ENDED = ("finished", "killed")  # what a study on another machine can go on from
 TRAIN_ROWS = 200
 WHOLE = ("study.json", "latency/*.json", "**/sanity.json", "**/learning_rates.*")
 OF_A_RUN = ("metrics.json", "documents_*.npz")
@@ -60,8 +61,9 @@ def main() -> None:
 
 def _replace(output: Path, made: Path) -> None:
     """Bring an earlier publication up to date; Refusal where it has runs that are not here."""
-    before, now = ({row["run"] for row in read_csv(place / SUMMARY) if "path" in row}
-                   for place in (output, made))  # fmt: skip
+    before = {row["run"] for row in read_csv(output / SUMMARY) 
+              if "path" in row and row["status"] in ENDED}  # fmt: skip
+    now = {row["run"] for row in read_csv(made / SUMMARY)}
     if lost := sorted(before - now):
         raise Refusal(
             f"--output {output}: found {len(lost)} published runs that no log directory has "

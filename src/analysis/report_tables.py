@@ -130,7 +130,8 @@ def _against(block: Block, name: str, best: pd.DataFrame, key: str) -> str:
     low, ratio, high = (f"{100 * (value - 1):+.1f}" for value in found.interval.ratio)
     group = best[best["configuration"] == name]
     if found.interval.seeds < 2:
-        seed = f" (seed {found.seeds[0]})" if len(group) > len(found.seeds) else ""
+        most = max(len(group), (best["configuration"] == block.baseline).sum())
+        seed = f" (seed {found.seeds[0]})" if most > len(found.seeds) else ""
         return f"{ratio} %{seed}"
     pairs = f", {found.pairs} pairs" * (found.pairs < len(group)) if found.pairs else ", no pairs"
     return f"{ratio} % ({low} to {high}{pairs})"

@@ -423,12 +423,14 @@ def _run(where: str, name: str, stated: Mapping[str, dict[str, Any]], phase: str
     }
     if "kill_rule" not in stated:
         built["kill_rule"] = None
+    ranking = ""  # of the keys that decide the budget
     if phase == "rank":
         training = built["training"]
+        ranking = "ranking_" if training.ranking_tokens < training.tokens else ""
         built["training"] = replace(
             training,
             tokens=min(training.tokens, training.ranking_tokens),
             batch_size=training.ranking_batch_size or training.batch_size,
         )
-    built["training"].check(where, "ranking_" if phase == "rank" else "")
+    built["training"].check(where, ranking)
     return RunConfig(experiment=name, baseline="", seed=0, phase=phase, **built)

@@ -301,7 +301,8 @@ class _Blocks:
         if not mine:
             return math.inf
         gap, noise = mine[0] - theirs[0], self._noise()
-        return mean if noise and abs(gap) < decisions.by_chance(noise, 1, 1) else mean + gap
+        by_chance = noise is not None and 0 < -gap < decisions.by_chance(noise, 1, 1)
+        return mean if by_chance else mean + gap
 
     def _seeds(self, one: Configuration) -> list[Configuration]:
         """The runs of its experiment at every seed that blocks so far gave it."""

@@ -111,7 +111,7 @@ class Judge:
             return
         judged = {name: g for name, g in judged.items() if self._computed_alike(name, g)}
         if not judged:
-            self._no_winner("no finalist has two seeds that were computed as the baseline's were.")
+            self._no_winner("no finalist has its seeds computed as the baseline's were.")
             return
         reference = self._measured(self.baseline)
         found = {name: self._measured(group) for name, group in judged.items()}
@@ -122,7 +122,8 @@ class Judge:
         ties = {
             frozenset((a, b))
             for a, b in itertools.combinations(judged, 2)
-            if not intervals.equivalence(self._interval(judged[a], judged[b])[0]).told_apart
+            if (found_apart := self._interval(judged[a], judged[b])[0]).seeds > 1
+            and not intervals.equivalence(found_apart).told_apart
         }
         self._winner_decision(reference, found, ties)
 
@@ -141,14 +142,14 @@ class Judge:
         return ended == len(group)
 
     def _computed_alike(self, name: str, group: Seeds) -> bool:
-        """Whether two seeds pair, where both sides have two: what another program computed differs
-        by that as well."""
+        """Whether all seeds pair, where both sides have two: what another program computed differs
+        by that as well, and could carry a mean."""
         sides = [self._labelled(group), self._labelled(self.baseline)]
         found = repeats.pair(*sides)
-        alike = len(found.pairs) > 1 or min(map(len, sides)) < 2
+        alike = not found.left_out or min(map(len, sides)) < 2
         if not alike:
             told = "; ".join(found.left_out)
-            self._decide("two seeds computed alike", [name], "out", f"left out: {told}.")
+            self._decide("every seed computed alike", [name], "out", f"left out: {told}.")
         return alike
 
     def interval_decisions(self, judged: Mapping[str, Seeds]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.spec import allocation, config, kill_rule
+from src.spec import allocation, config, kill_rule, run_identity
 from src.spec.config import ModelRequest, RunConfig, Sweep
 from src.spec.study_file import StudyConfig
 from src.storage.documents import Documents
@@ -341,15 +341,20 @@ def _check_same(
     expected |= {key: getattr(training, key) for key in _TRAINED_WITH}
     if result["status"] == "finished":
         expected["steps"] = training.steps
+    # All else that is learned from; what differs has no key in metrics.json.
+    expected["training_digest"] = run_identity.training_digest(training)
     threads = training.threads or threads
     if result.get("device") == "cpu" and threads is not None:
         expected["threads"] = threads
     for key, value in expected.items():
-        if key in result and result[key] != value:
+        if result.get(key, value) not in (None, value):
             asks = one.path if key != "threads" else "every run of this study"
+            found = f"{key} {result[key]}, expected {value}"
+            if key == "training_digest":
+                found = "other training settings (see its config.yaml), expected those"
             raise ValueError(
-                f"{one.name}: found a run with {key} {result[key]}, expected {value} as "
-                f"{asks} asks; use another log_dir, or delete that run"
+                f"{one.name}: found a run with {found} as {asks} asks; use another log_dir, or "
+                "delete that run (and its publication)"
             )
 
 

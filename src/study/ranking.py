@@ -124,7 +124,7 @@ def rate_decision(
         f"own best: {' or '.join(at_best.promoted)}; shared: {second}",
         f"{'the same' if orders[0] == orders[-1] else 'another'} order of the shares. Own best: "
         f"{reasons} One seed a run; no rate beyond the list is guessed, and the lowest of several "
-        "runs flatters every share alike.",
+        "runs flatters a share.",
     )  # fmt: skip
     return at_best, best
 

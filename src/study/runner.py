@@ -95,6 +95,8 @@ def run(
         make_directory(log_dir)
         with locked(log_dir):
             reader.restore()
+            if (reason := _insane(found, log_dir)) is not None:
+                raise ValueError(reason)
             return _write_files(found, engine, remote)
     rate = reader.rate(found.state)
     print(costs.table(found, rate, reader.spent(found, rate), study.config.budget_usd))
@@ -111,6 +113,17 @@ def run(
         for name in reader.restore():
             print(f"--- {name}: published before, its small files put back", flush=True)
         return _Runner(reader, rate, remote, supervisor).run()
+
+
+def _insane(found: Plan, log_dir: Path) -> str | None:
+    """Why nothing may be trained, where a block's sanity checks have failed."""
+    for directory, checks in found.state.sanity.items():
+        if not checks["passed"]:
+            return (
+                f"the sanity checks failed ({checks['reason']}): see {log_dir}/{directory}/"
+                "sanity.json, mend it and delete that directory (and its publication)"
+            )
+    return None
 
 
 def _write_files(found: Plan, engine: str, remote: str | None) -> int:
@@ -161,14 +174,9 @@ class _Runner:
             spent = self.reader.spent(found, self.rate)
             self._tell_progress(found, sum(spent.values()))
             write_json(self.log_dir / "study.json", summary(found, spent))
-            for directory, checks in found.state.sanity.items():
-                if not checks["passed"]:
-                    print(
-                        f"the sanity checks failed ({checks['reason']}): see {self.log_dir}/"
-                        f"{directory}/sanity.json, mend it and delete that directory",
-                        file=sys.stderr,
-                    )
-                    return OUR_FAULT
+            if (reason := _insane(found, self.log_dir)) is not None:
+                print(reason, file=sys.stderr)
+                return OUR_FAULT
             too_dear = self._start_ready(found, sum(spent.values()))
             if not self.supervisor.names or self.supervisor.stopped:
                 return self._end(found, spent, too_dear)

@@ -40,7 +40,11 @@ class Reader:
 
     def state(self) -> State:
         """The log directory now."""
-        found = {name: path for path, name in self._files("*/metrics.json", published="runs")}
+        found = {
+            name: path
+            for path, name in self._files("*/metrics.json", published="runs")
+            if path.parent == self.log_dir / name or not _begun(self.log_dir / name)
+        }
         metrics = {name: read_json(path) for name, path in found.items()}
         # What was tuned, or is not a run of ours, costs money and judges nothing.
         runs = {name: one for name, one in metrics.items() if one.get("phase") in config.PHASES}
@@ -83,7 +87,7 @@ class Reader:
         for path in sorted((self.published / "runs").rglob("metrics.json")):
             name = path.parent.relative_to(self.published / "runs").as_posix()
             place = self.log_dir / name
-            if not ((place / "metrics.json").exists() or (place / "checkpoints").exists()):
+            if not ((place / "metrics.json").exists() or _begun(place)):
                 _restore(path.parent, place, configs.get(name))
                 restored.append(name)
         for path in sorted(self.published.rglob("sanity.json")):
@@ -167,6 +171,11 @@ def runbook_spent(state: State) -> float:
 def diverged(path: Path) -> bool:
     """Whether the run's failure.json says that it met a NaN: a result, unlike other failures."""
     return (read_failure(path) or {}).get("kind") == "NonFinite"
+
+
+def _begun(run: Path) -> bool:
+    """Whether it was cut here and goes on from its checkpoints, whatever was published of it."""
+    return (run / "checkpoints").exists() and not (run / "metrics.json").exists()
 
 
 def _curve(run: Path, metrics: Mapping[str, Any]) -> Curve:

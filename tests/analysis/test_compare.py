@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,8 @@ def test_the_same_program_on_another_processor_pairs_and_that_is_said(
     other = {"computed": [conditions | {"torch": "2.12.0", "cpu_capability": "AVX512"}]}
     (tmp_path / "ours1/environment.json").write_text(json.dumps(other))
     assert "ours seed 1" in refused(sides_of, capsys)
+    # One seed by two programs is one seed.
+    copy = Path(shutil.copytree(tmp_path / "ours1", tmp_path / "again"))
+    (copy / "environment.json").write_text(json.dumps({"computed": [conditions]}))
+    says = found([*sides_of, str(copy), "--unlike"], capsys)
+    assert says["seeds"] == 2 and f"{copy} is seed 1 again" in says["sentence"]

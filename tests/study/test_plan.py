@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.spec import config
+from src.spec import config, run_identity
 from src.storage.documents import Documents
 from src.study import blocks, costs
 from src.study import runner as study
@@ -322,6 +322,12 @@ def test_a_run_made_with_another_config_is_refused(prd: Study) -> None:
     foreign = {"status": "finished", "n_layers": 99, "dev_loss": 1.0}
     with pytest.raises(ValueError, match=r"emb35-rank: found a run with n_layers 99, expected 11"):
         blocks.plan(prd, State(results={"emb35-rank": foreign}))
+    run = next(job.run for job in blocks.plan(prd, State()).jobs if job.name == "emb35-rank")
+    other = {"status": "finished", "training_digest": run_identity.training_digest(run.training)}
+    blocks.plan(prd, State(results={"emb35-rank": other}))
+    decayed = replace(prd, overrides=("training.weight_decay=0.5",))
+    with pytest.raises(ValueError, match="emb35-rank: found a run with other training settings"):
+        blocks.plan(decayed, State(results={"emb35-rank": other}))
 
 
 def test_a_kill_rule_that_no_run_could_meet_is_refused_by_the_plan(prd: Study) -> None:

@@ -178,6 +178,10 @@ def test_a_publication_is_enough_to_go_on_elsewhere(
 
     write_study(tiny / "study.yaml", blocks=[*folder, later])
     capsys.readouterr()
+    # A machine on which this run was cut goes on with its own, whatever was published of it.
+    (tiny / "cut" / run / "checkpoints").mkdir(parents=True)
+    assert study.run(study.load(Path("study.yaml"), log_dir="cut"), dry_run=True) == 0
+    assert "next: a/e10-rank" in capsys.readouterr().out
     second = study.load(Path("study.yaml"), log_dir="new")
     assert study.run(second, dry_run=True) == 0
     assert "next: b/e10-rank (share)" in capsys.readouterr().out and not (tiny / "new").exists()
