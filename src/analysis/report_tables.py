@@ -128,12 +128,10 @@ def _against(block: Block, name: str, best: pd.DataFrame, key: str) -> str:
     if found is None:
         return DASH
     low, ratio, high = (f"{100 * (value - 1):+.1f}" for value in found.interval.ratio)
-    group = best[best["configuration"] == name]
+    most = max(int((best["configuration"] == side).sum()) for side in (name, block.baseline))
     if found.interval.seeds < 2:
-        most = max(len(group), (best["configuration"] == block.baseline).sum())
-        seed = f" (seed {found.seeds[0]})" if most > len(found.seeds) else ""
-        return f"{ratio} %{seed}"
-    pairs = f", {found.pairs} pairs" * (found.pairs < len(group)) if found.pairs else ", no pairs"
+        return f"{ratio} %" + f" (seed {found.seeds[0]})" * (most > len(found.seeds))
+    pairs = f", {found.pairs} pairs" * (found.pairs < most) if found.pairs else ", no pairs"
     return f"{ratio} % ({low} to {high}{pairs})"
 
 

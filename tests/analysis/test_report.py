@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from src.analysis import kill_table
+from src.analysis import blocks, decisions, kill_table, repeats, run_csv
 from src.analysis.run_csv import Row
 from src.analysis.science import predictions
 from src.spec import config
@@ -73,6 +73,23 @@ def seeds(name: str, rate: str) -> list[Row]:
     return sorted(found, key=lambda row: int(row["seed"]))
 
 
+def repeated() -> list[list[Row]]:
+    """The shares that have several seeds, at their own best rates."""
+    return [seeds("emb35", "2e-3"), seeds("emb45", "4e-3")]
+
+
+def pooled() -> repeats.Noise:
+    losses = {str(i): [row["dev_loss"] for row in side] for i, side in enumerate(repeated())}
+    found = repeats.pooled_noise(losses)
+    assert found is not None
+    return found
+
+
+def chance() -> float:
+    """Two single runs of one configuration differ by more in one case of twenty."""
+    return math.expm1(decisions.by_chance(pooled(), 1, 1))
+
+
 def rates() -> Iterator[str]:
     """Of the block of 611 steps, beside that of 153."""
     large = {name: run("prd", name) for name in SHARES}
@@ -89,14 +106,13 @@ def rates() -> Iterator[str]:
         100 * (block["emb45"]["dev_perplexity"] / block["emb35"]["dev_perplexity"] - 1)
         for block in (low, small)
     ]
-    yield (
-        f"at 2e-3 emb35 is {ahead[0]:.1f} % ahead of emb45, at 4e-3 emb45 is {-ahead[1]:.1f} % "
-        "ahead of emb35"
-    )
+    yield f"(at 2e-3 emb35 by {ahead[0]:.1f} %, at 4e-3 emb45 by {-ahead[1]:.1f} %)"
+    assert max(map(abs, ahead)) < 100 * chance()
     tried = {name: ends(name) for name in SHARES}
     for name in ("emb25", "emb35"):
         assert min(tried[name], key=tried[name].__getitem__) == 2e-3
         assert min(tried[name]) < 2e-3 < max(tried[name])
+    yield "There, at seed 0, each share's best rate lies inside"
     yield "its list: 2e-3 for emb25 and emb35; 4e-3 for emb45, level with 8e-3"
     assert min(tried["emb45"]) < min(tried["emb45"], key=tried["emb45"].__getitem__)
     assert abs(tried["emb45"][4e-3] / tried["emb45"][8e-3] - 1) < 0.001
@@ -106,15 +122,19 @@ def rates() -> Iterator[str]:
     assert max(large, key=lambda name: large[name]["dev_perplexity"]) == "emb25"
     best = {"emb35": low["emb35"], "emb45": small["emb45"]}
     outside = [row["outside_dev_bits_per_byte"] for row in seeds("emb35", "2e-3")]
-    apart = max(outside) - min(outside)
-    yield f"than two seeds of emb35 differ there ({apart:.3f} bits a byte)"
     for block in (large, best):
         a, b = (block[name]["outside_dev_bits_per_byte"] for name in ("emb35", "emb45"))
         dev = [block[name]["dev_perplexity"] for name in ("emb35", "emb45")]
-        assert (a < b) != (dev[0] < dev[1]) and abs(a - b) < apart
-    gaps = [100 * (min(tried[name].values()) / tried["emb35"][2e-3] - 1) for name in SHARES]
-    yield f"at seed 0 emb45 ends {-gaps[2]:.1f} % below it, emb25 {gaps[0]:.1f} % above"
-    assert min(gaps) > -5
+        assert (a < b) != (dev[0] < dev[1]) and abs(a - b) < max(outside) - min(outside)
+    made = blocks.blocks(run_csv.table(rows(TEN).values()))
+    (small_block,) = (block for block in made if block.steps == small["emb35"]["steps"])
+    gap = blocks.gap("emb45", "emb35", blocks.at_own_rates(small_block.runs), "dev_loss")
+    assert gap is not None and gap.pairs == 2 and gap.interval.low < 0 < gap.interval.high
+    yield f"emb45 ends {100 * (1 - gap.interval.ratio[1]):.1f} % below the baseline over two pairs"
+    assert math.log(0.95) < gap.interval.estimate
+    above = tried["emb25"][2e-3] / tried["emb35"][2e-3] - 1
+    yield f"emb25 {100 * above:.1f} % above at seed 0"
+    assert above > chance()
     bundled = content(TEN / "results_bundle.json")["runs"]
     judged = kill_table.judged(list(rows(TEN).values()), bundled)
     wrong = [one for one in judged if one.replayed is not None and one.replayed.false_kill]
@@ -139,10 +159,11 @@ def noise() -> Iterator[str]:
         if row["experiment"] == "mini-emb35" and row["phase"] == "rank"
     ]
     assert len(losses) == 5
-    yield f"baseline spread by {sd(losses):.3f} nats (sd of five)"
-    a, b = (row["dev_loss"] for row in seeds("emb35", "2e-3"))
-    yield f"Two seeds of emb35 end {100 * math.expm1(abs(a - b)):.1f} % apart in perplexity"
-    yield f"({abs(a - b):.3f} nats)"
+    ppl = [[f"{row['dev_perplexity']:.1f}" for row in side] for side in repeated()]
+    yield f"Three seeds of emb35 end at {ppl[0][0]}, {ppl[0][1]} and {ppl[0][2]}"
+    yield f"two of emb45 at {ppl[1][0]} and {ppl[1][1]}"
+    yield f"(pooled sd {pooled().sd:.3f} nats; in the miniature {sd(losses):.3f})"
+    yield f"closer than {100 * chance():.1f} % are not told apart"
     again = run("rates", "emb45-lr4e-3")
     log = (RESULTS / "LOG.md").read_text(encoding="utf-8")
     assert f"emb45 at 4e-3 of commit 1170084 had ended at {again['dev_perplexity']!r}" in log
