@@ -316,7 +316,7 @@ class Trainer(Stepper):
             comparable = _comparable(self.directory.path, baseline)
             reference = read_curve(baseline)[:checks] if comparable else []
             return kill_rule.verdict(self._rule, reference, ours), reference
-        except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             print(f"{self.run.run_name}: no verdict: {baseline} cannot be read ({error!r})")
             return kill_rule.verdict(self._rule, [], ours), []
 

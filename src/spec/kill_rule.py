@@ -121,8 +121,8 @@ def comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     tokens mean equal conditions."""
     keys = ("tokens", "batch_size", "seq_len", "eval_every_tokens", "dev_tokens")
     same = all(ours["training"][key] == theirs["training"][key] for key in keys)
-    same &= ours["asked"]["total_params_asked"] == theirs["asked"]["total_params_asked"]
-    return same and bool(ours["data_sha256"] == theirs["data_sha256"])
+    sizes = [(config.get("asked") or {}).get("total_params_asked") for config in (ours, theirs)]
+    return same and sizes[0] == sizes[1] and bool(ours["data_sha256"] == theirs["data_sha256"])
 
 
 def can_ever_fire(rule: KillRule, total_tokens: int, eval_every_tokens: int) -> bool:

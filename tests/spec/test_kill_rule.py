@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from src.spec.config import KillRule
-from src.spec.kill_rule import Verdict, can_ever_fire, verdict
+from src.spec.kill_rule import Verdict, can_ever_fire, comparable, verdict
 
 EVERY = 250_000
 RULE = KillRule(grace_tokens=0)  # the PRD's
@@ -162,3 +162,11 @@ def test_an_always_worse_run_dies_exactly_when_the_rule_can_fire(
 @given(rules, perplexities)
 def test_a_run_equal_to_the_baseline_is_kept(rule: KillRule, base: list[float]) -> None:
     assert verdict(rule, curve(base), curve(base)).kind == "keep"
+
+
+def test_runs_of_two_sizes_do_not_compare() -> None:
+    keys = ("tokens", "batch_size", "seq_len", "eval_every_tokens", "dev_tokens")
+    config = {"training": dict.fromkeys(keys, 1), "data_sha256": "d"}
+    small, large = (config | {"asked": {"total_params_asked": n}} for n in (5, 10))
+    assert comparable(small, small) and comparable(config, config)
+    assert not comparable(small, large)
