@@ -19,6 +19,7 @@ from src.spec.allocation import Allocation
 from src.spec.config import RunConfig, Sweep
 from src.spec.progress import say
 from src.storage import address, run_dir
+from src.storage.run_config import begun_with
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +90,7 @@ def check(
         for name in ("validation", "test") if run.evaluation.test else ("validation",):
             data.outside_texts(Path(run.evaluation.outside_dir), name)
     resolved, digest = metrics.resolved(run, allocations, sweep, tokens)
-    run_dir.begun_with(log_dir / run.run_name, resolved, digest, metrics.older_digest(resolved))
+    begun_with(log_dir / run.run_name, resolved, digest, metrics.older_digest(resolved))
     return RunContext(
         run=run, sweep=sweep, allocations=allocations, data=tokens,
         log_dir=log_dir, device=device, remote=remote,

@@ -20,7 +20,8 @@ from src.compute.process_group import PeerLost, ProcessGroup, size
 from src.evaluation import metrics as record
 from src.preflight import RunContext
 from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
-from src.storage.run_dir import Held, RunDir, differences, exported, read_failure, write_json
+from src.storage.run_config import differences
+from src.storage.run_dir import Held, RunDir, exported, read_failure, write_json
 
 
 class Preempted(BaseException):

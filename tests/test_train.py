@@ -297,7 +297,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(lab, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------- the kill rule
-
 RULE = ("kill_rule.margin_ppl=0.5", "kill_rule.window_tokens=1280", "kill_rule.grace_tokens=0")
 
 

@@ -31,10 +31,10 @@ from src.storage.files import (
     write_atomic,
     write_json,
 )
+from src.storage.run_config import begun_with, stored_config
 
 EXPORTED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SHOWN_DIFFERENCES = 6
 
 
 class Held(Exception):
@@ -97,59 +97,6 @@ def read_curve(run: Path) -> list[tuple[int, float]]:
     """(tokens, dev perplexity) of a run's dev evaluations so far."""
     rows = read_rows(run / "metrics.jsonl", "dev")
     return [(row["tokens"], row["dev_perplexity"]) for row in rows if "dev_perplexity" in row]
-
-
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
-
-
-def stored_config(run: Path) -> dict[str, Any] | None:
-    """`config.yaml` of a run, None where there is none; ValueError for what is no run's."""
-    path = run / "config.yaml"
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(stored, dict) or "config_digest" not in stored:
-        raise ValueError(f"{path}, key config_digest: missing, so {run} is not a run.")
-    return stored
-
-
-def begun_with(run: Path, resolved: dict[str, Any], *digests: str) -> str | None:
-    """The digest that a run directory was begun with, None where it was not; ValueError, listing
-    `key: stored -> asked`, where it is none of `digests`."""
-    stored = stored_config(run)
-    if stored is None:
-        return None
-    found = str(stored.pop("config_digest"))
-    if found not in digests:
-        changes = differences(stored, resolved)
-        shown = "; ".join(changes[:_SHOWN_DIFFERENCES]) or f"digest: {found} -> {digests[0]}"
-        more = len(changes) - _SHOWN_DIFFERENCES
-        raise ValueError(
-            f"{run / 'config.yaml'}: this run was begun with another config (stored -> "
-            f"asked): {shown}{f'; and {more} more' if more > 0 else ''}. Ask for the stored "
-            f"values, give the experiment another name, or delete {run}."
-        )
-    return found
-
-
-def differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """`key: stored -> asked`, one for each that differs."""
-    asked = yaml.safe_load(yaml.safe_dump(asked))
-    before, now = dict(_flatten(stored)), dict(_flatten(asked))
-    missing = "(absent)"
-    return [
-        f"{key}: {before.get(key, missing)!r} -> {now.get(key, missing)!r}"
-        for key in [*before, *(key for key in now if key not in before)]
-        if before.get(key, missing) != now.get(key, missing)
-    ]
 
 
 def _resolve_run(log_dir: Path, run_name: str) -> Path:
