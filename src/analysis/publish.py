@@ -61,7 +61,7 @@ def main() -> None:
 
 def _replace(output: Path, made: Path) -> None:
     """Bring an earlier publication up to date; Refusal where it has runs that are not here."""
-    before = {row["run"] for row in read_csv(output / SUMMARY) 
+    before = {row["run"] for row in read_csv(output / SUMMARY)
               if "path" in row and row["status"] in ENDED}  # fmt: skip
     now = {row["run"] for row in read_csv(made / SUMMARY)}
     if lost := sorted(before - now):

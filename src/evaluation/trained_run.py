@@ -83,7 +83,8 @@ def load_shape(path: Path) -> tuple[Transformer, bool]:
     A finished run whose weights are gone, as after a move to another machine with what was
     published, has the same shape untrained: the same operations take the same time.
     """
-    if exported(path) or not (path / "metrics.json").is_file():
+    done = path / "metrics.json"
+    if exported(path) or not done.is_file() or read_json(done).get("status") == "killed":
         return load_run(path).model, True
     return _built(_resolved(path)).eval(), False
 

@@ -122,8 +122,8 @@ class Judge:
         ties = {
             frozenset((a, b))
             for a, b in itertools.combinations(judged, 2)
-            if (found_apart := self._interval(judged[a], judged[b])[0]).seeds > 1
-            and not intervals.equivalence(found_apart).told_apart
+            if (found_pair := self._interval(judged[a], judged[b])[0]).seeds > 1
+            and not intervals.equivalence(found_pair).told_apart
         }
         self._winner_decision(reference, found, ties)
 

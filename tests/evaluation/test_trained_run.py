@@ -200,6 +200,9 @@ def test_speeds_are_compared_without_the_weights(
     line += ["--compare", str(path), str(moved), "--output", str(log_dir / "latency" / "a.json")]
     assert eval_latency.main(line) == 78, "no finished run"
     assert "found no whole export" in capsys.readouterr().err
+    (moved / "metrics.json").write_text('{"status": "killed"}')
+    assert eval_latency.main(line) == 78
+    assert "the kill rule stopped this run" in capsys.readouterr().err
     (moved / "metrics.json").write_text('{"status": "finished"}')
     assert eval_latency.main(line) == 0
     found = json.loads((log_dir / "latency" / "a.json").read_text())
