@@ -50,7 +50,7 @@ def test_the_curvature_s_interval_is_least_squares_own():
     assert fit.curvature.value == pytest.approx(beta[0])
     assert fit.curvature.low == pytest.approx(beta[0] - half)
     assert fit.optimum.value == pytest.approx(-beta[1] / 2 / beta[0])
-    assert (fit.df, fit.points, fit.distinct_x) == (3, 6, 6)
+    assert (fit.df, fit.points) == (3, 6)
 
 
 def test_a_curve_in_the_logarithm_answers_in_x():
@@ -77,29 +77,17 @@ def test_edges_downward_curves_and_points_without_freedom():
     assert "no degree of freedom" in three.statement
 
 
-def test_a_shift_of_a_whole_seed_is_not_noise():
-    bowl = (X - 0.37) ** 2
-    x, y = np.tile(X, 2), np.concatenate([bowl, bowl + 0.1])
-    blind = fits.quadratic(x, y)
-    told = fits.quadratic(x, y, blocks=[0] * 6 + [1] * 6)
-    assert blind.sd > 0.05 and told.sd < 1e-10
-    assert told.minimum.value == pytest.approx(0.05)  # at the seeds' mean
-    assert told.optimum.value == pytest.approx(0.37)
-
-
 @pytest.mark.parametrize(
-    ("x", "y", "blocks", "told"),
+    ("x", "y", "told"),
     [
-        ([1, 2], [1, 2], None, "three different x, found 2"),
-        ([1, 2, 3], [1, 2], None, "equally long"),
-        ([1, 2, 3], [1, 2, math.nan], None, "finite"),
-        ([1, 2, 3], [1, 2, 3], [0, 0], "one block a point"),
-        ([1, 2, 3, 4], [1, 2, 3, 3], [0, 1, 2, 3], "the blocks leave nothing"),
+        ([1, 2], [1, 2], "three different x, found 2"),
+        ([1, 2, 3], [1, 2], "equally long"),
+        ([1, 2, 3], [1, 2, math.nan], "finite"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused(x, y, blocks, told):
+def test_what_cannot_be_fitted_is_refused(x, y, told):
     with pytest.raises(ValueError, match=told):
-        fits.quadratic(x, y, blocks=blocks)
+        fits.quadratic(x, y)
 
 
 # ------------------------------------------------------------------------------- response surface

@@ -7,10 +7,12 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from src.analysis.run_csv import write_csv
 from src.analysis.run_table import read_rows
+from src.analysis.science import fits
 from src.analysis.science import report as science
 from tests import ROOT, planted_study
 
@@ -32,6 +34,19 @@ def test_the_factorised_arm_shows_the_planted_optimum_and_the_frontier_one_that_
     own = frontier["curves"]["share"]["optimum"]
     assert own["high"] < planted_study.BEST_SHARE  # where depth pays, the frontier leans to depth
     assert factorised["curves"]["share"]["verdict"] in ("edge", "undecided")  # 36 % is its end
+
+
+def test_the_seeds_of_a_configuration_are_one_point(tmp_path):
+    """Seeds share what a curve does not fit: they add no degrees of freedom."""
+    planted_study.write(tmp_path, ["frontier"], seeds=(0, 1, 2))
+    runs = science.read_runs([], [tmp_path])
+    (sweep,) = science.analyse(runs, {})["sweeps"]
+    y = np.log(runs["test_bits_per_byte"]).groupby(runs["experiment"], sort=False).mean()
+    share = runs.groupby("experiment", sort=False)["embedding_ratio_built"].first()
+    told, alone = sweep["curves"]["share"], fits.quadratic(share, y)
+    assert (told["points"], told["df"]) == (6, 3)
+    assert told["optimum"]["value"] == pytest.approx(alone.optimum.value)
+    assert told["sd"] == pytest.approx(alone.sd)
 
 
 def test_the_surface_over_both_arms_separates_share_from_depth(found):

@@ -8,7 +8,7 @@ Shapes: n points, p terms, B draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,7 +99,6 @@ class CurveFit:
     sd: float | None
     df: int
     points: int
-    distinct_x: int
     band: tuple[tuple[float, float, float | None, float | None], ...]
 
 
@@ -108,16 +107,15 @@ def quadratic(
     y: ArrayLike,
     *,
     log: bool = False,
-    blocks: Sequence[Hashable] | None = None,
     draws: int = 4000,
     seed: int = 0,
 ) -> CurveFit:
     """Fit a quadratic and its lowest place within the tried range.
 
-    x, y (n): a share or an expansion, and the loss of a run there. log: quadratic in ln x; the
-        optimum and the band are in x all the same, the curvature per unit of (ln x)^2.
-    blocks (n): what shifts all runs of one kind alike, a data order used at every x say; each
-        block gets an offset of its own, so that it does not count as noise.
+    x, y (n): a share or an expansion, and the mean loss of the seeds there: one point a
+        configuration, because its seeds share what the curve does not fit and are no evidence of
+        their own about it. log: quadratic in ln x; the optimum and the band are in x all the same,
+        the curvature per unit of (ln x)^2.
     The noise is the residuals', which hold the curve's lack of fit too. The optimum's interval
     holds the middle 95 % of its values over B bootstrap draws of the coefficients: normal errors of
     the fitted size, divided by sqrt(chi2 / df) so that few degrees of freedom widen it as they
@@ -139,11 +137,7 @@ def quadratic(
         raise ValueError(f"a quadratic needs three different x, found {distinct}.")
     middle, half = (low + high) / 2, (high - low) / 2
     z = (xs - middle) / half
-    offsets = _offsets(blocks, len(xs))
-    design = np.column_stack([np.ones_like(z), z, z**2, offsets])
-    if np.linalg.matrix_rank(design) < design.shape[1]:
-        raise ValueError("the blocks leave nothing to fit: some block holds points of one x alone.")
-    fit = least_squares(design, ys)
+    fit = least_squares(np.column_stack([np.ones_like(z), z, z**2]), ys)
     best = lowest_place(fit.coefficients[None, :])
     ends: tuple[float, ...] = ()  # of the optimum's interval, and of the lowest value's
     depth: tuple[float, ...] = ()
@@ -169,7 +163,6 @@ def quadratic(
         sd=fit.sd if fit.df else None,
         df=fit.df,
         points=len(xs),
-        distinct_x=distinct,
         band=tuple(band),
     )
 
@@ -182,16 +175,6 @@ def points_of(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
             f"{ys.shape}."
         )
     return xs, ys
-
-
-def _offsets(blocks: Sequence[Hashable] | None, n: int) -> Floats:
-    """Columns (n, blocks - 1) that sum to zero over blocks: the intercept is their mean."""
-    labels = list(dict.fromkeys(blocks or ()))
-    if blocks is not None and len(blocks) != n:
-        raise ValueError(f"blocks must name one block a point, found {len(blocks)} for {n}.")
-    columns = [[float(b == label) - float(b == labels[0]) for b in blocks or ()]
-               for label in labels[1:]]  # fmt: skip
-    return np.array(columns, dtype=np.float64).T if columns else np.empty((n, 0))
 
 
 def _quadratic_at(coefficients: Floats, z: Floats) -> Floats:

@@ -129,6 +129,13 @@ def _ln_bpb(runs: pd.DataFrame, split: str) -> pd.Series:
     return np.log(runs[f"{split}_bits_per_byte"])
 
 
+def _points(runs: pd.DataFrame, what: str, split: str) -> pd.DataFrame:
+    """One row for each value of the column `what`: the means of its seeds; `y`: ln bits a byte."""
+    numbers = [EMBEDDING_RATIO.built, GLU_EXPANSION.built, "n_layers"]
+    seeds = runs.assign(y=_ln_bpb(runs, split)).groupby(what, sort=False)
+    return seeds[[*numbers, "y"]].mean()
+
+
 # --- sweeps: a curve over share or expansion ------------------------------------------------------
 
 
@@ -152,7 +159,7 @@ def _of_sweep(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> list[dict[s
 def _curve_of(runs: pd.DataFrame, rate: str, predictions: Mapping[str, Any]) -> dict[str, Any]:
     split = _split(runs)
     axis = next((a for a, (key, least) in AXES.items() if np.ptp(runs[key]) > least), "")
-    y = _ln_bpb(runs, split)
+    points = _points(runs, "experiment", split)
     baseline = runs["baseline_configuration"].iloc[0]
     if baseline not in set(runs["configuration"]):
         baseline = runs["configuration"].iloc[0]
@@ -160,11 +167,11 @@ def _curve_of(runs: pd.DataFrame, rate: str, predictions: Mapping[str, Any]) -> 
     curves = {}
     for name, log in ((axis, False), (f"ln {axis}", True)) if axis else ():
         try:
-            fit = fits.quadratic(runs[AXES[axis][0]], y, log=log, blocks=_blocks(runs))
+            fit = fits.quadratic(points[AXES[axis][0]], points["y"], log=log)
             curves[name] = dataclasses.asdict(fit)
         except ValueError as error:
             curves[name] = {"unavailable": str(error)}
-    by_name = y.groupby(runs["experiment"]).agg(list).to_dict()
+    by_name = _ln_bpb(runs, split).groupby(runs["experiment"]).agg(list).to_dict()
     noise = repeats.pooled_noise(by_name)
     return {
         **_facts(runs),
@@ -181,13 +188,6 @@ def _curve_of(runs: pd.DataFrame, rate: str, predictions: Mapping[str, Any]) -> 
         "seed_noise": None if noise is None else dataclasses.asdict(noise),
         "prediction": _prediction(runs, predictions),
     }
-
-
-def _blocks(runs: pd.DataFrame) -> list[int] | None:
-    """Seeds, where every configuration has the same several: a data order moves all runs alike."""
-    seeds = set(runs.groupby("experiment")["seed"].agg(lambda s: tuple(sorted(s))))
-    same = len(seeds) == 1 and len(next(iter(seeds))) > 1
-    return runs["seed"].astype(int).tolist() if same else None
 
 
 def _configuration(
@@ -239,12 +239,11 @@ def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
         if used["sweep"].nunique() < 2:
             continue  # one sweep alone moves one thing
         split = _split(used)
-        share, glu = used[EMBEDDING_RATIO.built], used[GLU_EXPANSION.built]
+        models = _points(used, "model_digest", split)
+        share, glu = models[EMBEDDING_RATIO.built], models[GLU_EXPANSION.built]
         try:
             fit = dataclasses.asdict(
-                surface.response_surface(
-                    share, glu, used["n_layers"], _ln_bpb(used, split), terms=terms
-                )
+                surface.response_surface(share, glu, models["n_layers"], models["y"], terms=terms)
             )
         except ValueError as error:
             fit = {"unavailable": str(error)}
@@ -279,7 +278,7 @@ def summary(content: Mapping[str, Any]) -> str:
             f"{term} {c['value']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})"
             for term, c in one.get("coefficients", {}).items()
         ]
-        told = one.get("unavailable") or f"{one['points']} runs, {', '.join(terms[1:])}"
+        told = one.get("unavailable") or f"{one['points']} models, {', '.join(terms[1:])}"
         lines.append(f"surface, {one['configurations']}: {told}")
         if best := one.get("best_share"):
             ends = f"{best['low']:.1%} to {best['high']:.1%}"
