@@ -17,7 +17,7 @@ from typing import Any
 
 from src.compute import runtime
 from src.data.tasks import TASKS_FILE, load_tasks
-from src.evaluation.smallbench import evaluate, random_row
+from src.evaluation.smallbench import evaluate, evaluate_untrained
 from src.evaluation.trained_run import load_run
 from src.spec import command_line
 
@@ -38,34 +38,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--random_init", action="store_true", help="the same model, untrained")
     parser.add_argument("--items", type=Path, help="write one JSON line an item here")
     parser.add_argument("--device", default="auto")
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        found = _evaluate_run(asked)
+        result = _evaluate_run(args)
     except (ValueError, OSError) as error:
         return command_line.refuse(error)
-    print(json.dumps(found, indent=2, allow_nan=False))
+    print(json.dumps(result, indent=2, allow_nan=False))
     return 0
 
 
-def _evaluate_run(asked: argparse.Namespace) -> dict[str, Any]:
+def _evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     """In float32, as a run's own SmallBench is, on the items that the run was evaluated on."""
-    device = runtime.choose_device(asked.device)
+    device = runtime.choose_device(args.device)
     runtime.pin_threads()
-    run = load_run(asked.run, device)
-    stated = run.evaluation
-    data_dir = asked.smallbench or Path(stated["smallbench_dir"])
-    listed = asked.tasks or Path(stated["smallbench_tasks"] or TASKS_FILE)
-    limit = asked.limit
-    if limit is None and not asked.full:
-        limit = stated.get("smallbench_limit")
+    run = load_run(args.run, device)
+    evaluation = run.evaluation
+    data_dir = args.smallbench or Path(evaluation["smallbench_dir"])
+    task_list = args.tasks or Path(evaluation["smallbench_tasks"] or TASKS_FILE)
+    limit = args.limit
+    if limit is None and not args.full:
+        limit = evaluation.get("smallbench_limit")
     options: dict[str, Any] = {
         "context": run.context, "device": device, "autocast_dtype": None, "limit": limit,
-        "full": asked.full, "exclude": run.contaminated_rows(data_dir), "items_path": asked.items,
+        "full": args.full, "exclude": run.contaminated_rows(data_dir), "items_path": args.items,
     }  # fmt: skip
-    tasks = load_tasks(listed)
-    if asked.random_init:
+    tasks = load_tasks(task_list)
+    if args.random_init:
         config, seed = run.model.config, run.resolved["training"]["init_seed"]
-        return random_row(config, run.tokenizer, tasks, data_dir, seed=seed, **options)
+        return evaluate_untrained(config, run.tokenizer, tasks, data_dir, seed=seed, **options)
     return evaluate(run.model, run.tokenizer, tasks, data_dir, **options)
 
 

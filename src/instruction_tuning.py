@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.compute import compute_config as machine
-from src.compute import runtime
+from src.compute import compute_config, runtime
 from src.compute.compute_config import Machine
 from src.data.chat_template import chat_template
 from src.data.instructions import END, Batches, Example, collate, encode, read_rows
@@ -51,24 +50,24 @@ SETTINGS = ("epochs", "batch_size", "learning_rate", "seed")
 
 
 def answer_nats(
-    model: Transformer, examples: Sequence[Example], chosen: Machine
+    model: Transformer, examples: Sequence[Example], machine: Machine
 ) -> tuple[Tensor, int]:
     """Mean nats of the answers' tokens (differentiable) and their number."""
-    tokens, answers = (part.to(chosen.device) for part in collate(examples))
+    tokens, answers = (part.to(machine.device) for part in collate(examples))
     # Prompts never reach the head.
-    objective, _ = next_token_loss(model, tokens, chosen, 0.0, scored=answers)
-    return objective, int(answers.sum())
+    loss, _ = next_token_loss(model, tokens, machine, 0.0, scored=answers)
+    return loss, int(answers.sum())
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer, examples: Sequence[Example], chosen: Machine, batch_size: int = 16
+    model: Transformer, examples: Sequence[Example], machine: Machine, batch_size: int = 16
 ) -> float:
     """Nats per answer token over all examples, every token weighing the same."""
     total = count = 0.0
     for start in range(0, len(examples), batch_size):
-        nats, number = answer_nats(model, examples[start : start + batch_size], chosen)
-        total, count = total + float(nats) * number, count + number
+        nats, tokens = answer_nats(model, examples[start : start + batch_size], machine)
+        total, count = total + float(nats) * tokens, count + tokens
     return total / count
 
 
@@ -77,17 +76,17 @@ def generate(model: Transformer, prompt: Sequence[int], context: int, limit: int
     """Greedy continuation of at most `limit` tokens (fewer than the context), up to the end token;
     a long prompt loses its beginning, so that there is room."""
     device = model.norm.weight.device
-    kept = list(prompt)[-(context - limit) :]
+    ids = list(prompt)[-(context - limit) :]
     cache = model.new_cache(1, context)
-    logits = model(torch.tensor([kept], device=device), cache)[:, -1]
-    made: list[int] = []
+    logits = model(torch.tensor([ids], device=device), cache)[:, -1]
+    generated: list[int] = []
     for _ in range(limit):
         token = int(logits.argmax())
         if token == END:
             break
-        made.append(token)
+        generated.append(token)
         logits = model(torch.tensor([[token]], device=device), cache)[:, -1]
-    return made
+    return generated
 
 
 def samples(base: TrainedRun, rows: Sequence[dict[str, str]]) -> list[str]:
@@ -96,32 +95,32 @@ def samples(base: TrainedRun, rows: Sequence[dict[str, str]]) -> list[str]:
     texts = []
     for row in rows[:SAMPLES]:
         prompt = [END, *base.tokenizer.encode(row["prompt"], add_special_tokens=False).ids]
-        made = generate(base.model, prompt, base.context, min(SAMPLE_TOKENS, base.context // 2))
-        texts.append(base.tokenizer.decode(made))
+        ids = generate(base.model, prompt, base.context, min(SAMPLE_TOKENS, base.context // 2))
+        texts.append(base.tokenizer.decode(ids))
     return texts
 
 
 # ----------------------------------------------------------------------------------------- tuning
 
 
-def tune(asked: argparse.Namespace) -> int:
+def tune(args: argparse.Namespace) -> int:
     """Tune the run that the command line asks for, or go on with it; returns an exit code."""
-    begun = time.perf_counter()
-    rows = {name: read_rows(asked.data / f"{name}.jsonl") for name in ("train", "validation")}
-    base = load_run(asked.run)
+    start = time.perf_counter()
+    rows = {name: read_rows(args.data / f"{name}.jsonl") for name in ("train", "validation")}
+    base = load_run(args.run)
     examples = {
         name: [encode(base.tokenizer, r["prompt"], r["answer"], base.context) for r in part]
         for name, part in rows.items()
     }
     template = chat_template(row["prompt"] for row in rows["train"])
-    batches = Batches(examples["train"], asked.batch_size, asked.seed)
-    training = _training(base, asked, batches)
-    resolved = _resolved(base, asked, training)
+    batches = Batches(examples["train"], args.batch_size, args.seed)
+    training = _training(base, args, batches)
+    resolved = _resolved(base, args, training)
     digest = config.digest(resolved)
     digests = {"config": digest, "tokenizer": base.resolved["tokenizer_sha256"],
                "data": resolved["data_sha256"]}  # fmt: skip
     tokenizer_path = base.path / "final" / "tokenizer.json"
-    log_dir = asked.log_dir or asked.run.parent
+    log_dir = args.log_dir or args.run.parent
     with RunDir.open(log_dir, resolved["experiment"]) as directory:
         directory.claim_config(resolved, digest)
         if directory.finished() is not None:
@@ -133,60 +132,60 @@ def tune(asked: argparse.Namespace) -> int:
             print(f"{directory.path}: finished before, nothing to do")
             return OK
         directory.clear_failure()
-        chosen = machine.choose(training, base.model.config, log_dir, asked.device)
-        base.model.to(chosen.device)
+        machine = compute_config.choose(training, base.model.config, log_dir, args.device)
+        base.model.to(machine.device)
         before = samples(base, rows["validation"])
         try:
-            tuner = Tuner(base.model, training, batches, directory, chosen, digests)
+            tuner = Tuner(base.model, training, batches, directory, machine, digests)
             if not tuner.run(examples["validation"]):
                 print(f"{directory.path}: stopped at step {tuner.step}; run me again")
                 return TRY_AGAIN
             losses = [row["answer_loss"] for row in directory.rows("dev")]
-            found = _tuning_json(base, rows["validation"], losses, before)
-            write_json(directory.path / "tuning.json", found)
+            result = _tuning_json(base, rows["validation"], losses, before)
+            write_json(directory.path / "tuning.json", result)
             export(base.model, tokenizer_path, directory.path / "final",
                    max_position_embeddings=base.context, chat_template=template)  # fmt: skip
         except (NonFinite, NotLoadable) as error:
             directory.record_failure(type(error).__name__, str(error))
             print(error, file=sys.stderr)
             return OUR_FAULT
-        wall = max(time.perf_counter() - begun, tuner.seconds)
+        wall = max(time.perf_counter() - start, tuner.seconds)
         directory.finish(_metrics(base, resolved, digest, tuner, wall))
     return OK
 
 
-def _training(base: TrainedRun, asked: argparse.Namespace, batches: Batches) -> TrainingConfig:
+def _training(base: TrainedRun, args: argparse.Namespace, batches: Batches) -> TrainingConfig:
     """The base run's recipe at the tuning's rate and length; a step counts context x batch."""
-    stated = TrainingConfig(**base.resolved["training"])
-    steps = asked.epochs * batches.per_epoch
+    recipe = TrainingConfig(**base.resolved["training"])
+    steps = args.epochs * batches.per_epoch
     return replace(
-        stated,
+        recipe,
         batch_size=batches.size,
-        tokens=steps * batches.size * stated.seq_len,
-        learning_rate=asked.learning_rate,
+        tokens=steps * batches.size * recipe.seq_len,
+        learning_rate=args.learning_rate,
         micro_batch=None,
         compile="off",  # ragged batches would be compiled again and again
     )
 
 
 def _resolved(
-    base: TrainedRun, asked: argparse.Namespace, training: TrainingConfig
+    base: TrainedRun, args: argparse.Namespace, training: TrainingConfig
 ) -> dict[str, Any]:
     """config.yaml's content; the digest covers all of it."""
-    files = [asked.data / f"{name}.jsonl" for name in ("train", "validation")]
-    data = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
+    files = [args.data / f"{name}.jsonl" for name in ("train", "validation")]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files))
     name = f"{base.path.name}-tuned"
     return {
         "experiment": name,
         "baseline": name,
         "phase": "tuning",
-        "seed": asked.seed,
+        "seed": args.seed,
         "base": {"run": base.path.name, "config_digest": base.resolved["config_digest"]},
         "model": base.resolved["model"],
         "training": config.to_dict(training),
-        "tuning": {name: getattr(asked, name) for name in SETTINGS},
+        "tuning": {name: getattr(args, name) for name in SETTINGS},
         "tokenizer_sha256": base.resolved["tokenizer_sha256"],
-        "data_sha256": data.hexdigest(),
+        "data_sha256": digest.hexdigest(),
         # Both are scored on the same items.
         **{key: base.resolved[key] for key in ("evaluation", "data_dir") if key in base.resolved},
     }
@@ -201,12 +200,12 @@ class Tuner(Stepper):
     ) -> None:  # fmt: skip
         super().__init__(model, training, machine)
         self.batches, self.directory, self.digests = batches, directory, digests
-        found = checkpoint.load_latest(
+        loaded = checkpoint.load_latest(
             directory.checkpoints, digests=digests, misfit=directory.misfit
         )
-        if found is not None:
-            self.load_state(found[0])
-        directory.truncate(0 if found is None else found[0]["metrics_offset"])
+        if loaded is not None:
+            self.load_state(loaded[0])
+        directory.truncate(0 if loaded is None else loaded[0]["metrics_offset"])
 
     def run(self, held_out: Sequence[Example]) -> bool:
         """Train to the end (True) or to a signal (False): evaluate, save, stop?, step, log."""
@@ -241,8 +240,9 @@ class Tuner(Stepper):
 
     def _append(self, kind: str, **values: Any) -> None:
         tokens = self.step * self.training.step_tokens
-        row = {"step": self.step, "tokens": tokens, "kind": kind, **values}
-        self.directory.append({**row, "elapsed_s": self.seconds})
+        self.directory.append(
+            {"step": self.step, "tokens": tokens, "kind": kind, **values, "elapsed_s": self.seconds}
+        )
 
     def _save(self) -> None:
         self.directory.sync()
@@ -256,8 +256,9 @@ def _tuning_json(
     """What tuning has changed; also said aloud."""
     texts = []
     for row, old, new in zip(rows, before, samples(base, rows), strict=False):
-        shown = {"prompt": row["prompt"], "expected": row["answer"]}
-        texts.append({**shown, "before": old, "after": new})
+        texts.append(
+            {"prompt": row["prompt"], "expected": row["answer"], "before": old, "after": new}
+        )
         print(f"prompt: {row['prompt'][-160:]!r}\n  before: {old!r}\n  after:  {new!r}")
     name, first, last = base.path.name, losses[0], losses[-1]
     print(f"{name}: held-out answer loss {first:.4f} before, {last:.4f} after")
@@ -271,14 +272,14 @@ def _tuning_json(
 
 
 # Of metrics.json: what the base run has said of the model, and what config.yaml says.
-_OF_BASE = (
+_BASE_KEYS = (
     *(quantity.built for quantity in REQUESTS),
     *"schema corpus vocab_size d_model n_layers n_heads head_dim d_ff embedding_dim".split(),
     *"tie_embeddings qk_norm attention_width_ratio flops_per_token".split(),
     *(f"params_{block}" for block in "embedding projection attention ffn norm".split()),
 )
-_OF_CONFIG = ("experiment", "phase", "seed", "tokenizer_sha256", "data_sha256")
-_OF_TRAINING = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio")
+_CONFIG_KEYS = ("experiment", "phase", "seed", "tokenizer_sha256", "data_sha256")
+_TRAINING_KEYS = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio")
 
 
 def _metrics(
@@ -286,14 +287,14 @@ def _metrics(
 ) -> dict[str, Any]:
     """metrics.json: what the run is and what it cost. Its losses are answers', not a corpus', so
     they stand in tuning.json alone."""
-    before = read_json(base.path / "metrics.json")
+    base_metrics = read_json(base.path / "metrics.json")
     stamp = runtime.environment_stamp(tuner.machine.device)
     device_name = runtime.device_name(tuner.machine.device)
     return complete(
         {
-            **{key: before.get(key) for key in _OF_BASE},
-            **{key: resolved[key] for key in _OF_CONFIG},
-            **{key: getattr(tuner.training, key) for key in _OF_TRAINING},
+            **{key: base_metrics.get(key) for key in _BASE_KEYS},
+            **{key: resolved[key] for key in _CONFIG_KEYS},
+            **{key: getattr(tuner.training, key) for key in _TRAINING_KEYS},
             "run": resolved["experiment"],
             "sweep": "instruction_tuning",
             "baseline": False,
@@ -324,13 +325,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", default="auto")
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        if not 0 < asked.learning_rate <= 1:
-            raise ValueError(f"--learning_rate: found {asked.learning_rate}, expected 0 to 1")
-        return tune(asked)
-    except Held as held:
-        print(held, file=sys.stderr)
+        if not 0 < args.learning_rate <= 1:
+            raise ValueError(f"--learning_rate: found {args.learning_rate}, expected 0 to 1")
+        return tune(args)
+    except Held as error:
+        print(error, file=sys.stderr)
         return TRY_AGAIN
     except (ValueError, OSError) as error:
         return refuse(error)

@@ -14,13 +14,11 @@ import numpy as np
 
 from src.compute.compute_config import Machine
 from src.data import leakage
-from src.data import tasks as smallbench
 from src.data.corpus import read_source
+from src.data.tasks import load_tasks
 from src.data.tokenizer import load_tokenizer
 from src.data.tokens import Split, TokenData, outside_split
-from src.evaluation import latency as eval_latency
-from src.evaluation import perplexity
-from src.evaluation import smallbench as eval_smallbench
+from src.evaluation import latency, perplexity, smallbench
 from src.evaluation.metrics import corpus_name
 from src.models.transformer import Transformer
 from src.spec.config import RunConfig, json_sha256
@@ -37,27 +35,27 @@ def evaluate(
     numbers.
     """
     model.eval()
-    asked = run.evaluation
-    found: dict[str, Any] = {}
-    if "perplexity" in asked.metrics:
-        names = ("validation", "test") if asked.test else ("validation",)
+    config = run.evaluation
+    metrics: dict[str, Any] = {}
+    if "perplexity" in config.metrics:
+        names = ("validation", "test") if config.test else ("validation",)
         for name in names:
-            found |= _split(run, model, getattr(data, name), name, machine, run_path)
-        if asked.outside_dir:
-            corpus = Path(asked.outside_dir)
-            found["outside_corpus"] = corpus_name(read_source(corpus, []))
+            metrics |= _split(run, model, getattr(data, name), name, machine, run_path)
+        if config.outside_dir:
+            corpus = Path(config.outside_dir)
+            metrics["outside_corpus"] = corpus_name(read_source(corpus, []))
             for name in names:
                 split = outside_split(corpus, name, data.tokenizer_path, data.eot_id)
-                found |= _split(run, model, split, f"outside_{name}", machine, run_path)
-    if "smallbench_accuracy" in asked.metrics:
-        found |= _smallbench(run, model, data, machine, run_path)
-    if asked.latency:
-        found |= eval_latency.measure(
+                metrics |= _split(run, model, split, f"outside_{name}", machine, run_path)
+    if "smallbench_accuracy" in config.metrics:
+        metrics |= _smallbench(run, model, data, machine, run_path)
+    if config.latency:
+        metrics |= latency.measure(
             model, device=machine.device, autocast_dtype=machine.dtype,
-            warmup=asked.latency_warmup, repeats=asked.latency_repeats,
+            warmup=config.latency_warmup, repeats=config.latency_repeats,
             compiled=machine.compile, label=f"{run.run_name}: latency",
         )  # fmt: skip
-    return found
+    return metrics
 
 
 def _split(
@@ -69,34 +67,34 @@ def _split(
         limit_tokens=run.evaluation.perplexity_tokens, label=f"{run.run_name}: {name} perplexity",
     )  # fmt: skip
     arrays: dict[str, Any] = {k: v for k, v in result.items() if isinstance(v, np.ndarray)}
-    packed = io.BytesIO()
-    np.savez_compressed(packed, **arrays)
-    write_atomic(run_path / f"documents_{name}.npz", packed.getbuffer())
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(run_path / f"documents_{name}.npz", buffer.getbuffer())
     prefix = name.replace("validation", "dev")
-    found = {f"{prefix}_{key}": value for key, value in result.items()}
+    metrics = {f"{prefix}_{key}": value for key, value in result.items()}
     # Of another corpus the list has what can be compared across corpora and tokenizers.
-    return {key: value for key, value in found.items() if key in KEYS}
+    return {key: value for key, value in metrics.items() if key in KEYS}
 
 
 def _smallbench(
     run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
 ) -> dict[str, Any]:
-    asked = run.evaluation
-    directory = Path(asked.smallbench_dir)
+    config = run.evaluation
+    directory = Path(config.smallbench_dir)
     tokenizer = load_tokenizer(data.tokenizer_path)
-    tasks = smallbench.load_tasks(run.smallbench_tasks)
+    tasks = load_tasks(run.smallbench_tasks)
     options: dict[str, Any] = {
         "context": run.training.seq_len,
         "device": machine.device,
         "autocast_dtype": None,  # bf16 makes ties; lm-evaluation-harness scores in float32 too
-        "exclude": leakage.contaminated_rows(asked.leakage, directory, data.corpus),
+        "exclude": leakage.contaminated_rows(config.leakage, directory, data.corpus),
     }
-    limit, label = asked.smallbench_limit, f"{run.run_name}: SmallBench"
-    result = eval_smallbench.evaluate(
+    limit, label = config.smallbench_limit, f"{run.run_name}: SmallBench"
+    result = smallbench.evaluate(
         model, tokenizer, tasks, directory,
         limit=limit, items_path=run_path / "smallbench_items.jsonl", label=label, **options,
     )  # fmt: skip
-    found = {
+    metrics = {
         **{f"smallbench_{key}": result[key] for key in ("accuracy", "accuracy_se", "chance")},
         "smallbench_items": result["items"],
         "smallbench_tasks": sum(row["n"] > 0 for row in result["tasks"].values()),
@@ -106,40 +104,40 @@ def _smallbench(
         "smallbench_contaminated_items": result["contaminated_items"],
         "smallbench": result["tasks"],
     }
-    if asked.smallbench_untrained:
-        sources = {
+    if config.smallbench_untrained:
+        cache_key = {
             "model": dataclasses.asdict(model.config),
             "tokenizer": data.tokenizer_sha256,
             "context": run.training.seq_len,
             "questions": [row.get("items_sha256") for row in result["tasks"].values()],
         }
-        found["smallbench_untrained_accuracy"] = _kept_beside(
+        metrics["smallbench_untrained_accuracy"] = _cached_untrained_accuracy(
             run_path,
-            sources,
-            lambda: eval_smallbench.random_row(
+            cache_key,
+            lambda: smallbench.evaluate_untrained(
                 model.config, tokenizer, tasks, directory,
                 limit=limit, label=f"{label}, untrained", **options,
             )["accuracy"],
         )  # fmt: skip
-    if asked.blimp_full:
+    if config.blimp_full:
         paradigms = [dataclasses.replace(task, group=None) for task in tasks if task.is_blimp]
-        whole = eval_smallbench.evaluate(
+        blimp = smallbench.evaluate(
             model, tokenizer, paradigms, directory,
             full=True, label=f"{run.run_name}: BLiMP", **options,
         )  # fmt: skip
-        found |= {f"blimp_{key}": whole[key] for key in ("accuracy", "accuracy_se", "items")}
-    return found
+        metrics |= {f"blimp_{key}": blimp[key] for key in ("accuracy", "accuracy_se", "items")}
+    return metrics
 
 
-def _kept_beside(
-    run_path: Path, sources: dict[str, Any], measure: Callable[[], float | None]
+def _cached_untrained_accuracy(
+    run_path: Path, cache_key: dict[str, Any], measure: Callable[[], float | None]
 ) -> float | None:
     """The untrained model of seed 0 is the same for all seeds and phases of a configuration: it is
     scored once in a log directory."""
-    path = run_path.parent / "untrained" / f"{json_sha256(sources)[:16]}.json"
+    path = run_path.parent / "untrained" / f"{json_sha256(cache_key)[:16]}.json"
     if path.is_file():
         return json.loads(path.read_bytes())["accuracy"]
     accuracy = measure()
     path.parent.mkdir(exist_ok=True)
-    write_json(path, {**sources, "accuracy": accuracy})
+    write_json(path, {**cache_key, "accuracy": accuracy})
     return accuracy

@@ -34,6 +34,7 @@ from src.compute import runtime
 from src.compute.autotune import seconds
 from src.compute.compute_config import DTYPES
 from src.evaluation import memory
+from src.evaluation.scoring import inference
 from src.evaluation.trained_run import load_shape
 from src.models.transformer import Transformer
 from src.spec import command_line
@@ -86,11 +87,11 @@ def time_interleaved(
     Device events around one synchronised call on CUDA, the monotonic clock on a CPU. One process
     of a machine at a time.
     """
-    once = _time_cuda if device.type == "cuda" else lambda step: 1e3 * seconds(step, device)
+    time_ms = _time_cuda if device.type == "cuda" else lambda step: 1e3 * seconds(step, device)
     rounds = np.empty((warmup + repeats, len(steps)))
     with _alone_on_this_machine(label), Progress(label, len(rounds), "rounds") as progress:
         for times in rounds:
-            times[:] = [once(step) for step in steps.values()]
+            times[:] = [time_ms(step) for step in steps.values()]
             progress.advance()
     return dict(zip(steps, rounds[warmup:].T, strict=True))
 
@@ -112,13 +113,12 @@ def _alone_on_this_machine(label: str) -> Iterator[None]:
 
 
 def _time_cuda(step: Step) -> float:
-    begun = torch.cuda.Event(enable_timing=True)
-    ended = torch.cuda.Event(enable_timing=True)
-    begun.record()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     step()
-    ended.record()
-    ended.synchronize()
-    return begun.elapsed_time(ended)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def _prompt(model: Transformer, length: int, device: torch.device) -> Tensor:
@@ -156,12 +156,12 @@ def _steps(
 
 def _graphed(step: Step) -> Step:
     """A CUDA graph of `step`, whose inputs and shapes are the same at every call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step()
@@ -181,15 +181,15 @@ def _compiled_steps(
 
     Decoding is not compiled: each layer would compile its own code for its place in the cache.
     """
-    fast = _plain_copy(model, device)
+    compiled = _plain_copy(model, device)
     torch.compiler.reset()  # or dynamo's limit of eight shapes a process leaves some eager
-    for block in fast.blocks:
+    for block in compiled.blocks:
         block.compile(dynamic=False)
     try:
         decode = _steps(model, device, cache_dtype, lengths)["decode"]
         steps = {"compiled_decode": _graphed(decode)}
         for length in lengths:
-            prefill = functools.partial(_last_logits, fast, _prompt(fast, length, device))
+            prefill = functools.partial(_last_logits, compiled, _prompt(compiled, length, device))
             steps[f"compiled_l{length}"] = _graphed(prefill)
     except RuntimeError as error:
         warnings.warn(f"compiled latency is missing: {error}", stacklevel=2)
@@ -219,16 +219,16 @@ def measure(
     device = torch.device(device)
     model = _plain_copy(model, device)
     cache_dtype = autocast_dtype or torch.float32
-    with _inference(device, autocast_dtype):
+    with inference(device, autocast_dtype):
         steps = prefill = _steps(model, device, cache_dtype, lengths)
         if compiled and device.type == "cuda":
             steps = steps | _compiled_steps(model, device, cache_dtype, lengths)
         times = time_interleaved(steps, device=device, **timing)
         longest = max(lengths)
-        found = memory.held(model, prefill[f"l{longest}"], device, cache_dtype, longest)
+        metrics = memory.measure(model, prefill[f"l{longest}"], device, cache_dtype, longest)
     for name, samples in times.items():
-        found |= _summary(name, samples)
-    return found
+        metrics |= _summary(name, samples)
+    return metrics
 
 
 def _plain_copy(model: Transformer, device: torch.device) -> Transformer:
@@ -239,22 +239,14 @@ def _plain_copy(model: Transformer, device: torch.device) -> Transformer:
     return copy.to(device).eval()
 
 
-@contextlib.contextmanager
-def _inference(device: torch.device, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    """One autocast context for everything: weights are cast once, as a deployed model's are."""
-    low = autocast_dtype not in (None, torch.float32)
-    with torch.no_grad(), torch.autocast(device.type, autocast_dtype, enabled=low):
-        yield
-
-
 def _summary(name: str, samples: FloatArray) -> dict[str, float]:
     """`l128` -> latency_ms_p50_l128, ...; `compiled_decode` -> decode_compiled_ms_per_token_p50."""
-    kind, _, rest = name.rpartition("_")
-    kind = f"{kind}_" if kind else ""
-    form = f"latency_{kind}ms_{{}}_{rest}"
-    if rest == "decode":
-        form = f"decode_{kind}ms_per_token_{{}}"
-    return {form.format(f"p{p}"): float(np.percentile(samples, p)) for p in (50, 95)}
+    prefix = "compiled_" if name.startswith("compiled_") else ""
+    work = name.removeprefix("compiled_")
+    key = f"latency_{prefix}ms_p{{}}_{work}"
+    if work == "decode":
+        key = f"decode_{prefix}ms_per_token_p{{}}"
+    return {key.format(p): float(np.percentile(samples, p)) for p in (50, 95)}
 
 
 # ----------------------------------------------------------------------------------- two models
@@ -276,18 +268,18 @@ def compare(
     """
     device = torch.device(device)
     cache_dtype = autocast_dtype or torch.float32
-    with _inference(device, autocast_dtype):
+    with inference(device, autocast_dtype):
         steps: dict[str, Step] = {}
         for label, model in (("baseline", baseline), ("ours", ours)):
-            of_model = _steps(_plain_copy(model, device), device, cache_dtype, lengths)
-            steps |= {f"{label} {name}": step for name, step in of_model.items()}
+            model_steps = _steps(_plain_copy(model, device), device, cache_dtype, lengths)
+            steps |= {f"{label} {name}": step for name, step in model_steps.items()}
         times = time_interleaved(steps, device=device, **timing)
-    found = {}
-    for name in of_model:
-        mine, theirs = times[f"ours {name}"], times[f"baseline {name}"]
-        low, high = ratio_interval(mine, theirs)
-        ours_p50, baseline_p50 = float(np.median(mine)), float(np.median(theirs))
-        found[name] = {
+    comparison = {}
+    for name in model_steps:
+        ours_ms, baseline_ms = times[f"ours {name}"], times[f"baseline {name}"]
+        low, high = ratio_interval(ours_ms, baseline_ms)
+        ours_p50, baseline_p50 = float(np.median(ours_ms)), float(np.median(baseline_ms))
+        comparison[name] = {
             "ours_ms_p50": ours_p50,
             "baseline_ms_p50": baseline_p50,
             "ratio": ours_p50 / baseline_p50,
@@ -295,14 +287,14 @@ def compare(
             "ratio_high": high,
             "verdict": verdict(low, high),
         }
-    return found
+    return comparison
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line.Parser(description=__doc__.splitlines()[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, help="one finished run, measured alone")
-    what.add_argument(
+    runs = parser.add_mutually_exclusive_group(required=True)
+    runs.add_argument("--run", type=Path, help="one finished run, measured alone")
+    runs.add_argument(
         "--compare", type=Path, nargs=2, metavar=("BASELINE", "OURS"), help="two finished runs"
     )
     parser.add_argument("--device", default="auto")
@@ -314,43 +306,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: one a core)")
     parser.add_argument("--compiled", action="store_true", help="CUDA: also compiled, in graphs")
     parser.add_argument("--output", type=Path, help="a JSON file; what is there is not repeated")
-    asked = parser.parse_args(arguments)
-    begun = time.perf_counter()
+    args = parser.parse_args(arguments)
+    start = time.perf_counter()
     try:
-        if asked.output is not None and asked.output.is_file():
-            print(f"{asked.output}: measured before, nothing to do")
+        if args.output is not None and args.output.is_file():
+            print(f"{args.output}: measured before, nothing to do")
             return 0
-        found = _measured(asked)
-        if asked.output is not None:
-            asked.output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(asked.output, {**found, "wall_seconds": time.perf_counter() - begun})
+        result = _measure_runs(args)
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.output, {**result, "wall_seconds": time.perf_counter() - start})
     except (ValueError, OSError) as error:
         return command_line.refuse(error)
-    print(json.dumps(found, indent=2, allow_nan=False))
+    print(json.dumps(result, indent=2, allow_nan=False))
     return 0
 
 
-def _measured(asked: argparse.Namespace) -> dict[str, Any]:
-    device = runtime.choose_device(asked.device)
-    runtime.pin_threads(asked.threads)
-    paths = asked.compare or [asked.run]
+def _measure_runs(args: argparse.Namespace) -> dict[str, Any]:
+    device = runtime.choose_device(args.device)
+    runtime.pin_threads(args.threads)
+    paths = args.compare or [args.run]
     models, trained = zip(*(load_shape(path) for path in paths), strict=True)
-    precision = asked.precision or _own_precision(paths)
+    precision = args.precision or _own_precision(paths)
     dtype = DTYPES[runtime.resolve_precision(precision, device)]
-    timing = {"warmup": asked.warmup, "repeats": asked.repeats}
+    timing = {"warmup": args.warmup, "repeats": args.repeats}
     options: dict[str, Any] = {
-        "device": device, "autocast_dtype": dtype, "lengths": asked.lengths, **timing,
+        "device": device, "autocast_dtype": dtype, "lengths": args.lengths, **timing,
     }  # fmt: skip
-    if asked.run is not None:
-        names = {"run": _name(asked.run, asked.output)}
-        result = measure(models[0], compiled=asked.compiled, **options)
+    if args.run is not None:
+        names = {"run": _name(args.run, args.output)}
+        result = measure(models[0], compiled=args.compiled, **options)
     else:
-        baseline, ours = (_name(path, asked.output) for path in paths)
+        baseline, ours = (_name(path, args.output) for path in paths)
         names = {"baseline": baseline, "ours": ours}
         result = {"comparison": compare(models[1], models[0], **options), "margin": MARGIN}
-    environment = runtime.environment_stamp(device)
-    told = {**names, "trained_weights": all(trained), "precision": precision, **timing}
-    return {**told, **result, "environment": environment}
+    conditions = {"trained_weights": all(trained), "precision": precision, **timing}
+    return {**names, **conditions, **result, "environment": runtime.environment_stamp(device)}
 
 
 def _name(run: Path, output: Path | None) -> str:
@@ -366,13 +357,16 @@ def _name(run: Path, output: Path | None) -> str:
 def _own_precision(paths: Sequence[Path]) -> str:
     """What the runs' metrics.json say, fp32 where none does; ValueError where they disagree."""
     files = [path / "metrics.json" for path in paths]
-    stated = {str(read_json(file).get("precision") or "fp32") for file in files if file.is_file()}
-    if len(stated) > 1 or not stated <= DTYPES.keys():
+    precisions = {
+        str(read_json(file).get("precision") or "fp32") for file in files if file.is_file()
+    }
+    if len(precisions) > 1 or not precisions <= DTYPES.keys():
         raise ValueError(
-            f"precision: found {' and '.join(sorted(stated))} in {' and '.join(map(str, files))}, "
-            f"expected one of {', '.join(DTYPES)} for all models; state it with --precision"
+            f"precision: found {' and '.join(sorted(precisions))} in "
+            f"{' and '.join(map(str, files))}, expected one of {', '.join(DTYPES)} "
+            "for all models; state it with --precision"
         )
-    return next(iter(stated), "fp32")
+    return next(iter(precisions), "fp32")
 
 
 if __name__ == "__main__":

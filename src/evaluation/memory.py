@@ -69,7 +69,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     return memory.peak
 
 
-def held(
+def measure(
     model: Transformer,
     prefill: Callable[[], object],
     device: torch.device,

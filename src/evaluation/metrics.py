@@ -21,18 +21,18 @@ from src.spec.strict_yaml import read_yaml
 from src.storage.files import read_json
 
 SCHEMA = 2
-_TRAINED = (
+_TRAINING_KEYS = (
     "experiment", "baseline", "phase", "seed", "model", "training", "kill_rule",
     "tokenizer_sha256", "data_sha256",
 )  # fmt: skip
-_EVALUATED = ("evaluation", "questions_sha256")
-_CONTENT = "content_sha256"  # of everything else in config.yaml: what the table reads
+_EVALUATION_KEYS = ("evaluation", "questions_sha256")
+_CONTENT_DIGEST = "content_sha256"  # over everything else in config.yaml
 # Of the YAML's `model` section, what the allocator may build otherwise.
 _ASKED = {quantity.request: quantity.asked for quantity in metric_keys.REQUESTS}
 
 
 def resolved(
-    run: RunConfig, answers: Mapping[str, Allocation], sweep: Sweep, data: TokenData
+    run: RunConfig, allocations: Mapping[str, Allocation], sweep: Sweep, data: TokenData
 ) -> tuple[dict[str, Any], str]:
     """(config.yaml's content, the digest of what decides the training). Asked and built values side
     by side.
@@ -40,13 +40,13 @@ def resolved(
     That digest covers final integers, training, kill rule and tokens; not where the sweep file lies
     or which other experiments it names, and not the evaluation, which has a digest of its own.
     """
-    answer = answers[run.experiment]
+    allocation = allocations[run.experiment]
     content = {
         "experiment": run.experiment,
         "baseline": run.baseline,
         "phase": run.phase,
         "seed": run.seed,
-        "model": cfg.to_dict(answer.model),
+        "model": cfg.to_dict(allocation.model),
         "training": cfg.to_dict(run.training),
         "kill_rule": cfg.to_dict(run.kill_rule) if run.kill_rule else None,
         "tokenizer_sha256": data.tokenizer_sha256,
@@ -62,16 +62,17 @@ def resolved(
             "seeds": list(sweep.seeds),
             # What each would be, so that a run of another name that is the same stands for it.
             "built": {
-                other.experiment: identity(other, answers[other.experiment]) for other in sweep.runs
+                other.experiment: identity(other, allocations[other.experiment])
+                for other in sweep.runs
             },
         },
         "asked": {_ASKED.get(key, key): value for key, value in cfg.to_dict(run.model).items()},
-        "built": asked_and_built(answer)[1],
-        "params": cfg.to_dict(answer.params),
+        "built": asked_and_built(allocation)[1],
+        "params": cfg.to_dict(allocation.params),
         "data_dir": run.data.dir,
         "corpus": corpus_name(data.corpus),
     }
-    return {**content, _CONTENT: cfg.json_sha256(content)}, _digest(content, _TRAINED)
+    return {**content, _CONTENT_DIGEST: cfg.json_sha256(content)}, _digest(content, _TRAINING_KEYS)
 
 
 def evaluation_digest(run: RunConfig, corpus: Mapping[str, Any]) -> str:
@@ -82,11 +83,11 @@ def evaluation_digest(run: RunConfig, corpus: Mapping[str, Any]) -> str:
 def _questions(run: RunConfig, corpus: Mapping[str, Any]) -> dict[str, str]:
     """Hash of what SmallBench asks: the task list, the rows, and which of them the training text
     contains; {} where it is not measured."""
-    asked = run.evaluation
-    if "smallbench_accuracy" not in asked.metrics:
+    evaluation = run.evaluation
+    if "smallbench_accuracy" not in evaluation.metrics:
         return {}
-    directory = Path(asked.smallbench_dir)
-    report = leakage.report_path(asked.leakage, directory, corpus)
+    directory = Path(evaluation.smallbench_dir)
+    report = leakage.report_path(evaluation.leakage, directory, corpus)
     content = [
         read_yaml(run.smallbench_tasks, "a task list"),
         {task: facts["sha256"] for task, facts in held_tasks(directory).items()},
@@ -97,36 +98,36 @@ def _questions(run: RunConfig, corpus: Mapping[str, Any]) -> dict[str, str]:
 
 def older_digest(content: Mapping[str, Any]) -> str:
     """What builds before `evaluation_digest` wrote as config_digest: the evaluation was in it."""
-    return _digest(content, (*_TRAINED, "evaluation"))
+    return _digest(content, (*_TRAINING_KEYS, "evaluation"))
 
 
 def edited(config: Mapping[str, Any]) -> bool:
     """Whether config.yaml is not what its run wrote; a tuned run's says too little to tell."""
     if config.get("phase") not in cfg.PHASES or "config_digest" not in config:
         return False
-    content = {k: v for k, v in config.items() if k not in ("config_digest", _CONTENT)}
-    if config.get(_CONTENT) not in (None, cfg.json_sha256(content)):
+    content = {k: v for k, v in config.items() if k not in ("config_digest", _CONTENT_DIGEST)}
+    if config.get(_CONTENT_DIGEST) not in (None, cfg.json_sha256(content)):
         return True
     if "evaluation_digest" not in config:
         return older_digest(content) != config["config_digest"]
-    found = (config["config_digest"], config["evaluation_digest"])
-    return found != (_digest(content, _TRAINED), _digest(content, _EVALUATED))
+    digests = (config["config_digest"], config["evaluation_digest"])
+    return digests != (_digest(content, _TRAINING_KEYS), _digest(content, _EVALUATION_KEYS))
 
 
 def _digest(content: Mapping[str, Any], keys: Sequence[str]) -> str:
     return cfg.digest({key: content[key] for key in keys if key in content})
 
 
-def identity(run: RunConfig, answer: Allocation) -> dict[str, Any]:
+def identity(run: RunConfig, allocation: Allocation) -> dict[str, Any]:
     """What a run is, whatever it is called: what was asked, built, and how it is trained."""
-    asked, built = asked_and_built(answer)
+    requested, built = asked_and_built(allocation)
     return {
-        **asked,
+        **requested,
         **built,
-        "vocab_size": answer.model.vocab_size,
+        "vocab_size": allocation.model.vocab_size,
         "init_seed": run.training.init_seed,
         "data_seed": run.training.data_seed,
-        "model_digest": model_digest(answer),
+        "model_digest": model_digest(allocation),
         "training_digest": run_identity.training_digest(run.training),
     }
 
@@ -142,23 +143,23 @@ def digests(config_digest: str, data: TokenData) -> dict[str, str]:
     return {"config": config_digest, "tokenizer": data.tokenizer_sha256, "data": data.sha256}
 
 
-def model_digest(answer: Allocation) -> str:
+def model_digest(allocation: Allocation) -> str:
     """Equal for configurations that are the same integers (emb35 and glu266x, say)."""
-    return cfg.json_sha256(cfg.to_dict(answer.model))
+    return cfg.json_sha256(cfg.to_dict(allocation.model))
 
 
 def facts(
     run: RunConfig,
-    answer: Allocation,
+    allocation: Allocation,
     sweep: Sweep,
     data: TokenData,
     config_digest: str,
     environment: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The keys of metrics.json that are known before training."""
-    model, training = answer.model, run.training
+    model, training = allocation.model, run.training
     windows = (len(data.train.tokens) - 1) // training.seq_len
-    stated = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio")
+    training_keys = ("batch_size", "seq_len", "learning_rate", "embedding_lr_ratio")
     return {
         "schema": SCHEMA,
         "run": run.run_name,
@@ -170,7 +171,7 @@ def facts(
         "seed": run.seed,
         "config_digest": config_digest,
         "evaluation_digest": evaluation_digest(run, data.corpus),
-        **identity(run, answer),
+        **identity(run, allocation),
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_sha256": data.sha256,
         "corpus": corpus_name(data.corpus),
@@ -178,10 +179,10 @@ def facts(
         "git_dirty": environment.get("git_dirty"),
         **{key: v for key, v in cfg.to_dict(model).items() if key in metric_keys.KEYS},
         "attention_width_ratio": model.n_heads * model.head_dim / model.d_model,
-        **{f"params_{block}": count for block, count in cfg.to_dict(answer.params).items()},
+        **{f"params_{block}": count for block, count in cfg.to_dict(allocation.params).items()},
         "flops_per_token": flops_per_token(model, training.seq_len),
         "epochs": training.steps * training.batch_size / windows,
-        **{key: getattr(training, key) for key in stated},
+        **{key: getattr(training, key) for key in training_keys},
     }
 
 
@@ -225,11 +226,11 @@ def computed(machine: Any, device_name: str, wall: float, processes: int = 1) ->
     on_gpu = machine.device.type == "cuda"
     hours = wall / 3600 * (processes if on_gpu else 1)  # a GPU each; one CPU for all
     price = costs.price_per_hour(machine.device.type, device_name)
-    settings = ("precision", "micro_batch", "loss_chunk", "compile", "threads")
+    machine_keys = ("precision", "micro_batch", "loss_chunk", "compile", "threads")
     return {
         "device": machine.device.type,
         "device_name": device_name,
-        **{key: getattr(machine, key) for key in settings},
+        **{key: getattr(machine, key) for key in machine_keys},
         "wall_seconds": wall,
         "gpu_hours": hours if on_gpu else None,
         "cost_usd": None if price is None else hours * price,
@@ -250,8 +251,8 @@ def summary(metrics: Mapping[str, Any]) -> str:
         ("seconds", "wall_seconds", ",.0f"),
     ]
     parts = [
-        f"{label} {metrics[key]:{form}}"
-        for label, key, form in shown
+        f"{label} {metrics[key]:{spec}}"
+        for label, key, spec in shown
         if metrics.get(key) is not None
     ]
     return f"{metrics['run']}: {metrics['status']}, " + ", ".join(parts)

@@ -62,10 +62,10 @@ def score_documents(
     of the second reading are windows of the first, so the pair costs little more than one.
     """
     rows, readings = _plan(offsets, context)
-    starts, (ends, lowest) = np.array(list(rows)), np.array(list(rows.values())).T
-    counts = ends - lowest + 1
+    starts, (ends, lowest_targets) = np.array(list(rows)), np.array(list(rows.values())).T
+    counts = ends - lowest_targets + 1
     row, first_query = np.repeat(np.arange(len(rows)), counts), np.cumsum(counts) - counts
-    target = np.arange(len(row)) + np.repeat(lowest - first_query, counts)
+    target = np.arange(len(row)) + np.repeat(lowest_targets - first_query, counts)
     queries = np.stack((row, target - starts[row] - 1, tokens[target].astype(np.int64)), axis=1)
     texts = [tokens[start:end] for start, (end, _) in rows.items()]
     nats, _ = score_positions(model, texts, queries, **reading)
@@ -75,17 +75,17 @@ def score_documents(
             "numbers; the weights have diverged, or need a wider precision than "
             f"{reading['autocast_dtype'] or torch.float32}"
         )
-    tokens_of = np.diff(offsets) - 1
-    nats_of = dict(zip(rows, np.split(nats, first_query[1:]), strict=True))
+    document_tokens = np.diff(offsets) - 1
+    row_nats = dict(zip(rows, np.split(nats, first_query[1:]), strict=True))
     sums = []
-    for windows_read in readings:
-        scored = np.full(int(offsets[-1]), np.nan)  # nats of each target; a separator is none
-        for start, first in windows_read:
+    for reading_windows in readings:
+        target_nats = np.full(int(offsets[-1]), np.nan)  # a separator is no target
+        for start, first in reading_windows:
             end, lowest_target = rows[start]
-            scored[first : end + 1] = nats_of[start][first - lowest_target :]
-        assert np.isfinite(scored).sum() == tokens_of.sum(), "each target is scored, once"
-        sums.append(np.add.reduceat(np.nan_to_num(scored), offsets[:-1]))
-    return sums[0], sums[1], tokens_of
+            target_nats[first : end + 1] = row_nats[start][first - lowest_target :]
+        assert np.isfinite(target_nats).sum() == document_tokens.sum(), "each target once"
+        sums.append(np.add.reduceat(np.nan_to_num(target_nats), offsets[:-1]))
+    return sums[0], sums[1], document_tokens
 
 
 def _plan(
@@ -101,8 +101,8 @@ def _plan(
     for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         for stride, reading in zip((max(1, context // 2), context), readings, strict=True):
             for start, stop, first in windows(end - begin - 1, context, stride):
-                _, lowest = rows.get(begin + start, (0, begin + first))
-                rows[begin + start] = (begin + stop, min(lowest, begin + first))
+                _, lowest_target = rows.get(begin + start, (0, begin + first))
+                rows[begin + start] = (begin + stop, min(lowest_target, begin + first))
                 reading.append((begin + start, begin + first))
     return rows, readings
 
@@ -134,12 +134,12 @@ def evaluate_split(
     nats, separate, counts = score_documents(model, tokens, offsets, context=context, **reading)
     total, scored = float(nats.sum()), int(counts.sum())
     _, utf8_bytes, words = documents.sum(axis=0).tolist()
-    by_word = perplexity(total, words) if words else math.inf
+    word_perplexity = perplexity(total, words) if words else math.inf
     return {
         "loss": total / scored,
         "perplexity": perplexity(total, scored),
         "bits_per_byte": total / math.log(2) / utf8_bytes,
-        "word_perplexity": by_word if math.isfinite(by_word) else None,
+        "word_perplexity": word_perplexity if math.isfinite(word_perplexity) else None,
         "perplexity_nonoverlapping": perplexity(float(separate.sum()), scored),
         "tokens_scored": scored,
         "documents": len(documents),

@@ -70,36 +70,44 @@ def score_positions(
     chunk at a time, so that float32 logits of a batch never exist.
     """
     device, autocast_dtype = torch.device(reading["device"]), reading["autocast_dtype"]
-    low = autocast_dtype not in (None, torch.float32)
+    dtype = autocast_dtype or torch.float32
     on_cpu = device.type == "cpu"
     batch_tokens = reading.get("batch_tokens") or (4_096 if on_cpu else 65_536)
     chunk = 256 if on_cpu else 4_096
-    shape = _compiled_shape(model, rows, batch_tokens) if low else None
+    shape = None if dtype == torch.float32 else _compiled_shape(model, rows, batch_tokens)
     first_query = np.searchsorted(queries[:, 0], np.arange(len(rows) + 1))
     nats = torch.empty(len(queries), device=device)
     hits = torch.zeros(len(queries), dtype=torch.bool, device=device)
     groups = _groups(rows, share_prefixes and isinstance(model, Transformer))
-    # no_grad and not inference_mode: tensors that the model caches here (RoPE tables) must stay
-    # usable in training. One autocast context, so that weights are cast once for all batches.
-    autocast = torch.autocast(device.type, autocast_dtype, enabled=low)
     progress = Progress(reading.get("label", "scoring"), len(queries), "tokens")
-    with torch.no_grad(), autocast, uncompiled(model), progress:
+    with inference(device, autocast_dtype), uncompiled(model), progress:
         for batch in _batches(rows, groups, batch_tokens):
             index = np.concatenate([np.arange(*first_query[[r, r + 1]]) for r in batch.rows])
             counts = np.diff(first_query)[batch.rows]
             places = batch.places(np.repeat(np.arange(len(batch.rows)), counts), queries[index, 1])
             order = np.argsort(places, kind="stable")
             index = index[order]
-            asked, which = np.unique(places[order], return_inverse=True)
-            dtype = autocast_dtype if low else torch.float32
+            queried, hidden_row = np.unique(places[order], return_inverse=True)
             hidden = _hidden(model, rows, batch, device, dtype, shape)
-            where = torch.from_numpy(index).to(device)
-            nats[where], hits[where] = _head_nats(
-                model, hidden[torch.from_numpy(asked).to(device)], which, queries[index, 2],
+            query = torch.from_numpy(index).to(device)
+            nats[query], hits[query] = _head_nats(
+                model, hidden[torch.from_numpy(queried).to(device)], hidden_row, queries[index, 2],
                 chunk, greedy, shape is not None,
             )  # fmt: skip
             progress.advance(len(index))
     return nats.cpu().numpy(), hits.cpu().numpy()
+
+
+@contextlib.contextmanager
+def inference(device: torch.device, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    """One autocast context for everything: weights are cast once, as a deployed model's are.
+
+    no_grad and not inference_mode: tensors that the model caches here (RoPE tables) must stay
+    usable in training.
+    """
+    mixed = autocast_dtype not in (None, torch.float32)
+    with torch.no_grad(), torch.autocast(device.type, autocast_dtype, enabled=mixed):
+        yield
 
 
 def uncompiled(model: object) -> contextlib.AbstractContextManager[Any]:
@@ -159,8 +167,8 @@ class _Batch:
             width = int(lengths[rows[first]]) - shared
             end = min(len(rows), first + max(1, part_tokens // width))
             if shared:  # what is shorter by a quarter waits for the next part
-                alike = int(np.sum(lengths[rows[first:end]] - shared >= 0.75 * width))
-                end = min(end, first + max(alike, -(-SMALLEST_PART // width)))
+                near = int(np.sum(lengths[rows[first:end]] - shared >= 0.75 * width))
+                end = min(end, first + max(near, -(-SMALLEST_PART // width)))
             parts.append((first, end, width))
             begins[first:end] = place + np.arange(end - first) * width
             first, place = end, place + (end - first) * width
@@ -183,17 +191,17 @@ def _groups(rows: Sequence[NDArray[Any]], share: bool) -> list[tuple[list[int], 
     groups: list[tuple[list[int], int]] = []
     for row in sorted(range(len(rows)), key=lambda row: rows[row].tobytes()):
         members, shared = groups[-1] if groups else ([], 0)
-        alike = _common(rows[members[-1]], rows[row]) if members else 0
+        common = _common_prefix(rows[members[-1]], rows[row]) if members else 0
         if len(members) > 1:
-            alike = min(alike, shared)
-        if alike >= SHARED_TOKENS and len(members) * alike > (len(members) - 1) * shared:
-            groups[-1] = ([*members, row], alike)
+            common = min(common, shared)
+        if common >= SHARED_TOKENS and len(members) * common > (len(members) - 1) * shared:
+            groups[-1] = ([*members, row], common)
         else:
             groups.append(([row], 0))
     return groups
 
 
-def _common(left: NDArray[Any], right: NDArray[Any]) -> int:
+def _common_prefix(left: NDArray[Any], right: NDArray[Any]) -> int:
     """Tokens that both begin with, at most all but the last of either."""
     size = min(len(left), len(right)) - 1
     differ = np.flatnonzero(left[:size] != right[:size])
@@ -208,21 +216,22 @@ def _batches(
     One P a batch, so that what follows needs no mask of its own.
     """
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    keyed = sorted(groups, key=lambda group: (-group[1], -int(lengths[group[0]].max())))
-    waiting: list[tuple[list[int], int]] = []
+    pending: list[tuple[list[int], int]] = []
     tokens = 0
-    for members, shared in keyed:
+    for members, shared in sorted(
+        groups, key=lambda group: (-group[1], -int(lengths[group[0]].max()))
+    ):
         # Padded to the batch's longest where nothing is shared; else read in smaller parts.
-        width = lengths[waiting[0][0][0]] if waiting and not shared else lengths[members].max()
-        more = int(shared + len(members) * (width - shared))
-        if waiting and (tokens + more > batch_tokens or shared != waiting[0][1]):
-            yield _Batch.of(waiting, lengths, batch_tokens)
-            waiting, tokens = [], 0
-            more = int(shared + (lengths[members] - shared).sum())
-        waiting.append((members, shared))
-        tokens += more
-    if waiting:
-        yield _Batch.of(waiting, lengths, batch_tokens)
+        width = lengths[pending[0][0][0]] if pending and not shared else lengths[members].max()
+        added = int(shared + len(members) * (width - shared))
+        if pending and (tokens + added > batch_tokens or shared != pending[0][1]):
+            yield _Batch.of(pending, lengths, batch_tokens)
+            pending, tokens = [], 0
+            added = int(shared + (lengths[members] - shared).sum())
+        pending.append((members, shared))
+        tokens += added
+    if pending:
+        yield _Batch.of(pending, lengths, batch_tokens)
 
 
 # --------------------------------------------------------------------------------------- the model
@@ -247,28 +256,28 @@ class _Continuations(KVCache):
 
 def _hidden(
     model: LanguageModel, rows: Sequence[NDArray[Any]], batch: _Batch, device: torch.device,
-    dtype: torch.dtype | None, compiled_shape: tuple[int, int] | None,
+    dtype: torch.dtype, compiled_shape: tuple[int, int] | None,
 ) -> Tensor:  # fmt: skip
     """(N, width): G * P of what the groups share, then each part's rows after it."""
 
-    def rest(part: tuple[int, int, int]) -> Tensor:
+    def suffixes(part: tuple[int, int, int]) -> Tensor:
         first, end, width = part
         return _padded([rows[r][batch.shared :] for r in batch.rows[first:end]], width).to(device)
 
     if batch.shared == 0:
         (part,) = batch.parts
-        tokens = rest(part)
+        tokens = suffixes(part)
         compiled = tuple(tokens.shape) == compiled_shape
         with torch.compiler.set_stance("default") if compiled else contextlib.nullcontext():
             return model.hidden(tokens).flatten(0, 1)
-    assert isinstance(model, Transformer) and dtype is not None
-    _, some = np.unique(batch.group, return_index=True)
-    begun = [rows[row][: batch.shared] for row in batch.rows[some]]
-    cache = model.new_cache(len(begun), batch.shared, dtype)
-    hidden = [model.hidden(_padded(begun, batch.shared).to(device), cache).flatten(0, 1)]
+    assert isinstance(model, Transformer)
+    _, one_of_each = np.unique(batch.group, return_index=True)
+    prefixes = [rows[row][: batch.shared] for row in batch.rows[one_of_each]]
+    cache = model.new_cache(len(prefixes), batch.shared, dtype)
+    hidden = [model.hidden(_padded(prefixes, batch.shared).to(device), cache).flatten(0, 1)]
     for part in batch.parts:
         owner = torch.from_numpy(batch.group[part[0] : part[1]]).to(device)
-        hidden.append(model.hidden(rest(part), _Continuations(cache, owner)).flatten(0, 1))
+        hidden.append(model.hidden(suffixes(part), _Continuations(cache, owner)).flatten(0, 1))
     return torch.cat(hidden)
 
 
@@ -280,7 +289,7 @@ def _padded(rows: Sequence[NDArray[Any]], width: int) -> Tensor:
 
 
 def _head_nats(
-    model: LanguageModel, hidden: Tensor, which: IntArray, targets: IntArray, chunk: int,
+    model: LanguageModel, hidden: Tensor, hidden_row: IntArray, targets: IntArray, chunk: int,
     greedy: bool, compiled: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(N, width); (Q,) sorted row of `hidden` and (Q,) target -> nats (Q,), greedy hits (Q,).
@@ -288,20 +297,20 @@ def _head_nats(
     Softmax in float32.
     """
     nats, hits = [], []
-    target, row = (torch.from_numpy(part).to(hidden.device) for part in (targets, which))
-    bounds = np.searchsorted(which, np.arange(0, len(hidden) + chunk, chunk))
+    target, row = (torch.from_numpy(array).to(hidden.device) for array in (targets, hidden_row))
+    bounds = np.searchsorted(hidden_row, np.arange(0, len(hidden) + chunk, chunk))
     for i, part in enumerate(hidden.split(chunk)):
-        asked = slice(int(bounds[i]), int(bounds[i + 1]))
-        place = row[asked] - i * chunk
+        queries = slice(int(bounds[i]), int(bounds[i + 1]))
+        place, expected = row[queries] - i * chunk, target[queries]
         logits = model.logits(part)  # (chunk, V)
         if compiled and len(part) == chunk:
             with torch.compiler.set_stance("default"):
                 log_z = _compiled_log_z()(logits)
-            nats.append(log_z[place] - logits[place, target[asked]].float())
+            nats.append(log_z[place] - logits[place, expected].float())
         else:  # logsumexp would take 3 times as long on a CPU
             log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            nats.append(-log_p[place, target[asked]])
-        hits.append(_is_best(logits, place, target[asked]) if greedy else place < 0)
+            nats.append(-log_p[place, expected])
+        hits.append(_is_best(logits, place, expected) if greedy else place < 0)
     return torch.cat(nats), torch.cat(hits)
 
 

@@ -46,12 +46,14 @@ def score_requests(
     ]
     owner = _merge_prefixes({row for _, row, _, _ in parts})
     rows = sorted(set(owner.values()))
-    number_of = {row: i for i, row in enumerate(rows)}
+    row_index = {row: i for i, row in enumerate(rows)}
     counts = [len(targets) for *_, targets in parts]
-    of = np.repeat([number for number, *_ in parts], counts)
-    queries = np.empty((len(of), 3), dtype=np.int64)  # row, position, target
-    queries[:, 0] = np.repeat([number_of[owner[row]] for _, row, _, _ in parts], counts)
-    queries[:, 1] = np.concatenate([np.arange(at, at + len(t)) for _, _, at, t in parts])
+    query_request = np.repeat([number for number, *_ in parts], counts)
+    queries = np.empty((len(query_request), 3), dtype=np.int64)  # row, position, target
+    queries[:, 0] = np.repeat([row_index[owner[row]] for _, row, _, _ in parts], counts)
+    queries[:, 1] = np.concatenate(
+        [np.arange(first, first + len(targets)) for _, _, first, targets in parts]
+    )
     queries[:, 2] = np.concatenate([targets for *_, targets in parts])
     order = np.argsort(queries[:, 0], kind="stable")
     nats, greedy = score_positions(
@@ -63,8 +65,8 @@ def score_requests(
         **reading,
     )
     scores, misses = np.zeros(len(requests)), np.zeros(len(requests), dtype=np.int64)
-    np.subtract.at(scores, of[order], nats.astype(np.float64))
-    np.add.at(misses, of[order], ~greedy)
+    np.subtract.at(scores, query_request[order], nats.astype(np.float64))
+    np.add.at(misses, query_request[order], ~greedy)
     return scores, misses == 0
 
 
@@ -122,7 +124,7 @@ def evaluate(
     with n 0, and stand in no mean. Raises ValueError for unusable tasks or data, and for
     scores that are not numbers.
     """
-    kept: list[tuple[Task, list[Item]]] = []
+    task_items: list[tuple[Task, list[Item]]] = []
     dropped: dict[str, int | None] = {}
     for task in tasks:
         items = load_items(task, data_dir, limit=limit, full=full)
@@ -131,9 +133,9 @@ def evaluate(
         clean = [item for item in items if item.row not in (exclude or {}).get(task.name, ())]
         dropped[task.name] = None if exclude is None else len(items) - len(clean)
         if clean:
-            kept.append((task, clean))
+            task_items.append((task, clean))
     reading = {"label": "SmallBench", **reading}
-    scored = _score_tasks(model, tokenizer, kept, context=context, **reading)
+    scored = _score_tasks(model, tokenizer, task_items, context=context, **reading)
     if items_path is not None:
         write_atomic(items_path, item_lines(scored))
     rows = {entry.task.name: entry.summary() for entry in scored}
@@ -155,7 +157,7 @@ def evaluate(
     }
 
 
-def random_row(
+def evaluate_untrained(
     config: ModelConfig,
     tokenizer: Tokenizer,
     tasks: Sequence[Task],
@@ -175,7 +177,7 @@ def random_row(
 def _score_tasks(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    kept: Sequence[tuple[Task, list[Item]]],
+    task_items: Sequence[tuple[Task, list[Item]]],
     *,
     context: int,
     **reading: Unpack[Reading],
@@ -183,12 +185,12 @@ def _score_tasks(
     """One pass over the requests of all tasks, so that batches are full and sorted by length."""
     pairs: list[tuple[str, str]] = []
     spans: list[tuple[slice, slice]] = []  # of a task's pairs: its own, those to calibrate by
-    for _, items in kept:
-        own, others = own_pairs(items), held_out_pairs(items)
-        assert len(others) in (0, len(own)), "a choice is calibrated by one other prompt"
-        begin, middle = len(pairs), len(pairs) + len(own)
-        pairs += own + others
-        spans.append((slice(begin, middle), slice(middle, len(pairs))))
+    for _, items in task_items:
+        own, held_out = own_pairs(items), held_out_pairs(items)
+        assert len(held_out) in (0, len(own)), "a choice is calibrated by one other prompt"
+        start, middle = len(pairs), len(pairs) + len(own)
+        pairs += own + held_out
+        spans.append((slice(start, middle), slice(middle, len(pairs))))
     if not pairs:
         return []
     requests = encode_requests(tokenizer, pairs)
@@ -201,18 +203,18 @@ def _score_tasks(
     tokens = np.array([len(request.ids) - request.context for request in requests], np.float64)
     too_long = np.array([len(request.ids) > context + 1 for request in requests])
     result = []
-    for (task, items), (own_part, others_part) in zip(kept, spans, strict=True):
+    for (task, items), (own_span, held_out_span) in zip(task_items, spans, strict=True):
         ends = np.cumsum([len(item.choices) for item in items])[:-1]  # of all items but the last
-        others_scores = scores[others_part]
+        held_out_scores = scores[held_out_span]
         result.append(
             TaskScores(
                 task=task,
                 items=items,
-                scores=np.split(scores[own_part], ends),
-                greedy=[bool(part[0]) for part in np.split(greedy[own_part], ends)],
-                uniform=np.split(-tokens[own_part], ends),
-                held_out=np.split(others_scores, ends) if len(others_scores) else None,
-                cut=sum(bool(part.any()) for part in np.split(too_long[own_part], ends)),
+                scores=np.split(scores[own_span], ends),
+                greedy=[bool(part[0]) for part in np.split(greedy[own_span], ends)],
+                uniform=np.split(-tokens[own_span], ends),
+                held_out=np.split(held_out_scores, ends) if len(held_out_scores) else None,
+                cut=sum(bool(part.any()) for part in np.split(too_long[own_span], ends)),
             )
         )
     return result

@@ -41,12 +41,12 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def calibrated_by_halves(scores: Sequence[FloatArray], golds: Sequence[int]) -> list[float]:
     """Credits after subtracting each label's mean score over the half the item is not in."""
-    table = np.stack(scores)
-    if len(table) < 2:
+    item_scores = np.stack(scores)
+    if len(item_scores) < 2:
         return []
-    shifted = table.copy()
-    shifted[::2] -= table[1::2].mean(axis=0)
-    shifted[1::2] -= table[::2].mean(axis=0)
+    shifted = item_scores.copy()
+    shifted[::2] -= item_scores[1::2].mean(axis=0)
+    shifted[1::2] -= item_scores[::2].mean(axis=0)
     return [credit(row, gold, CALIBRATED_TIE) for row, gold in zip(shifted, golds, strict=True)]
 
 
@@ -117,8 +117,9 @@ class TaskScores:
             float(scores[gold] - np.delete(scores, gold).max())
             for scores, gold in zip(self.scores, self.golds, strict=True)
         ]
-        calibrated, most = self.calibrated(), Counter(self.golds).most_common(1)[0][1]
-        majority = most / len(self.items) if fixed_labels(self.items) else None
+        calibrated, majority = self.calibrated(), None
+        if fixed_labels(self.items):
+            majority = Counter(self.golds).most_common(1)[0][1] / len(self.items)
         return {
             "accuracy_norm": float(np.mean(self._credits(by_length))),
             "accuracy_calibrated": float(np.mean(calibrated)) if calibrated else None,
@@ -133,9 +134,10 @@ class TaskScores:
 def item_lines(scored: Sequence[TaskScores]) -> bytes:
     lines = []
     for entry in scored:
-        for item, scores, guess in zip(entry.items, entry.scores, entry.predictions(), strict=True):
+        predictions = entry.predictions()
+        for item, scores, prediction in zip(entry.items, entry.scores, predictions, strict=True):
             row = {"task": item.task, "row": item.row, "scores": scores.tolist()}
-            lines.append(json.dumps({**row, "prediction": guess, "gold": item.gold}) + "\n")
+            lines.append(json.dumps({**row, "prediction": prediction, "gold": item.gold}) + "\n")
     return "".join(lines).encode()
 
 
@@ -143,10 +145,10 @@ def item_lines(scored: Sequence[TaskScores]) -> bytes:
 UNSCORED: dict[str, Any] = {"n": 0, "accuracy": None, "accuracy_se": None, "chance": None}
 
 
-def units(listed: Sequence[Task], rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def units(tasks: Sequence[Task], rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Tasks as they enter the mean: a group's members averaged, and listed inside it."""
     members: dict[str, list[str]] = {}
-    for task in listed:
+    for task in tasks:
         members.setdefault(task.unit, []).append(task.name)
     return {
         unit: rows[unit] if names == [unit] else _group({name: rows[name] for name in names})

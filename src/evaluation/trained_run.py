@@ -21,7 +21,7 @@ from src.storage import checkpoint
 from src.storage.files import read_json, sha256_of
 from src.storage.run_dir import exported
 
-_NEEDED = {"config_digest", "model", "training", "tokenizer_sha256", "data_sha256"}
+_REQUIRED_KEYS = {"config_digest", "model", "training", "tokenizer_sha256", "data_sha256"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +50,11 @@ class TrainedRun:
         token_dir = Path(self.resolved["data_dir"]) / f"v{self.model.config.vocab_size}"
         meta = token_dir / "meta.json"
         corpus = json.loads(meta.read_bytes())["corpus"] if meta.is_file() else {}
-        stated = self.evaluation.get("leakage")
-        return leakage.contaminated_rows(stated, smallbench_dir, corpus)
+        report = self.evaluation.get("leakage")
+        return leakage.contaminated_rows(report, smallbench_dir, corpus)
 
 
-def _resolved(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     """The content of its config.yaml; ValueError where that is none."""
     try:
         resolved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def _resolved(path: Path) -> dict[str, Any]:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path / 'config.yaml'} cannot be read: {error}") from None
-    if not isinstance(resolved, dict) or not _NEEDED <= resolved.keys() or edited(resolved):
+    if not isinstance(resolved, dict) or not _REQUIRED_KEYS <= resolved.keys() or edited(resolved):
         raise ValueError(
             f"{path / 'config.yaml'}: found another content than a run has written, expected that; "
             "restore it from a copy"
@@ -72,7 +72,7 @@ def _resolved(path: Path) -> dict[str, Any]:
     return resolved
 
 
-def _built(resolved: dict[str, Any]) -> Transformer:
+def _untrained(resolved: dict[str, Any]) -> Transformer:
     with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
         return Transformer(ModelConfig(**resolved["model"]))
 
@@ -83,16 +83,16 @@ def load_shape(path: Path) -> tuple[Transformer, bool]:
     A finished run whose weights are gone, as after a move to another machine with what was
     published, has the same shape untrained: the same operations take the same time.
     """
-    done = path / "metrics.json"
-    if exported(path) or not done.is_file() or read_json(done).get("status") == "killed":
+    metrics = path / "metrics.json"
+    if exported(path) or not metrics.is_file() or read_json(metrics).get("status") == "killed":
         return load_run(path).model, True
-    return _built(_resolved(path)).eval(), False
+    return _untrained(_read_config(path)).eval(), False
 
 
 def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
     """Read `logs/<run>`; raises ValueError where it is no finished run or its files disagree."""
-    resolved, done = _resolved(path), path / "metrics.json"
-    metrics = read_json(done) if done.is_file() else {}
+    resolved, metrics_path = _read_config(path), path / "metrics.json"
+    metrics = read_json(metrics_path) if metrics_path.is_file() else {}
     if metrics.get("status") == "killed":
         raise ValueError(f"{path}: the kill rule stopped this run, so it has no final model")
     if not exported(path):
@@ -113,7 +113,7 @@ def load_run(path: Path, device: torch.device | str = "cpu") -> TrainedRun:
         "data": resolved["data_sha256"],
     }
     weights = _final_weights(path, digests, metrics.get("steps"))
-    model = _built(resolved)
+    model = _untrained(resolved)
     model.load_state_dict(weights)
     return TrainedRun(
         path=path,
@@ -147,12 +147,12 @@ def export_again(
 
 def _final_weights(path: Path, digests: dict[str, str], steps: int | None) -> dict[str, Any]:
     """Of the newest checkpoint, which has to be the last step's where that is known."""
-    found = checkpoint.load_latest(path / "checkpoints", digests=digests)
-    if found is None or found[1]["step"] != (steps or found[1]["step"]):
-        step = "none" if found is None else f"step {found[1]['step']}"
+    loaded = checkpoint.load_latest(path / "checkpoints", digests=digests)
+    if loaded is None or loaded[1]["step"] != (steps or loaded[1]["step"]):
+        step = "none" if loaded is None else f"step {loaded[1]['step']}"
         raise ValueError(
             f"{path}/checkpoints: found {step} as the newest that can be trusted, expected that of "
             f"the last step{'' if steps is None else f', {steps}'}; restore it from a copy, or "
             "delete the directory to train again"
         )
-    return found[0]["model"]
+    return loaded[0]["model"]

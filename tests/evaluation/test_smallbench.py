@@ -15,7 +15,7 @@ from torch import Tensor
 
 from src.data.requests import encode_requests
 from src.data.tasks import Task, load_tasks
-from src.evaluation.smallbench import evaluate, random_row, score_requests
+from src.evaluation.smallbench import evaluate, evaluate_untrained, score_requests
 from src.evaluation.task_scores import credit
 from tests.evaluation import make_task, toy_rows, write_rows
 from tests.evaluation.models import small_transformer
@@ -289,7 +289,7 @@ def test_a_contaminated_task_keeps_its_row_and_is_named(
         assert gone["tasks"]["g"]["n"] == 0 and gone["contaminated_tasks"] == ["toy", "other"]
 
 
-def test_random_row_is_reproducible_and_leaves_the_generator_alone(
+def test_the_untrained_model_is_reproducible_and_leaves_the_generator_alone(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     write_rows(tmp_path, "toy", toy_rows(20))
@@ -297,7 +297,8 @@ def test_random_row_is_reproducible_and_leaves_the_generator_alone(
     options: dict[str, Any] = {"context": 64, "device": "cpu", "autocast_dtype": None}
     before = torch.get_rng_state()
     rows = [
-        random_row(config, tokenizer, [make_task()], tmp_path, seed=s, **options) for s in (0, 0, 1)
+        evaluate_untrained(config, tokenizer, [make_task()], tmp_path, seed=s, **options)
+        for s in (0, 0, 1)
     ]
     assert torch.equal(torch.get_rng_state(), before)
     assert rows[0] == rows[1] != rows[2]
