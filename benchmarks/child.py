@@ -35,11 +35,11 @@ class Child:
     ) -> None:
         self.name = name
         path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-        self.pipe, theirs = multiprocessing.Pipe()
-        with theirs:
+        self.pipe, child_end = multiprocessing.Pipe()
+        with child_end:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", __file__, str(theirs.fileno()), name],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", __file__, str(child_end.fileno()), name],
+                pass_fds=[child_end.fileno()],
                 env={**os.environ, **(variables or {}), "PYTHONPATH": path},
                 cwd=root,
             )
@@ -77,21 +77,22 @@ class Child:
 @contextmanager
 def clone(revision: str) -> Iterator[tuple[Path, str]]:
     """A temporary clone of this repository at a commit, and the commit's full name."""
+    commit = _commit(revision)
     with tempfile.TemporaryDirectory(prefix="base-") as folder:
-        for line in (
+        for command in (
             ["clone", "--quiet", "--shared", "--no-checkout", str(ROOT), folder],
-            ["-C", folder, "checkout", "--quiet", "--detach", _commit(revision)],
+            ["-C", folder, "checkout", "--quiet", "--detach", commit],
         ):
-            subprocess.run(["git", *line], check=True)
-        yield Path(folder), _commit(revision)
+            subprocess.run(["git", *command], check=True)
+        yield Path(folder), commit
 
 
 def _commit(revision: str) -> str:
-    line = ["git", "-C", str(ROOT), "rev-parse", "--verify", f"{revision}^{{commit}}"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--verify", f"{revision}^{{commit}}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
         raise ValueError(f"--base: found {revision!r}, expected a commit of this repository")
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def main() -> None:
@@ -99,19 +100,15 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     from benchmarks import peers
 
-    asked = connection.recv()
-    model = _known(peers.ModelConfig, asked.pop("model"))
-    peers.peer(connection, sys.argv[2], peers.Work(model=model, **_fields(peers.Work, asked)))
+    work = connection.recv()
+    work["model"] = _build(peers.ModelConfig, work["model"])
+    peers.peer(connection, sys.argv[2], _build(peers.Work, work))
 
 
-def _known(kind: Any, values: dict[str, Any]) -> Any:
-    return kind(**_fields(kind, values))
-
-
-def _fields(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """What an older build's dataclass has of `values`."""
-    names = {spec.name for spec in dataclasses.fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
+def _build(dataclass: Any, values: dict[str, Any]) -> Any:
+    """Of an older build, whose dataclass may lack some of the fields in `values`."""
+    names = {field.name for field in dataclasses.fields(dataclass)}
+    return dataclass(**{name: value for name, value in values.items() if name in names})
 
 
 if __name__ == "__main__":

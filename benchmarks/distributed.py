@@ -31,7 +31,7 @@ SETTINGS = (f"training.tokens={STEPS * 128}", "training.checkpoint_every_steps=4
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """A run beside the one of a single process; differences of losses are relative."""
 
     processes: int
@@ -43,7 +43,7 @@ class Compared:
     bitwise: str = ""
 
     @property
-    def good(self) -> bool:
+    def passed(self) -> bool:
         return max(self.train_loss, self.dev_loss) < TOLERANCE and self.bitwise in ("", "yes")
 
 
@@ -51,59 +51,56 @@ def main() -> int:
     parser = Parser(prog="python -m benchmarks.distributed", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "distributed")
     parser.add_argument("--seed", type=int, default=0, help="of the kill's instant")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="distributed-") as scratch:
-        bench = Bench(Path(scratch), asked.seed, quick=True)
+        bench = Bench(Path(scratch), args.seed, quick=True)
         bench.build()
         runs = {n: run(bench, n, Path(scratch) / f"{n}") for n in (1, 2, 4)}
-        at_row = random.Random(asked.seed).randint(45, 150)
-        cut = run(bench, 2, Path(scratch) / "cut", at_row)
-        found = [compared(runs[1], runs[n], n) for n in (2, 4)]
-        problems = differences(cut, runs[2])
-        found.append(
-            compared(
-                runs[1], cut, 2, f"kill -9 of process 1 at row {at_row}",
-                "; ".join(problems) or "yes",
-            )
-        )  # fmt: skip
-    asked.results.mkdir(parents=True, exist_ok=True)
-    (asked.results / "ddp.md").write_text(table(found), encoding="utf-8")
-    print(table(found))
-    return OK if all(line.good for line in found) else OUR_FAULT
+        at_row = random.Random(args.seed).randint(45, 150)
+        killed = run(bench, 2, Path(scratch) / "cut", at_row)
+        comparisons = [compare(runs[1], runs[n], n) for n in (2, 4)]
+        bitwise = "; ".join(differences(killed, runs[2])) or "yes"
+        reason = f"kill -9 of process 1 at row {at_row}"
+        comparisons.append(compare(runs[1], killed, 2, reason, bitwise))
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "ddp.md").write_text(table(comparisons), encoding="utf-8")
+    print(table(comparisons))
+    return OK if all(row.passed for row in comparisons) else OUR_FAULT
 
 
 def run(bench: Bench, processes: int, logs: Path, kill_at_row: int | None = None) -> Path:
     """The run's directory, trained by so many processes; RuntimeError if it does not finish."""
-    words = [str(ROOT / "run_experiment.py"), *bench.argv(logs)]
-    words += [word for setting in SETTINGS for word in ("--set", setting)]
+    command = [str(ROOT / "run_experiment.py"), *bench.argv(logs)]
+    command += [word for setting in SETTINGS for word in ("--set", setting)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
     torchrun += ["--nproc-per-node", str(processes)]
     with (logs.parent / f"{logs.name}.log").open("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, *(torchrun if processes > 1 else []), *words],
+            [sys.executable, *(torchrun if processes > 1 else []), *command],
             stdout=log, stderr=log, env=clean_environment(),
         )  # fmt: skip
         directory = logs / EXPERIMENT
         if kill_at_row is not None:
             while len(read_rows(directory / "metrics.jsonl")) < kill_at_row:
                 time.sleep(0.02)
-            os.kill(_helper(process.pid, directory), signal.SIGKILL)
+            os.kill(_other_rank(process.pid, directory), signal.SIGKILL)
         if process.wait():
             log.seek(0)
             raise RuntimeError(f"{processes} processes: {log.read()[-2000:]}")
     return directory
 
 
-def _helper(torchrun: int, directory: Path) -> int:
-    holder = json.loads((directory / ".lock").read_text())["pid"]
+def _other_rank(torchrun: int, directory: Path) -> int:
+    """A child of `torchrun` that does not own the run's lock; process ids."""
+    lock_owner = json.loads((directory / ".lock").read_text())["pid"]
     children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
-    return next(int(child) for child in children if int(child) != holder)
+    return next(int(child) for child in children if int(child) != lock_owner)
 
 
-def compared(
+def compare(
     alone: Path, run: Path, processes: int, killed: str = "", bitwise: str = ""
-) -> Compared:
-    def worst(kind: str) -> float:
+) -> Comparison:
+    def largest_difference(kind: str) -> float:
         pairs = zip(
             *(read_rows(path / "metrics.jsonl", kind) for path in (alone, run)), strict=True
         )
@@ -111,18 +108,18 @@ def compared(
         return max(abs(a[key] - b[key]) / a[key] for a, b in pairs)
 
     weights = [last_state(path)["model"] for path in (alone, run)]
-    return Compared(
+    return Comparison(
         processes,
         killed,
-        worst("train"),
-        worst("dev"),
+        largest_difference("train"),
+        largest_difference("dev"),
         max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]),
         read_rows(run / "metrics.jsonl", "train")[-1]["train_loss"],
         bitwise,
     )
 
 
-def table(found: list[Compared]) -> str:
+def table(comparisons: list[Comparison]) -> str:
     """Markdown."""
     lines = [
         "# One run by several processes, against one process",
@@ -136,9 +133,9 @@ def table(found: list[Compared]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {line.processes} | {line.killed} | {line.train_loss:.1e} | {line.dev_loss:.1e} "
-        f"| {line.weight:.1e} | {line.last_loss:.7f} | {line.bitwise} |"
-        for line in found
+        f"| {row.processes} | {row.killed} | {row.train_loss:.1e} | {row.dev_loss:.1e} "
+        f"| {row.weight:.1e} | {row.last_loss:.7f} | {row.bitwise} |"
+        for row in comparisons
     ]
     return "\n".join(lines) + "\n"
 

@@ -33,50 +33,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--exp", default="emb35")
     parser.add_argument("--tokens", type=Path, default=Path("data/english_tokenized"))
     record.add_arguments(parser)
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
 
     import torch
 
     from src.compute.runtime import keep_freed_memory
 
-    torch.set_num_threads(asked.threads)
-    if asked.device == "cpu":
+    torch.set_num_threads(args.threads)
+    if args.device == "cpu":
         keep_freed_memory()  # as every run does
-    conditions = record.facts(asked.device, asked.threads)
-    found: dict[str, Any] = {"perplexity": _perplexity(asked), "aggregation": []}
-    path = asked.output / f"evaluation-{asked.device}.json"
-    record.write(path, conditions, found)
+    conditions = record.facts(args.device, args.threads)
+    results: dict[str, Any] = {"perplexity": _perplexity(args), "aggregation": []}
+    path = args.output / f"evaluation-{args.device}.json"
+    record.write(path, conditions, results)
     for figures in (False, True):
-        found["aggregation"].append(_aggregation(figures))
-        record.write(path, conditions, found)
-    print(json.dumps({**conditions, **found}, indent=1))
+        results["aggregation"].append(_aggregation(figures))
+        record.write(path, conditions, results)
+    print(json.dumps({**conditions, **results}, indent=1))
     return 0
 
 
-def _perplexity(asked: Any) -> dict[str, Any]:
+def _perplexity(args: Any) -> dict[str, Any]:
     import torch
 
     from src.data import tokens as data
     from src.evaluation import perplexity
     from src.models.transformer import Transformer
 
-    sweep = load_sweep(asked.config)
-    answers = allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
-    run, model = sweep.run(asked.exp, 0), answers[asked.exp].model
-    tokens = data.load(asked.tokens / f"v{model.vocab_size}", model.vocab_size)
+    sweep = load_sweep(args.config)
+    allocations = allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
+    run, config = sweep.run(args.exp, 0), allocations[args.exp].model
+    tokens = data.load(args.tokens / f"v{config.vocab_size}", config.vocab_size)
     torch.manual_seed(0)
-    network = Transformer(model).to(asked.device).eval()
-    begun, cpu = time.perf_counter(), time.process_time()
-    found = perplexity.evaluate_split(
-        network, tokens.validation.tokens, tokens.validation.documents,
-        context=run.training.seq_len, autocast_dtype=torch.bfloat16, device=asked.device,
+    model = Transformer(config).to(args.device).eval()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    result = perplexity.evaluate_split(
+        model, tokens.validation.tokens, tokens.validation.documents,
+        context=run.training.seq_len, autocast_dtype=torch.bfloat16, device=args.device,
     )  # fmt: skip
     return {
-        "seconds": time.perf_counter() - begun,
-        "cpu_seconds": time.process_time() - cpu,
-        "bytes": int(found["document_bytes"].sum()),
-        "tokens": found["tokens_scored"],
-        "loss": found["loss"],
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
+        "bytes": int(result["document_bytes"].sum()),
+        "tokens": result["tokens_scored"],
+        "loss": result["loss"],
     }
 
 
@@ -88,7 +88,7 @@ def _aggregation(figures: bool) -> dict[str, Any]:
         for number in range(-(-RUNS // len(SHARE_SWEEP))):
             write_sweep(logs / f"{number:03}", "embed_ratio.yaml", SHARE_SWEEP)
         count = sum(1 for _ in logs.rglob("config.yaml"))
-        begun = time.perf_counter()
+        start = time.perf_counter()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [sys.executable, "scripts/aggregate_results.py", "--log_dir", str(logs),
@@ -99,7 +99,7 @@ def _aggregation(figures: bool) -> dict[str, Any]:
         return {
             "runs": count,
             "figures": figures,
-            "seconds": time.perf_counter() - begun,
+            "seconds": time.perf_counter() - start,
             "cpu_seconds": after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime,
         }
 

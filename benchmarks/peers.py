@@ -41,7 +41,7 @@ class Work:
 def peer(connection: Connection, name: str, work: Work) -> None:
     """The child's whole life; errors are sent to the parent, which names them."""
     try:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         import torch
 
         from src.compute.runtime import keep_freed_memory
@@ -50,7 +50,7 @@ def peer(connection: Connection, name: str, work: Work) -> None:
         torch.manual_seed(0)
         if work.device == "cpu":
             keep_freed_memory()  # for all: without it they would only be slower
-        imported = time.perf_counter() - begun
+        imported = time.perf_counter() - start
         PEERS[name](connection, work, {"import_seconds": imported})
     except Exception as error:
         connection.send({"error": f"{type(error).__name__}: {error}"[:500]})
@@ -59,15 +59,15 @@ def peer(connection: Connection, name: str, work: Work) -> None:
 
 def _serve(connection: Connection, step: Callable[[], Any], work: Work, facts: dict) -> None:
     """First step apart (it compiles), then as many as asked for, until None."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     float(step())
-    facts["first_step_seconds"] = time.perf_counter() - begun
+    facts["first_step_seconds"] = time.perf_counter() - start
     connection.send({"ready": facts})
     while (steps := connection.recv()) is not None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(steps):
             loss = step()
-        connection.send({"loss": float(loss), "seconds": time.perf_counter() - begun})
+        connection.send({"loss": float(loss), "seconds": time.perf_counter() - start})
     connection.send({"peak_mib": peak_mib(work.device)})
 
 
@@ -141,7 +141,7 @@ def nanogpt(connection: Connection, work: Work, facts: dict) -> None:
         ],
         lr=work.learning_rate, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.precision)
     scaler = torch.amp.GradScaler(work.device, enabled=work.precision == "fp16")
     forward = torch.compile(model, dynamic=False) if work.compile else model
     batches = _batches(work)
@@ -152,7 +152,7 @@ def nanogpt(connection: Connection, work: Work, facts: dict) -> None:
             batch = batch.pin_memory().to(device, non_blocking=True)
         parts = batch.split(work.micro_batch)
         for part in parts:
-            with torch.autocast(work.device, low, enabled=low is not None):
+            with torch.autocast(work.device, dtype, enabled=dtype is not None):
                 loss = forward(part[:, :-1], part[:, 1:]) / len(parts)
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -191,18 +191,18 @@ def trainer(connection: Connection, work: Work, facts: dict) -> None:
                     row = row[:-1]  # Trainer's models shift by themselves
                     yield {"input_ids": row, "labels": row}
 
-    state = {"left": 1, "first": True, "begun": time.perf_counter()}
+    state = {"left": 1, "first": True, "start": time.perf_counter()}
 
     class Remote(TrainerCallback):
         """Hands control to the parent whenever the steps asked for are done."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if state["left"] == 0:
-                asked = connection.recv()
-                if asked is None:
+                steps = connection.recv()
+                if steps is None:
                     connection.send({"peak_mib": peak_mib(work.device)})
                     sys.exit(0)
-                state["left"], state["begun"] = asked, time.perf_counter()
+                state["left"], state["start"] = steps, time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             state["left"] -= 1
@@ -210,7 +210,7 @@ def trainer(connection: Connection, work: Work, facts: dict) -> None:
                 return
             if work.device == "cuda":
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - state["begun"]
+            seconds = time.perf_counter() - state["start"]
             if state["first"]:
                 state["first"] = False
                 connection.send({"ready": facts | {"first_step_seconds": seconds}})

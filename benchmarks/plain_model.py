@@ -36,16 +36,14 @@ class PlainBlock(nn.Module):
             part.view(b, t, self.heads, self.head_dim).transpose(1, 2)
             for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
         )
-        q, k = (
-            rotated(norm(part), cos, sin) for norm, part in ((self.q_norm, q), (self.k_norm, k))
-        )
+        q, k = (rotate(norm(part), cos, sin) for norm, part in ((self.q_norm, q), (self.k_norm, k)))
         y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(b, t, -1))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE (rotate-half) of (B, H, T, K) with tables (T, K)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
@@ -58,10 +56,10 @@ class PlainModel(nn.Module):
         super().__init__()
         assert config.tie_embeddings and config.embedding_dim is None and config.qk_norm
         self.config = config
-        self.table = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        nn.init.normal_(self.table.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=0.02)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, V)."""
@@ -70,10 +68,10 @@ class PlainModel(nn.Module):
         frequency = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
         angles = torch.outer(torch.arange(tokens.shape[1], device=device), frequency)
         cos, sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))
-        x = self.table(tokens)
+        x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, cos, sin)
-        return F.linear(self.norm(x), self.table.weight)
+        return F.linear(self.norm(x), self.embedding.weight)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(tokens).flatten(0, 1).float(), targets.flatten())

@@ -11,6 +11,7 @@ holds already are not made again. Prints mean, sd and jumps (a rise above 1 nat)
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,18 +81,19 @@ def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str,
     stepper = Stepper(build_model(model, training.init_seed or 0), training, machine)
     compile_blocks(stepper.model, machine)
     windows = training_windows(corpus, training)
-    table, common = stepper.model.head.table, 0.0
+    embedding, largest_share = stepper.model.head.table, 0.0
     while stepper.step < training.steps:
         nats = stepper.gradients(torch.from_numpy(windows.batch(stepper.step)))
         loss, norm = stepper.update(nats, learning_rate(training, stepper.step))
         stability.see(stepper.step, loss, norm)
         with torch.no_grad():
             if remedy.center:
-                table.sub_(table.mean(dim=0))
-            share = table.mean(dim=0).square().sum() * len(table) / table.square().sum()
-        common = max(common, float(share))
-    found = dev_loss(stepper.model, machine, dev_windows(corpus, training))
-    return {"dev_loss": found, **stability.metrics(), "common_share_largest": common}
+                embedding.sub_(embedding.mean(dim=0))
+            common = embedding.mean(dim=0).square().sum() * len(embedding)
+            share = common / embedding.square().sum()
+        largest_share = max(largest_share, float(share))
+    dev = dev_loss(stepper.model, machine, dev_windows(corpus, training))
+    return {"dev_loss": dev, **stability.metrics(), "common_share_largest": largest_share}
 
 
 def summary(rows: pd.DataFrame) -> str:
@@ -112,16 +114,17 @@ def main() -> None:
     parser.add_argument("--seed", nargs="+", type=at_least(0), required=True)
     parser.add_argument("--remedy", nargs="+", choices=REMEDIES, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    asked = parser.parse_args()
-    rows = pd.read_csv(asked.output) if asked.output.exists() else pd.DataFrame(columns=KEYS)
+    args = parser.parse_args()
+    rows = pd.read_csv(args.output) if args.output.exists() else pd.DataFrame(columns=KEYS)
     done = set(rows[KEYS].itertuples(index=False, name=None))
-    for run in [(e, s, r) for e in asked.exp for r in asked.remedy for s in asked.seed]:
+    for experiment, remedy, seed in itertools.product(args.exp, args.remedy, args.seed):
+        run = (experiment, seed, remedy)
         if run not in done:
             row = dict(zip(KEYS, run, strict=True))
-            row |= measure(asked.config, run[0], run[1], REMEDIES[run[2]])
+            row |= measure(args.config, experiment, seed, REMEDIES[remedy])
             rows = pd.DataFrame([*rows.to_dict("records"), row])
-            asked.output.parent.mkdir(parents=True, exist_ok=True)
-            rows.to_csv(asked.output, index=False)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            rows.to_csv(args.output, index=False)
     print(summary(rows))
 
 

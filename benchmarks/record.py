@@ -35,6 +35,7 @@ def facts(device: str, threads: int, **more: Any) -> dict[str, Any]:
 
     from src.compute.runtime import device_name
 
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
     return {
         "date": date.today().isoformat(),
         "device": device_name(torch.device(device)),
@@ -43,13 +44,9 @@ def facts(device: str, threads: int, **more: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "load_average": round(os.getloadavg()[0], 2),
-        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         **more,
     }
-
-
-def _module() -> str:
-    return f"benchmarks.{Path(sys.argv[0]).stem}"
 
 
 def write(

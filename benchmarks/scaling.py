@@ -36,17 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=at_least(1), default=3)
     parser.add_argument("--eager", action="store_true")
     record.add_arguments(parser)
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     points = [(size, vocab, 128) for size, vocab in SIZES]
     points += [(*SIZES[1], length) for length in LENGTHS if length != 128]
     rows: list[dict[str, Any]] = []
     conditions = record.facts(
-        asked.device, asked.threads, precision=asked.precision, compile=not asked.eager,
-        tokens_a_step=asked.tokens,
+        args.device, args.threads, precision=args.precision, compile=not args.eager,
+        tokens_a_step=args.tokens,
     )  # fmt: skip
-    path = asked.output / f"scaling-{asked.device}.json"
+    path = args.output / f"scaling-{args.device}.json"
     for size, vocab, length in points:
-        rows.append(_point(asked, size, vocab, length))
+        rows.append(_point(args, size, vocab, length))
         print(json.dumps(rows[-1]), flush=True)
         record.write(
             path, conditions, {"points": rows}, title="Scaling of the training step",
@@ -56,23 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _point(asked: Any, size: int, vocab: int, length: int) -> dict[str, Any]:
+def _point(args: Any, size: int, vocab: int, length: int) -> dict[str, Any]:
     request = ModelRequest(total_params=size, vocab_size=vocab, embedding_ratio=SHARES[size])
-    answer = allocate({"point": request})["point"]
-    sequences = max(1, asked.tokens // length)
+    allocation = allocate({"point": request})["point"]
+    sequences = max(1, args.tokens // length)
     work = Work(
-        model=answer.model, device=asked.device, precision=asked.precision,
-        compile=not asked.eager, threads=asked.threads, batch_size=sequences, seq_len=length,
+        model=allocation.model, device=args.device, precision=args.precision,
+        compile=not args.eager, threads=args.threads, batch_size=sequences, seq_len=length,
         micro_batch=sequences,
     )  # fmt: skip
     child = Child("ours", work, variables=WAITING)
     first = child.receive()["ready"]["first_step_seconds"]
-    best = min(child.seconds(1) for _ in range(asked.turns))
-    flops = flops_per_token(answer.model, length)
+    best = min(child.seconds(1) for _ in range(args.turns))
+    flops = flops_per_token(allocation.model, length)
     return {
-        TOTAL_PARAMS.built: answer.params.total,
-        "d_model": answer.model.d_model,
-        "n_layers": answer.model.n_layers,
+        TOTAL_PARAMS.built: allocation.params.total,
+        "d_model": allocation.model.d_model,
+        "n_layers": allocation.model.n_layers,
         "vocab_size": vocab,
         "seq_len": length,
         "tokens_per_s": sequences * length / best,

@@ -54,20 +54,20 @@ def best_micro_batch(
     name: str, start: Callable[[str, int], Child], candidates: Sequence[int], steps: int
 ) -> int:
     """The fastest of `candidates` for this peer; what does not fit in memory is left out."""
-    found: dict[int, float] = {}
+    seconds: dict[int, float] = {}
     for size in candidates:
         child = start(name, size)
         try:
             child.receive()
-            found[size] = min(child.seconds(steps) for _ in range(2))
-            print(f"  {name}, micro-batch {size}: {found[size]:.2f} s a turn", flush=True)
+            seconds[size] = min(child.seconds(steps) for _ in range(2))
+            print(f"  {name}, micro-batch {size}: {seconds[size]:.2f} s a turn", flush=True)
         except RuntimeError as error:
             print(f"  {name}, micro-batch {size}: {error}", flush=True)
         finally:
             child.kill()
-    if not found:
+    if not seconds:
         raise RuntimeError(f"{name}: no micro-batch of {list(candidates)} ran")
-    return min(found, key=lambda size: found[size])
+    return min(seconds, key=lambda size: seconds[size])
 
 
 def compare(
@@ -77,10 +77,10 @@ def compare(
     steps: int,
     tokens: int,
     seconds: float,
-    told: Callable[[dict[str, dict[str, Any]]], None],
+    on_turn: Callable[[dict[str, dict[str, Any]]], None],
 ) -> dict[str, dict[str, Any]]:
-    """Interleaved turns of all peers, at most so many and no new one after `seconds`; `told` gets
-    what is known after each: tokens/s (`tokens` a turn) and ratios to ours, by peer."""
+    """Interleaved turns of all peers, at most so many and no new one after `seconds`; `on_turn`
+    gets what is known after each: tokens/s (`tokens` a turn) and ratios to ours, by peer."""
     facts: dict[str, Any] = {}
     for name, child in children.items():
         try:
@@ -91,27 +91,27 @@ def compare(
             print(f"  {error}: left out", flush=True)
             child.kill()
     children = {name: child for name, child in children.items() if name in facts}
-    begun = time.monotonic()
+    start = time.monotonic()
     times: dict[str, list[float]] = {name: [] for name in children}
     rows: dict[str, dict[str, Any]] = {}
     for turn in range(turns):
-        if turn >= LEAST_TURNS and time.monotonic() - begun > seconds:
+        if turn >= LEAST_TURNS and time.monotonic() - start > seconds:
             break
         for name in list(children) if turn % 2 == 0 else reversed(list(children)):
             times[name].append(children[name].seconds(steps))
         rows = {name: {**summary(times, name, tokens), **facts[name]} for name in children}
         speeds = ", ".join(f"{name} {tokens / times[name][-1]:,.0f}" for name in children)
         print(f"  turn {turn + 1} of {turns}: {speeds} tokens/s", flush=True)
-        told(rows)
+        on_turn(rows)
     for name, child in children.items():
         rows[name]["peak_mib"] = child.close()
-    told(rows)
+    on_turn(rows)
     return rows
 
 
 def summary(times: Mapping[str, Sequence[float]], name: str, tokens: int) -> dict[str, Any]:
     """Medians of a peer's turns, and of the ratios to ours of the same turn."""
-    ratios = [theirs / ours for theirs, ours in zip(times[name], times["ours"], strict=True)]
+    ratios = [peer / ours for peer, ours in zip(times[name], times["ours"], strict=True)]
     return {
         "tokens_per_s": tokens / statistics.median(times[name]),
         "tokens_per_s_turns": [round(tokens / t, 1) for t in times[name]],
@@ -130,26 +130,24 @@ def limits(device: str, config: ModelConfig, seq_len: int, threads: int) -> dict
     """FLOPs a token, and the roofs of the device: of memory on a known GPU, of bf16 products of
     this model's shapes as measured on a CPU."""
     flops = flops_per_token(config, seq_len)
-    found: dict[str, Any] = {"mflop_per_token": flops / 1e6}
+    result: dict[str, Any] = {"mflop_per_token": flops / 1e6}
     if device == "cuda":
         import torch
 
         name = torch.cuda.get_device_name()
         for key, (bandwidth, peak) in ROOFS.items():
             if key in name:
-                found["roof_memory_tokens_per_s"] = bandwidth / bytes_per_token(config)
-                found["peak_tflops"] = peak / 1e12
+                result["roof_memory_tokens_per_s"] = bandwidth / bytes_per_token(config)
+                result["peak_tflops"] = peak / 1e12
                 break
-        return found
-    found["peak_tflops"] = _products_tflops(config, threads)
-    found["roof_products_tokens_per_s"] = found["peak_tflops"] * 1e12 / flops
-    return found
+        return result
+    result["peak_tflops"] = _products_tflops(config, threads)
+    result["roof_products_tokens_per_s"] = result["peak_tflops"] * 1e12 / flops
+    return result
 
 
 def _products_tflops(config: ModelConfig, threads: int) -> float:
     """TFLOP/s of the bf16 products of one block and the head, forward shapes, 2,048 rows."""
-    import time
-
     import torch
 
     torch.set_num_threads(threads)
@@ -167,9 +165,9 @@ def _products_tflops(config: ModelConfig, threads: int) -> float:
     for _ in range(5):
         for x, w in pairs:
             shape = (x.shape[1], w.shape[0])
-            begun = time.perf_counter()
+            start = time.perf_counter()
             torch.mm(x, w.T, out=outputs[shape])
-            best[shape] = min(best.get(shape, 1e9), time.perf_counter() - begun)
+            best[shape] = min(best.get(shape, 1e9), time.perf_counter() - start)
     work = sum(2 * 2048 * k * n * c for (k, n), c in count.items())
     return work / sum(best[s] * c for s, c in count.items()) / 1e12
 
@@ -191,14 +189,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=at_least(1), default=1, help="steps of a turn")
     parser.add_argument("--eager", action="store_true", help="no torch.compile for anybody")
     record.add_arguments(parser)
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
         with ExitStack() as stack:
             roots: dict[str, Path] = {}
             base = None
-            if asked.base is not None:
-                roots[BASE], base = stack.enter_context(clone(asked.base))
-            return _measure(asked, roots, base)
+            if args.base is not None:
+                roots[BASE], base = stack.enter_context(clone(args.base))
+            return _measure(args, roots, base)
     except (ValueError, OSError) as error:
         return refuse(error)
     except RuntimeError as error:  # of our own step, in its process
@@ -206,77 +204,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OUR_FAULT
 
 
-def _measure(asked: Any, roots: Mapping[str, Path], base: str | None) -> int:
+def _measure(args: Any, roots: Mapping[str, Path], base: str | None) -> int:
     import transformers
 
-    names = ["ours", *roots, *(name for name in asked.peers if name != "ours")]
-    sweep = load_sweep(asked.config)
-    answers = allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
+    names = ["ours", *roots, *(name for name in args.peers if name != "ours")]
+    sweep = load_sweep(args.config)
+    allocations = allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
     conditions = record.facts(
-        asked.device, asked.threads, transformers=transformers.__version__,
-        precision=asked.precision, compile=not asked.eager,
-        batch=f"{asked.batch_size} x {asked.seq_len} tokens a step",
-        turns=asked.turns, steps_a_turn=asked.steps, base=base,
+        args.device, args.threads, transformers=transformers.__version__,
+        precision=args.precision, compile=not args.eager,
+        batch=f"{args.batch_size} x {args.seq_len} tokens a step",
+        turns=args.turns, steps_a_turn=args.steps, base=base,
     )  # fmt: skip
-    name = f"throughput-{asked.device}-{asked.seq_len}{'-eager' if asked.eager else ''}"
-    path, cells = asked.output / f"{name}.json", {}
-    micro: dict[str, int] = {}
+    name = f"throughput-{args.device}-{args.seq_len}{'-eager' if args.eager else ''}"
+    path, results = args.output / f"{name}.json", {}
+    micro_batches: dict[str, int] = {}
 
-    def write(experiment: str, found: dict[str, Any]) -> None:
-        cells[experiment] = found
-        text = f"{MFU}\n\n{table(cells)}"
-        record.write(path, conditions, {"cells": cells}, title="Training throughput", text=text)
+    def write(experiment: str, result: dict[str, Any]) -> None:
+        results[experiment] = result
+        text = f"{MFU}\n\n{table(results)}"
+        record.write(path, conditions, {"cells": results}, title="Training throughput", text=text)
 
-    for experiment in asked.exp:
+    for experiment in args.exp:
         work = Work(
-            model=answers[sweep.run(experiment, 0).experiment].model, device=asked.device,
-            precision=asked.precision, compile=not asked.eager, threads=asked.threads,
-            batch_size=asked.batch_size, seq_len=asked.seq_len, micro_batch=1,
+            model=allocations[sweep.run(experiment, 0).experiment].model, device=args.device,
+            precision=args.precision, compile=not args.eager, threads=args.threads,
+            batch_size=args.batch_size, seq_len=args.seq_len, micro_batch=1,
         )  # fmt: skip
         print(f"{experiment}:", flush=True)
         start = partial(_start, work, roots)
-        micro = micro or _micro_batches(asked, names, start)
-        _configuration(asked, work, start, micro, partial(write, experiment))
-        print(table({experiment: cells[experiment]}), flush=True)
+        micro_batches = micro_batches or _micro_batches(args, names, start)
+        _measure_configuration(args, work, start, micro_batches, partial(write, experiment))
+        print(table({experiment: results[experiment]}), flush=True)
     print(f"{path} and .md")
     return 0
 
 
 def _start(work: Work, roots: Mapping[str, Path], name: str, micro_batch: int) -> Child:
-    of_tree = "ours" if name == BASE else name
+    peer = "ours" if name == BASE else name
     waiting = _WAITING_BEFORE if name == BASE else WAITING  # the best way for all peers
-    return Child(of_tree, replace(work, micro_batch=micro_batch), roots.get(name, ROOT), waiting)
+    return Child(peer, replace(work, micro_batch=micro_batch), roots.get(name, ROOT), waiting)
 
 
-def _configuration(
-    asked: Any,
+def _measure_configuration(
+    args: Any,
     work: Work,
     start: Callable[[str, int], Child],
-    micro: Mapping[str, int],
+    micro_batches: Mapping[str, int],
     write: Callable[[dict[str, Any]], None],
 ) -> None:
     """All peers on one configuration; what is known is written after every turn."""
     roof: dict[str, Any] = {}
 
-    def told(rows: dict[str, dict[str, Any]]) -> None:
+    def on_turn(rows: dict[str, dict[str, Any]]) -> None:
         for peer, row in rows.items():
-            row["micro_batch"] = micro[peer]
-            _against(row, roof)
+            row["micro_batch"] = micro_batches[peer]
+            _add_utilization(row, roof)
         write({"limits": roof, "peers": rows})
 
     children: dict[str, Child] = {}
     try:
-        for peer, size in micro.items():
-            begun = time.monotonic()
+        for peer, size in micro_batches.items():
+            start_time = time.monotonic()
             children[peer] = start(peer, size)
             children[peer].pipe.poll(None)  # ready or failed: together they would fight for cores
-            took = time.monotonic() - begun
-            print(f"  {peer}: started and compiled in {took:.0f} s", flush=True)
+            seconds = time.monotonic() - start_time
+            print(f"  {peer}: started and compiled in {seconds:.0f} s", flush=True)
         # While the children wait: beside their compilation the products would seem slower.
-        roof |= limits(asked.device, work.model, work.seq_len, work.threads)
+        roof |= limits(args.device, work.model, work.seq_len, work.threads)
         compare(
-            children, turns=asked.turns, steps=asked.steps, seconds=60 * asked.minutes,
-            tokens=asked.steps * work.batch_size * work.seq_len, told=told,
+            children, turns=args.turns, steps=args.steps, seconds=60 * args.minutes,
+            tokens=args.steps * work.batch_size * work.seq_len, on_turn=on_turn,
         )  # fmt: skip
     finally:
         for child in children.values():
@@ -284,28 +282,28 @@ def _configuration(
 
 
 def _micro_batches(
-    asked: Any, names: Sequence[str], start: Callable[[str, int], Child]
+    args: Any, names: Sequence[str], start: Callable[[str, int], Child]
 ) -> dict[str, int]:
     """Sequences a micro-batch for each peer; searched at the first configuration alone."""
-    known = () if asked.device == "cpu" else SEARCHED
-    fitting = [m for m in asked.micro_batches or known if asked.batch_size % m == 0]
-    if len(fitting) > 1:
-        found: dict[str, int] = {}
+    default = () if args.device == "cpu" else SEARCHED
+    candidates = [m for m in args.micro_batches or default if args.batch_size % m == 0]
+    if len(candidates) > 1:
+        best: dict[str, int] = {}
         for name in names:
             try:
-                found[name] = best_micro_batch(name, start, fitting, asked.steps)
+                best[name] = best_micro_batch(name, start, candidates, args.steps)
             except RuntimeError as error:
                 if name == "ours":
                     raise
                 print(f"  {error}: left out", flush=True)
-        return found
-    if fitting:
-        return dict.fromkeys(names, fitting[0])
-    scale = max(1, asked.seq_len // 128)
-    return {name: max(1, min(MICRO_BATCH[name] // scale, asked.batch_size)) for name in names}
+        return best
+    if candidates:
+        return dict.fromkeys(names, candidates[0])
+    scale = max(1, args.seq_len // 128)
+    return {name: max(1, min(MICRO_BATCH[name] // scale, args.batch_size)) for name in names}
 
 
-def _against(row: dict[str, Any], roof: Mapping[str, float]) -> None:
+def _add_utilization(row: dict[str, Any], roof: Mapping[str, float]) -> None:
     if "peak_tflops" in roof:
         row["mfu"] = (
             row["tokens_per_s"] * roof["mflop_per_token"] * 1e6 / roof["peak_tflops"] / 1e12
@@ -314,20 +312,20 @@ def _against(row: dict[str, Any], roof: Mapping[str, float]) -> None:
         row["of_memory_roof"] = row["tokens_per_s"] / roof["roof_memory_tokens_per_s"]
 
 
-def table(cells: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
         "| configuration | peer | tokens/s | ours over it (range) | MFU | of memory roof "
         "| micro-batch | first step s | peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for cell, found in cells.items():
-        for name, row in found["peers"].items():
+    for experiment, result in results.items():
+        for name, row in result["peers"].items():
             low, high = row["ours_over_it_range"]
             mfu = f"{100 * row['mfu']:.0f} %" if "mfu" in row else "–"
             roof = f"{100 * row['of_memory_roof']:.0f} %" if "of_memory_roof" in row else "–"
             lines.append(
-                f"| {cell} | {name} | {row['tokens_per_s']:,.0f} | {row['ours_over_it']:.2f} "
+                f"| {experiment} | {name} | {row['tokens_per_s']:,.0f} | {row['ours_over_it']:.2f} "
                 f"({low:.2f}–{high:.2f}) | {mfu} | {roof} | {row['micro_batch']} | "
                 f"{row['first_step_seconds']:.1f} | {_peak(row)} |"
             )

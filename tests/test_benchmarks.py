@@ -29,21 +29,21 @@ class Steady:
 
 
 def test_every_turn_is_told_at_once() -> None:
-    told: list[dict[str, Any]] = []
+    turns: list[dict[str, Any]] = []
 
     def keep(rows: dict[str, dict[str, Any]]) -> None:
-        told.append(json.loads(json.dumps(rows)))
+        turns.append(json.loads(json.dumps(rows)))
 
     peers: Any = {"ours": Steady(1.0), "base": Steady(1.5)}
-    rows = throughput.compare(peers, turns=4, steps=2, tokens=600, seconds=60, told=keep)
-    assert [len(rows["base"]["tokens_per_s_turns"]) for rows in told] == [1, 2, 3, 4, 4]
+    rows = throughput.compare(peers, turns=4, steps=2, tokens=600, seconds=60, on_turn=keep)
+    assert [len(rows["base"]["tokens_per_s_turns"]) for rows in turns] == [1, 2, 3, 4, 4]
     assert rows["ours"]["tokens_per_s"] == 300 and rows["base"]["ours_over_it"] == 1.5
-    assert "peak_mib" not in told[0]["ours"] and rows["ours"]["peak_mib"] == 100
+    assert "peak_mib" not in turns[0]["ours"] and rows["ours"]["peak_mib"] == 100
 
 
 def test_no_turn_begins_after_the_time_is_up() -> None:
     peers: Any = {"ours": Steady(1.0)}
-    rows = throughput.compare(peers, turns=9, steps=1, tokens=1, seconds=-1, told=lambda _: None)
+    rows = throughput.compare(peers, turns=9, steps=1, tokens=1, seconds=-1, on_turn=lambda _: None)
     assert len(rows["ours"]["tokens_per_s_turns"]) == throughput.LEAST_TURNS
 
 
