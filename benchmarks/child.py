@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def _build(dataclass: Any, values: dict[str, Any]) -> Any:
-    """Of an older build, whose dataclass may lack some of the fields in `values`."""
+    """Of those `values` that it has a field for: an older build's may lack some."""
     names = {field.name for field in dataclasses.fields(dataclass)}
     return dataclass(**{name: value for name, value in values.items() if name in names})
 

@@ -91,7 +91,7 @@ def run(bench: Bench, processes: int, logs: Path, kill_at_row: int | None = None
 
 
 def _other_rank(torchrun: int, directory: Path) -> int:
-    """A child of `torchrun` that does not own the run's lock; process ids."""
+    """The id of a process that `torchrun` started and that does not own the run's lock."""
     lock_owner = json.loads((directory / ".lock").read_text())["pid"]
     children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
     return next(int(child) for child in children if int(child) != lock_owner)

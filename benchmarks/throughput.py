@@ -324,16 +324,13 @@ def table(results: Mapping[str, Any]) -> str:
             low, high = row["ours_over_it_range"]
             mfu = f"{100 * row['mfu']:.0f} %" if "mfu" in row else "–"
             roof = f"{100 * row['of_memory_roof']:.0f} %" if "of_memory_roof" in row else "–"
+            peak = f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "–"
             lines.append(
                 f"| {experiment} | {name} | {row['tokens_per_s']:,.0f} | {row['ours_over_it']:.2f} "
                 f"({low:.2f}–{high:.2f}) | {mfu} | {roof} | {row['micro_batch']} | "
-                f"{row['first_step_seconds']:.1f} | {_peak(row)} |"
+                f"{row['first_step_seconds']:.1f} | {peak} |"
             )
     return "\n".join(lines)
-
-
-def _peak(row: Mapping[str, Any]) -> str:
-    return f"{row['peak_mib']:,.0f}" if "peak_mib" in row else "–"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import child, record, throughput
+from benchmarks.plain_model import PlainModel
+from src.models.transformer import Transformer
+from src.spec.config import ModelConfig
 
 
 class Steady:
@@ -57,6 +61,25 @@ def test_a_table_of_turns_that_are_not_over(tmp_path: Path) -> None:
     record.write(tmp_path / "a.json", {"load": 1}, {"cells": {}}, title="T", text=text)
     assert json.loads((tmp_path / "a.json").read_text()) == {"load": 1, "cells": {}}
     assert "- load: 1" in (tmp_path / "a.md").read_text()
+
+
+def test_the_plain_peer_computes_the_same_logits() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=50, d_model=16, n_layers=2, n_heads=2, head_dim=8, d_ff=24)
+    model, plain = Transformer(config), PlainModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    names = {"table": "weight", "attention_norm": "norm1", "ffn_norm": "norm2", "attention.": "",
+             "ffn.": ""}  # fmt: skip
+    weights = {}
+    for name, value in model.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        weights[name] = value
+    plain.load_state_dict(weights)
+    tokens = torch.randint(50, (2, 9))
+    torch.testing.assert_close(plain.logits(tokens), model(tokens))
 
 
 @pytest.fixture

@@ -53,8 +53,8 @@ def base(base_path: Path) -> TrainedRun:
 
 
 def tune(base_path: Path, data: Path, log_dir: Path, *more: str) -> int:
-    line = ["--run", str(base_path), "--data", str(data), "--log_dir", str(log_dir)]
-    return tuning.main([*line, "--device", "cpu", "--batch_size", "8", *more])
+    arguments = ["--run", str(base_path), "--data", str(data), "--log_dir", str(log_dir)]
+    return tuning.main([*arguments, "--device", "cpu", "--batch_size", "8", *more])
 
 
 # --- examples and losses ---------------------------------------------------------------------
@@ -87,12 +87,12 @@ def test_the_loss_is_the_mean_over_answer_tokens_and_padding_changes_nothing(
 
 def test_long_texts_are_cut_so_that_the_answer_follows_its_prompts_end(base: TrainedRun) -> None:
     prompt, answer = "a b c d e " * 30, "x y z " * 30
-    found = tuning.encode(base.tokenizer, prompt, answer, 32)
-    assert len(found.ids) == 33 and found.answer_start == 33 - 16
+    cut = tuning.encode(base.tokenizer, prompt, answer, 32)
+    assert len(cut.ids) == 33 and cut.answer_start == 33 - 16
     head = base.tokenizer.encode(prompt, add_special_tokens=False).ids
     tail = base.tokenizer.encode(answer, add_special_tokens=False).ids
-    assert found.ids[: found.answer_start].tolist() == head[-17:]
-    assert found.ids[found.answer_start :].tolist() == tail[:16]
+    assert cut.ids[: cut.answer_start].tolist() == head[-17:]
+    assert cut.ids[cut.answer_start :].tolist() == tail[:16]
     fits = tuning.encode(base.tokenizer, "a", "x y z " * 4, 32)
     assert fits.ids[-1] == tuning.END and len(fits.ids) - fits.answer_start > 16
     whole = tuning.encode(base.tokenizer, "a", "b", 32)
@@ -100,11 +100,11 @@ def test_long_texts_are_cut_so_that_the_answer_follows_its_prompts_end(base: Tra
 
 
 def test_the_end_token_stands_at_the_ends_alone_whatever_texts_spell(base: TrainedRun) -> None:
-    made = tuning.encode(
+    example = tuning.encode(
         base.tokenizer, "say <|endoftext|> twice", "<|endoftext|><|endoftext|>", 200
     )
-    assert (made.ids == tuning.END).nonzero()[0].tolist() == [0, len(made.ids) - 1]
-    answer = base.tokenizer.decode(made.ids[made.answer_start : -1].tolist())
+    assert (example.ids == tuning.END).nonzero()[0].tolist() == [0, len(example.ids) - 1]
+    answer = base.tokenizer.decode(example.ids[example.answer_start : -1].tolist())
     assert answer == "<|endoftext|><|endoftext|>"
 
 
@@ -119,13 +119,13 @@ def test_a_batch_depends_on_seed_and_step_alone_and_an_epoch_holds_each_example_
 
 def test_greedy_generation_with_the_cache_equals_generation_without(base: TrainedRun) -> None:
     prompt = [0, 40, 41, 42]
-    made = tuning.generate(base.model, prompt, context=32, limit=12)
-    kept = list(prompt)
+    generated = tuning.generate(base.model, prompt, context=32, limit=12)
+    ids = list(prompt)
     with torch.no_grad():
-        for token in made:
-            assert token == int(base.model(torch.tensor([kept]))[0, -1].argmax())
-            kept.append(token)
-    assert 0 < len(made) <= 12
+        for token in generated:
+            assert token == int(base.model(torch.tensor([ids]))[0, -1].argmax())
+            ids.append(token)
+    assert 0 < len(generated) <= 12
     assert 0 < len(tuning.generate(base.model, prompt * 20, context=32, limit=12)) <= 12
 
 
@@ -138,17 +138,15 @@ def test_a_tuned_run_learns_the_answers_and_leaves_its_record(
     fast = ("--learning_rate", "4e-3")
     assert tune(base_path, data, tmp_path, "--epochs", "6", *fast) == 0
     folder = tmp_path / "base-tuned"
-    found = json.loads((folder / "tuning.json").read_text())
-    assert found["answer_loss_after"] < 0.7 * found["answer_loss_before"]
-    assert len(found["answer_loss_by_epoch"]) == 7 and len(found["samples"]) == tuning.SAMPLES
-    assert {"prompt", "expected", "before", "after"} == set(found["samples"][0])
+    result = json.loads((folder / "tuning.json").read_text())
+    assert result["answer_loss_after"] < 0.7 * result["answer_loss_before"]
+    assert len(result["answer_loss_by_epoch"]) == 7 and len(result["samples"]) == tuning.SAMPLES
+    assert {"prompt", "expected", "before", "after"} == set(result["samples"][0])
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["phase"], metrics["status"], metrics["steps"]) == ("tuning", "finished", 30)
     assert metrics["cost_usd"] > 0 and metrics["wall_seconds"] >= metrics["train_seconds"]
-    assert (
-        metrics["total_params_built"]
-        == json.loads((base_path / "metrics.json").read_text())["total_params_built"]
-    )
+    base_metrics = json.loads((base_path / "metrics.json").read_text())
+    assert metrics["total_params_built"] == base_metrics["total_params_built"]
     assert "before" in capsys.readouterr().out
     from transformers import AutoModelForCausalLM
 
@@ -159,8 +157,8 @@ def test_a_tuned_run_learns_the_answers_and_leaves_its_record(
     assert "message.content" in json.loads(settings)["chat_template"]
     shutil.rmtree(folder / "final")
     assert tune(base_path, data, tmp_path, "--epochs", "6", *fast) == 0
-    told = capsys.readouterr().out
-    assert "nothing to do" in told and "written again" in told
+    stdout = capsys.readouterr().out
+    assert "nothing to do" in stdout and "written again" in stdout
     assert (folder / "final" / "model.safetensors").read_bytes() == weights
     assert (folder / "final" / "tokenizer_config.json").read_bytes() == settings
     assert tune(base_path, data, tmp_path, "--epochs", "5", *fast) == 78
@@ -171,23 +169,23 @@ def test_a_cut_tuning_goes_on_to_the_same_bits(
     base_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tune(base_path, data, tmp_path / "whole", "--epochs", "2") == 0
-    plain = Batches.__getitem__
+    get_batch = Batches.__getitem__
 
     def cut(self: Batches, step: int) -> list[Example]:
         if step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, step)
+        return get_batch(self, step)
 
     monkeypatch.setattr(Batches, "__getitem__", cut)
     assert tune(base_path, data, tmp_path / "cut", "--epochs", "2") == 75
     assert not (tmp_path / "cut" / "base-tuned" / "metrics.json").exists()
-    monkeypatch.setattr(Batches, "__getitem__", plain)
+    monkeypatch.setattr(Batches, "__getitem__", get_batch)
     assert tune(base_path, data, tmp_path / "cut", "--epochs", "2") == 0
-    whole, again = (
+    whole, resumed = (
         json.loads((tmp_path / name / "base-tuned" / "tuning.json").read_text())
         for name in ("whole", "cut")
     )
-    assert again == whole
+    assert resumed == whole
 
 
 def test_what_is_missing_is_said_in_one_sentence(
@@ -208,9 +206,10 @@ def test_what_is_missing_is_said_in_one_sentence(
 
 
 def download(*arguments: object, code: int = 0) -> str:
-    done = python("scripts/download_instructions.py", *arguments)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    result = python("scripts/download_instructions.py", *arguments)
+    output = result.stdout + result.stderr
+    assert result.returncode == code, output
+    return output
 
 
 def test_both_kinds_of_columns_become_prompts_and_answers(tmp_path: Path) -> None:
@@ -228,29 +227,28 @@ def test_both_kinds_of_columns_become_prompts_and_answers(tmp_path: Path) -> Non
         folder = mirror / name / "default"
         folder.mkdir(parents=True)
         pq.write_table(pa.table(columns), folder / "train-00000-of-00001.parquet")
-    found = {}
+    downloaded = {}
     for name, rows_kept in (("plain", 60), ("alpaca", 59)):
         output = tmp_path / name
-        line = ("--output", output, "--dataset", f"acme/{name}", "--mirror", mirror)
-        download(*line)
+        arguments = ("--output", output, "--dataset", f"acme/{name}", "--mirror", mirror)
+        download(*arguments)
         parts = [tuning.read_rows(output / f"{s}.jsonl") for s in ("train", "validation")]
         assert len(parts[0]) + len(parts[1]) == rows_kept and len(parts[0]) > len(parts[1])
         prompts = [{row["prompt"] for row in part} for part in parts]
         assert not prompts[0] & prompts[1]
-        assert "nothing to do" in download(*line)
+        assert "nothing to do" in download(*arguments)
         source = json.loads((output / "source.json").read_text())
         assert source["dataset"] == f"acme/{name}" and str(mirror) not in json.dumps(source)
-        found[name] = parts[0] + parts[1]
-    assert {row["prompt"] for row in found["plain"]} == {f"q{n}" for n in range(60)}
-    zero = next(row for row in found["alpaca"] if "do 0\n" in row["prompt"])
+        downloaded[name] = parts[0] + parts[1]
+    assert {row["prompt"] for row in downloaded["plain"]} == {f"q{n}" for n in range(60)}
+    zero = next(row for row in downloaded["alpaca"] if "do 0\n" in row["prompt"])
     assert "### Input:\nwith 0" in zero["prompt"] and zero["prompt"].endswith("### Response:\n")
-    told = download(
-        "--output", tmp_path / "o", "--dataset", "acme/other", "--mirror", mirror, code=78
-    )
-    assert "found the columns text" in told
-    told = download("--output", tmp_path / "plain", "--dataset", "acme/alpaca", "--mirror", mirror,
-                    code=78)  # fmt: skip
-    assert "holds acme/plain" in told
+    for folder, dataset, message in (
+        ("o", "acme/other", "found the columns text"),
+        ("plain", "acme/alpaca", "holds acme/plain"),
+    ):
+        arguments = ("--output", tmp_path / folder, "--dataset", dataset, "--mirror", mirror)
+        assert message in download(*arguments, code=78)
 
 
 @pytest.mark.parametrize(
@@ -258,9 +256,9 @@ def test_both_kinds_of_columns_become_prompts_and_answers(tmp_path: Path) -> Non
     [("--seed", "-1"), ("--batch_size", "0.5"), ("--epochs", "0"), ("--nope",)],
 )
 def test_wrong_arguments_exit_as_bad_input(arguments, base_path, data, tmp_path, capsys) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as caught:
         tune(base_path, data, tmp_path, *arguments)
-    assert left.value.code == 78 and "see --help" in capsys.readouterr().err
+    assert caught.value.code == 78 and "see --help" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate", ["inf", "nan", "0", "2"])

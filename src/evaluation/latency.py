@@ -357,16 +357,13 @@ def _name(run: Path, output: Path | None) -> str:
 def _own_precision(paths: Sequence[Path]) -> str:
     """What the runs' metrics.json say, fp32 where none does; ValueError where they disagree."""
     files = [path / "metrics.json" for path in paths]
-    precisions = {
-        str(read_json(file).get("precision") or "fp32") for file in files if file.is_file()
-    }
-    if len(precisions) > 1 or not precisions <= DTYPES.keys():
+    dtypes = {str(read_json(file).get("precision") or "fp32") for file in files if file.is_file()}
+    if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
         raise ValueError(
-            f"precision: found {' and '.join(sorted(precisions))} in "
-            f"{' and '.join(map(str, files))}, expected one of {', '.join(DTYPES)} "
-            "for all models; state it with --precision"
+            f"precision: found {' and '.join(sorted(dtypes))} in {' and '.join(map(str, files))}, "
+            f"expected one of {', '.join(DTYPES)} for all models; state it with --precision"
         )
-    return next(iter(precisions), "fp32")
+    return next(iter(dtypes), "fp32")
 
 
 if __name__ == "__main__":

@@ -79,12 +79,12 @@ def score_documents(
     row_nats = dict(zip(rows, np.split(nats, first_query[1:]), strict=True))
     sums = []
     for reading_windows in readings:
-        target_nats = np.full(int(offsets[-1]), np.nan)  # a separator is no target
+        losses = np.full(int(offsets[-1]), np.nan)  # nats of each target; a separator is none
         for start, first in reading_windows:
             end, lowest_target = rows[start]
-            target_nats[first : end + 1] = row_nats[start][first - lowest_target :]
-        assert np.isfinite(target_nats).sum() == document_tokens.sum(), "each target once"
-        sums.append(np.add.reduceat(np.nan_to_num(target_nats), offsets[:-1]))
+            losses[first : end + 1] = row_nats[start][first - lowest_target :]
+        assert np.isfinite(losses).sum() == document_tokens.sum(), "each target is scored, once"
+        sums.append(np.add.reduceat(np.nan_to_num(losses), offsets[:-1]))
     return sums[0], sums[1], document_tokens
 
 

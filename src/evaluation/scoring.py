@@ -216,11 +216,10 @@ def _batches(
     One P a batch, so that what follows needs no mask of its own.
     """
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    ordered = sorted(groups, key=lambda group: (-group[1], -int(lengths[group[0]].max())))
     pending: list[tuple[list[int], int]] = []
     tokens = 0
-    for members, shared in sorted(
-        groups, key=lambda group: (-group[1], -int(lengths[group[0]].max()))
-    ):
+    for members, shared in ordered:
         # Padded to the batch's longest where nothing is shared; else read in smaller parts.
         width = lengths[pending[0][0][0]] if pending and not shared else lengths[members].max()
         added = int(shared + len(members) * (width - shared))

@@ -51,18 +51,12 @@ def score_requests(
     query_request = np.repeat([number for number, *_ in parts], counts)
     queries = np.empty((len(query_request), 3), dtype=np.int64)  # row, position, target
     queries[:, 0] = np.repeat([row_index[owner[row]] for _, row, _, _ in parts], counts)
-    queries[:, 1] = np.concatenate(
-        [np.arange(first, first + len(targets)) for _, _, first, targets in parts]
-    )
+    queries[:, 1] = np.concatenate([np.arange(at, at + len(t)) for _, _, at, t in parts])
     queries[:, 2] = np.concatenate([targets for *_, targets in parts])
     order = np.argsort(queries[:, 0], kind="stable")
+    texts = [np.frombuffer(row, dtype=np.uint16) for row in rows]
     nats, greedy = score_positions(
-        model,
-        [np.frombuffer(row, dtype=np.uint16) for row in rows],
-        queries[order],
-        greedy=True,
-        share_prefixes=True,
-        **reading,
+        model, texts, queries[order], greedy=True, share_prefixes=True, **reading
     )
     scores, misses = np.zeros(len(requests)), np.zeros(len(requests), dtype=np.int64)
     np.subtract.at(scores, query_request[order], nats.astype(np.float64))

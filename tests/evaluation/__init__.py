@@ -17,10 +17,10 @@ def write_rows(directory: Path, name: str, rows: list[dict[str, Any]], **source:
     data = "".join(lines).encode()
     (directory / f"{name}.jsonl").write_bytes(data)
     path = directory / "source.json"
-    listed = json.loads(path.read_text()) if path.exists() else {"tasks": {}, "mirror": True}
+    manifest = json.loads(path.read_text()) if path.exists() else {"tasks": {}, "mirror": True}
     entry = {"rows": len(rows), "sha256": hashlib.sha256(data).hexdigest()}
-    listed["tasks"][name] = entry | source
-    path.write_text(json.dumps(listed))
+    manifest["tasks"][name] = entry | source
+    path.write_text(json.dumps(manifest))
 
 
 def make_task(**changes: Any) -> Task:

@@ -25,7 +25,7 @@ tasks:
 """
 
 
-def measured(run: config.RunConfig, path: Path) -> tuple[dict[str, Any], data.TokenData]:
+def measure(run: config.RunConfig, path: Path) -> tuple[dict[str, Any], data.TokenData]:
     """An untrained model of `run` on its tokens, and what is measured of it."""
     tokens = data.load(run.token_dir, run.model.vocab_size)
     torch.manual_seed(0)
@@ -46,31 +46,31 @@ def test_tokens_tasks_and_limit_are_recorded(
     tmp_path.mkdir()
     write_rows(tmp_path / "bench", "toy", toy_rows(10))
     (tmp_path / "tasks.yaml").write_text(TASKS)
-    stated = {
+    settings = {
         "metrics": "[perplexity, smallbench_accuracy]",
         "smallbench_dir": tmp_path / "bench",
         "smallbench_tasks": tmp_path / "tasks.yaml",
         "smallbench_limit": limit or "null",
         "perplexity_tokens": 500 if limit else "null",
     }
-    overrides = [f"evaluation.{key}={value}" for key, value in stated.items()]
+    overrides = [f"evaluation.{key}={value}" for key, value in settings.items()]
     run = config.load_sweep(tiny_sweep, overrides).run("base", 0)
-    found, tokens = measured(run, tmp_path)
-    assert found["smallbench_tasks"] == 1
-    assert found["smallbench_missing_tasks"] == "elsewhere"
-    assert found["smallbench_limit"] == limit
-    assert found["smallbench_items"] == (limit or 10) and found["smallbench_chance"] == 0.5
-    assert 0 <= found["smallbench_untrained_accuracy"] <= 1
-    (kept,) = (tmp_path.parent / "untrained").glob("*.json")
-    stored = json.loads(kept.read_bytes())
-    assert stored["accuracy"] == found["smallbench_untrained_accuracy"]
-    assert found["smallbench"]["toy"]["n"] == (limit or 10)
+    metrics, tokens = measure(run, tmp_path)
+    assert metrics["smallbench_tasks"] == 1
+    assert metrics["smallbench_missing_tasks"] == "elsewhere"
+    assert metrics["smallbench_limit"] == limit
+    assert metrics["smallbench_items"] == (limit or 10) and metrics["smallbench_chance"] == 0.5
+    assert 0 <= metrics["smallbench_untrained_accuracy"] <= 1
+    (cached,) = (tmp_path.parent / "untrained").glob("*.json")
+    stored = json.loads(cached.read_bytes())
+    assert stored["accuracy"] == metrics["smallbench_untrained_accuracy"]
+    assert metrics["smallbench"]["toy"]["n"] == (limit or 10)
     # No leakage report of this corpus is there.
-    assert found["smallbench_contaminated_items"] is None
-    assert found["smallbench"]["toy"]["contaminated"] is None
+    assert metrics["smallbench_contaminated_items"] is None
+    assert metrics["smallbench"]["toy"]["contaminated"] is None
     for prefix, split in (("dev", tokens.validation), ("test", tokens.test)):
         whole = len(split.tokens) - len(split.documents)
-        scored = found[f"{prefix}_tokens_scored"]
+        scored = metrics[f"{prefix}_tokens_scored"]
         assert scored == whole if limit is None else 400 < scored < whole
 
 
@@ -86,18 +86,19 @@ def test_blimp_is_scored_whole_and_the_untrained_model_once(
         "   prompt: '{{{{ q }}}}', choices: [a, b], gold: '{{{{ label }}}}'}}\n"
     )
     (tmp_path / "tasks.yaml").write_text("tasks:\n" + entry.format("one") + entry.format("two"))
-    stated = [
+    settings = [
         "metrics=[smallbench_accuracy]", f"smallbench_dir={bench}", "blimp_full=true",
         f"smallbench_tasks={tmp_path / 'tasks.yaml'}", "latency=false",
     ]  # fmt: skip
-    run = config.load_sweep(tiny_sweep, [f"evaluation.{text}" for text in stated]).run("base", 0)
-    found, _ = measured(run, path)
-    assert (found["smallbench_items"], found["blimp_items"]) == (6, 24)
-    assert 0 <= found["blimp_accuracy"] <= 1 and found["blimp_accuracy_se"] > 0
-    (kept,) = (tmp_path / "untrained").glob("*.json")
-    kept.write_text('{"accuracy": 0.25}')
-    found, _ = measured(run, path)
-    assert found["smallbench_untrained_accuracy"] == 0.25
+    overrides = [f"evaluation.{setting}" for setting in settings]
+    run = config.load_sweep(tiny_sweep, overrides).run("base", 0)
+    metrics, _ = measure(run, path)
+    assert (metrics["smallbench_items"], metrics["blimp_items"]) == (6, 24)
+    assert 0 <= metrics["blimp_accuracy"] <= 1 and metrics["blimp_accuracy_se"] > 0
+    (cached,) = (tmp_path / "untrained").glob("*.json")
+    cached.write_text('{"accuracy": 0.25}')
+    metrics, _ = measure(run, path)
+    assert metrics["smallbench_untrained_accuracy"] == 0.25
 
 
 def test_an_outside_corpus_is_read_as_the_runs_own_is(tmp_path: Path, tiny_sweep: Path) -> None:
@@ -105,16 +106,16 @@ def test_an_outside_corpus_is_read_as_the_runs_own_is(tmp_path: Path, tiny_sweep
     corpus = tiny_sweep.parent / "corpus"
     overrides = ["evaluation.metrics=[perplexity]", f"evaluation.outside_dir={corpus}"]
     run = config.load_sweep(tiny_sweep, overrides).run("base", 0)
-    found, tokens = measured(run, tmp_path)
+    metrics, tokens = measure(run, tmp_path)
     for name in ("validation", "test"):
         outside = data.outside_split(corpus, name, tokens.tokenizer_path, tokens.eot_id)
         own = getattr(tokens, name)
         assert outside.tokens.tolist() == own.tokens.tolist()
         assert outside.documents.tolist() == own.documents.tolist()
-    assert found["outside_corpus"] == "tests/tiny:default"
+    assert metrics["outside_corpus"] == "tests/tiny:default"
     for split in ("dev", "test"):
         for key in ("bits_per_byte", "word_perplexity", "tokens_scored"):
-            assert found[f"outside_{split}_{key}"] == found[f"{split}_{key}"]
+            assert metrics[f"outside_{split}_{key}"] == metrics[f"{split}_{key}"]
     assert (tmp_path / "documents_outside_test.npz").is_file()
 
 

@@ -27,21 +27,23 @@ def small_model(seed: int = 0) -> Transformer:
 
 def test_keys_and_memory_that_can_be_computed() -> None:
     model = small_model()
-    found = measure(model, device="cpu", autocast_dtype=None, lengths=(8, 32), warmup=1, repeats=5)
+    metrics = measure(
+        model, device="cpu", autocast_dtype=None, lengths=(8, 32), warmup=1, repeats=5
+    )
     for key in ("latency_ms_p50_l8", "latency_ms_p95_l32", "decode_ms_per_token_p95"):
-        assert found[key] > 0
-    assert found["latency_ms_p50_l8"] <= found["latency_ms_p95_l8"]
+        assert metrics[key] > 0
+    assert metrics["latency_ms_p50_l8"] <= metrics["latency_ms_p95_l8"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert found["weights_mib"] == parameters * 4 / 2**20
+    assert metrics["weights_mib"] == parameters * 4 / 2**20
     keys_and_values = 2 * CONFIG.n_layers * CONFIG.n_heads * CONFIG.head_dim * 32
-    assert found["kv_cache_mib"] == keys_and_values * 4 / 2**20
+    assert metrics["kv_cache_mib"] == keys_and_values * 4 / 2**20
     # all logits at once would dwarf the body's activations here, and the last token's do not
     logits = 32 * CONFIG.vocab_size * 4 / 2**20
-    assert 0 < found["activations_mib"] < 0.5 * logits
-    parts = found["weights_mib"] + found["kv_cache_mib"] + found["activations_mib"]
-    assert found["peak_memory_mib"] == parts
-    assert found["process_peak_memory_mib"] > parts
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert 0 < metrics["activations_mib"] < 0.5 * logits
+    parts = metrics["weights_mib"] + metrics["kv_cache_mib"] + metrics["activations_mib"]
+    assert metrics["peak_memory_mib"] == parts
+    assert metrics["process_peak_memory_mib"] > parts
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
 
 def test_bfloat16_halves_the_cache() -> None:
@@ -119,7 +121,7 @@ def test_ratio_cancels_drift_that_both_models_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "says"),
+    ("low", "high", "expected"),
     [
         (0.90, 0.95, "not slower"),
         (0.99, 1.03, "not slower"),
@@ -127,8 +129,8 @@ def test_ratio_cancels_drift_that_both_models_share() -> None:
         (1.04, 1.06, "slower"),
     ],
 )
-def test_verdict(low: float, high: float, says: str) -> None:
-    assert eval_latency.verdict(low, high) == says
+def test_verdict(low: float, high: float, expected: str) -> None:
+    assert eval_latency.verdict(low, high) == expected
 
 
 def test_a_deeper_model_is_told_from_a_shallow_one() -> None:
@@ -138,12 +140,13 @@ def test_a_deeper_model_is_told_from_a_shallow_one() -> None:
               "head_dim", "d_ff")}  # fmt: skip
     shallow = Transformer(ModelConfig(n_layers=1, **values))
     deep = Transformer(ModelConfig(n_layers=16, **values))
-    found = compare(
+    comparison = compare(
         deep, shallow, device="cpu", autocast_dtype=None, lengths=(8, 16), warmup=2, repeats=21
     )
-    assert set(found) == {"l8", "l16", "decode"}
-    assert found["l16"]["verdict"] == "slower"
-    assert found["l16"]["ratio_low"] <= found["l16"]["ratio"] <= found["l16"]["ratio_high"]
+    assert set(comparison) == {"l8", "l16", "decode"}
+    longest = comparison["l16"]
+    assert longest["verdict"] == "slower"
+    assert longest["ratio_low"] <= longest["ratio"] <= longest["ratio_high"]
 
 
 def test_peak_memory_counts_what_is_alive_together() -> None:

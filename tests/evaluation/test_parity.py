@@ -93,27 +93,27 @@ def test_predictions_and_accuracies_are_the_harnesss(
     export(model, tokenizer_json, run / "final", max_position_embeddings=48)
     for task in TASKS:
         write_rows(rows, task, [row(task, i) for i in range(ROWS_EACH)])
-    listed = tmp_path / "tasks.yaml"
-    listed.write_text(TASKS_FILE.read_text(encoding="utf-8") + BY_CHOICE, encoding="utf-8")
+    task_list = tmp_path / "tasks.yaml"
+    task_list.write_text(TASKS_FILE.read_text(encoding="utf-8") + BY_CHOICE, encoding="utf-8")
     items = run / "smallbench_items.jsonl"
-    found = evaluate(
+    ours = evaluate(
         model,
         Tokenizer.from_file(str(tokenizer_json)),
-        [task for task in load_tasks(listed) if task.name in TASKS],
+        [task for task in load_tasks(task_list) if task.name in TASKS],
         rows,
         context=48,
         device="cpu",
         autocast_dtype=None,
         items_path=items,
     )["tasks"]
-    assert found["sst2"]["cut_prompts"] > 0
+    assert ours["sst2"]["cut_prompts"] > 0
     lines = [json.loads(line) for line in items.read_text().splitlines()]
     falsified = next(line for line in lines if line["task"] == "rte")
     falsified["prediction"] = 1 - falsified["prediction"]
     items.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     out = tmp_path / "parity.json"
-    command = ["--run", run, "--smallbench", rows, "--task_list", listed, "--output", out]
+    command = ["--run", run, "--smallbench", rows, "--task_list", task_list, "--output", out]
     assert parity.main([*map(str, command), "--tasks", *TASKS]) == 1
     table = {entry["task"]: entry for entry in json.loads(out.read_text())}
     assert set(table) == set(TASKS)
@@ -123,9 +123,9 @@ def test_predictions_and_accuracies_are_the_harnesss(
         assert entry["largest_difference"] < 1e-3
         group = "blimp_syntax" if task.startswith("blimp") else task
         if entry["skipped"] == 0:
-            assert found[group]["accuracy"] == entry["harness_accuracy"]
+            assert ours[group]["accuracy"] == entry["harness_accuracy"]
     for task in ("winogrande", "wsc273"):  # what follows is the same text under both prompts
-        assert found[task]["accuracy_uniform"] == 0.5 and found[task]["accuracy_calibrated"] is None
+        assert ours[task]["accuracy_uniform"] == 0.5 and ours[task]["accuracy_calibrated"] is None
     assert table["rte"]["same_predictions"] == table["rte"]["n"] - 1
     assert "| rte | 12 | 11 |" in capsys.readouterr().out
 

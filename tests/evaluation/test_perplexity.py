@@ -171,8 +171,8 @@ def test_agrees_with_the_exported_models_own_loss(tmp_path: Path) -> None:
     stream, documents = corpus([60])
     tokens = torch.from_numpy(stream.astype(np.int64))[None]
     with torch.no_grad():
-        theirs = float(stock(tokens, labels=tokens).loss)
-    assert run(model, stream, documents, context=64)["loss"] == pytest.approx(theirs, abs=1e-5)
+        stock_loss = float(stock(tokens, labels=tokens).loss)
+    assert run(model, stream, documents, context=64)["loss"] == pytest.approx(stock_loss, abs=1e-5)
 
 
 def test_training_goes_on_after_an_evaluation() -> None:

@@ -15,8 +15,6 @@ from src.models.transformer import Transformer
 from tests.evaluation.models import small_transformer
 
 VOCAB = 40
-
-
 MODEL = small_transformer(VOCAB)
 
 
@@ -28,8 +26,8 @@ def alone(row: np.ndarray, position: int, target: int) -> tuple[float, bool]:
 
 
 def scored(rows: list[np.ndarray], queries: np.ndarray, **options: object):
-    given_options = {"device": "cpu", "autocast_dtype": None, "greedy": True} | options
-    return score_positions(MODEL, rows, queries, **given_options)  # type: ignore[arg-type]
+    options = {"device": "cpu", "autocast_dtype": None, "greedy": True} | options
+    return score_positions(MODEL, rows, queries, **options)  # type: ignore[arg-type]
 
 
 def questions(seed: int, prompts: int, choices: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -42,8 +40,8 @@ def questions(seed: int, prompts: int, choices: int) -> tuple[list[np.ndarray], 
         for _ in range(choices):
             rows.append(np.append(prompt, rng.integers(0, 3, rng.integers(1, 9))).astype(np.uint16))
             first = len(prompt) - 1
-            asked = [(p, rng.integers(VOCAB)) for p in [first, *range(first, len(rows[-1]))]]
-            queries += [(len(rows) - 1, p, t) for p, t in asked]
+            for position in (first, *range(first, len(rows[-1]))):
+                queries.append((len(rows) - 1, position, rng.integers(VOCAB)))
     return rows, np.array(queries, dtype=np.int64)
 
 
@@ -57,10 +55,10 @@ def test_a_score_depends_on_nothing_but_its_row(
     """Shared beginnings, padding, parts and batches of every size against each row read alone."""
     rows, queries = questions(seed, prompts, choices)
     nats, greedy = scored(rows, queries, share_prefixes=True, batch_tokens=batch_tokens)
-    for (row, position, target), found, hit in zip(queries, nats, greedy, strict=True):
-        expected, best = alone(rows[row], position, target)
-        assert found == pytest.approx(expected, abs=1e-4)
-        assert hit == best
+    for (row, position, target), score, hit in zip(queries, nats, greedy, strict=True):
+        expected_score, expected_hit = alone(rows[row], position, target)
+        assert score == pytest.approx(expected_score, abs=1e-4)
+        assert hit == expected_hit
 
 
 def test_what_rows_begin_with_is_read_once() -> None:
@@ -125,7 +123,7 @@ def test_compiled_blocks_read_the_full_batches(monkeypatch: pytest.MonkeyPatch) 
     model = small_transformer(VOCAB)
     for block in model.blocks:
         block.compile(dynamic=False)
-    found, _ = score_positions(model, rows, queries, device="cpu", **options)  # type: ignore[arg-type]
-    assert np.abs(found - expected).max() < 0.3  # roundings of bfloat16 between fused operations
-    assert 0 < np.abs(found[:64] - expected[:64]).mean() < 0.03
-    assert (found[64:] == expected[64:]).all()
+    compiled, _ = score_positions(model, rows, queries, device="cpu", **options)  # type: ignore[arg-type]
+    assert np.abs(compiled - expected).max() < 0.3  # roundings of bfloat16 between fused operations
+    assert 0 < np.abs(compiled[:64] - expected[:64]).mean() < 0.03
+    assert (compiled[64:] == expected[64:]).all()

@@ -20,8 +20,6 @@ from src.evaluation.task_scores import credit
 from tests.evaluation import make_task, toy_rows, write_rows
 from tests.evaluation.models import small_transformer
 
-# One row of every dataset in the shipped list, with the prompt and choices it must become.
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
@@ -273,15 +271,15 @@ def test_a_contaminated_task_keeps_its_row_and_is_named(
         write_rows(tmp_path, name, toy_rows(6))
     tasks = [make_task(group=group), make_task(name="other", group=group, gold="1")]
     model = FavouriteModel({tokenizer.token_to_id("Ġb"): 5.0})
-    found = run(model, tokenizer, tasks, tmp_path, exclude={"toy": set(range(6)), "other": {0}})
-    assert found["contaminated_tasks"] == ["toy"] and found["contaminated_items"] == 7
-    assert (found["accuracy"], found["chance"], found["items"]) == (1.0, 0.5, 5)
+    result = run(model, tokenizer, tasks, tmp_path, exclude={"toy": set(range(6)), "other": {0}})
+    assert result["contaminated_tasks"] == ["toy"] and result["contaminated_items"] == 7
+    assert (result["accuracy"], result["chance"], result["items"]) == (1.0, 0.5, 5)
     if group is None:
-        assert found["tasks"]["toy"] == {"n": 0, "accuracy": None, "accuracy_se": None,
+        assert result["tasks"]["toy"] == {"n": 0, "accuracy": None, "accuracy_se": None,
                                          "chance": None, "contaminated": 6}  # fmt: skip
-        assert found["tasks"]["other"]["contaminated"] == 1
+        assert result["tasks"]["other"]["contaminated"] == 1
     else:
-        row = found["tasks"]["g"]
+        row = result["tasks"]["g"]
         assert (row["n"], row["contaminated"], row["accuracy"]) == (5, 7, 1.0)
         assert row["members"]["toy"]["n"] == 0 and row["members"]["other"]["n"] == 5
         both = {"toy": set(range(6)), "other": set(range(6))}
@@ -313,8 +311,8 @@ def test_result_is_plain_json(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_adding_a_task_is_an_edit_of_the_list(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    listed = tmp_path / "tasks.yaml"
-    listed.write_text(
+    task_list = tmp_path / "tasks.yaml"
+    task_list.write_text(
         "templates: {base: &base {path: me/toy, split: test, config: default}}\n"
         "tasks:\n"
         "- {<<: *base, name: toy, n: 3, prompt: '{{ q | upper }}', choices: {field: options},\n"
@@ -323,6 +321,6 @@ def test_adding_a_task_is_an_edit_of_the_list(tokenizer: Tokenizer, tmp_path: Pa
     rows = [{"q": "ab", "options": ["x", "y"], "answer": "y"}, {"q": "c", "options": ["x", "y"],
              "answer": "x"}]  # fmt: skip
     write_rows(tmp_path, "toy", rows, path="me/toy", config="default", split="test")
-    result = run(ConstantModel(), tokenizer, load_tasks(listed), tmp_path)
+    result = run(ConstantModel(), tokenizer, load_tasks(task_list), tmp_path)
     assert result["tasks"]["toy"]["accuracy"] == 0.5
     assert result["tasks"]["toy"]["n"] == 2

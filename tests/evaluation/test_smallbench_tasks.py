@@ -12,6 +12,7 @@ from src.data import tasks as smallbench
 from src.data.tasks import TASKS_FILE, load_items, load_tasks, select_rows
 from tests.evaluation import make_task, toy_rows, write_rows
 
+# One row of every dataset in the shipped list, with the prompt and choices it must become.
 # fmt: off
 ROWS: dict[str, tuple[dict[str, Any], str, list[str], int]] = {
     "blimp_adjunct_island": (
@@ -86,7 +87,7 @@ def test_hub_rows_without_a_gold_label_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ("colour: red", r"task 1 \(toy\): colour: found an unknown key"),
         ("n: 0", "n: found 0, expected at least 1"),
@@ -99,7 +100,7 @@ def test_hub_rows_without_a_gold_label_are_left_out(tmp_path: Path) -> None:
         ("gold: 1", "gold: found 1, expected str"),
     ],
 )
-def test_mistakes_in_the_list_are_named(change: str, says: str, tmp_path: Path) -> None:
+def test_mistakes_in_the_list_are_named(change: str, message: str, tmp_path: Path) -> None:
     base = {
         "name": "toy", "path": "me/toy", "config": "default", "split": "test",
         "prompt": '"{{ q }}"', "choices": "[a, b]", "gold": '"{{ label }}"',
@@ -107,11 +108,11 @@ def test_mistakes_in_the_list_are_named(change: str, says: str, tmp_path: Path) 
     key, _, value = change.partition(": ")
     base[key] = value
     lines = [f"  {key}: {value}" for key, value in base.items()]
-    listed = tmp_path / "tasks.yaml"
-    listed.write_text("tasks:\n- " + "\n".join(lines).strip() + "\n")
-    with pytest.raises(ValueError, match=says) as caught:
-        load_tasks(listed)
-    assert str(listed) in str(caught.value)
+    task_list = tmp_path / "tasks.yaml"
+    task_list.write_text("tasks:\n- " + "\n".join(lines).strip() + "\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tasks(task_list)
+    assert str(task_list) in str(caught.value)
 
 
 def test_same_name_twice_is_refused(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_same_name_twice_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"prompt": "{{ question }}"}, r"task toy, row 0: .*question.*; the rows have .*q, label"),
         ({"gold": "2"}, "gold: found 2, expected an index below 2"),
@@ -137,10 +138,10 @@ def test_same_name_twice_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_in_templates_are_named(
-    changes: dict[str, Any], says: str, tmp_path: Path
+    changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_rows(tmp_path, "toy", toy_rows(4))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         load_items(make_task(**changes), tmp_path)
 
 

@@ -19,8 +19,8 @@ def seen(losses: list[float], norms: list[float] | None = None) -> Stability:
 
 
 def test_loss_and_norm_have_a_rise_and_a_step_each():
-    found = seen([9.0, 7.5, 11.0, 8.0, 8.5], [1.0, 0.5, 0.75, 40.0, 2.0]).metrics()
-    assert found == {
+    metrics = seen([9.0, 7.5, 11.0, 8.0, 8.5], [1.0, 0.5, 0.75, 40.0, 2.0]).metrics()
+    assert metrics == {
         "loss_largest_rise_nats": 3.5,
         "loss_largest_rise_step": 3,
         "grad_norm_largest_rise": 39.25,
@@ -29,8 +29,8 @@ def test_loss_and_norm_have_a_rise_and_a_step_each():
 
 
 def test_a_loss_that_only_falls_has_a_rise_below_zero():
-    found = seen([9.0, 8.0, 7.75]).metrics()
-    assert (found["loss_largest_rise_nats"], found["loss_largest_rise_step"]) == (-0.25, 3)
+    metrics = seen([9.0, 8.0, 7.75]).metrics()
+    assert (metrics["loss_largest_rise_nats"], metrics["loss_largest_rise_step"]) == (-0.25, 3)
 
 
 @pytest.mark.parametrize("losses", [[], [9.0]])
@@ -39,9 +39,9 @@ def test_fewer_than_two_steps_have_no_rise(losses):
 
 
 def test_a_step_left_out_by_the_scaler_is_no_rise():
-    found = seen([9.0, 8.0, 8.5, 8.0], [1.0, math.inf, 5.0, 6.0]).metrics()
-    assert (found["grad_norm_largest_rise"], found["grad_norm_largest_rise_step"]) == (1.0, 4)
-    assert found["loss_largest_rise_nats"] == 0.5
+    metrics = seen([9.0, 8.0, 8.5, 8.0], [1.0, math.inf, 5.0, 6.0]).metrics()
+    assert (metrics["grad_norm_largest_rise"], metrics["grad_norm_largest_rise_step"]) == (1.0, 4)
+    assert metrics["loss_largest_rise_nats"] == 0.5
 
 
 def test_a_rise_across_a_cut_counts():
@@ -58,7 +58,7 @@ def test_a_rise_across_a_cut_counts():
 
 def test_the_benchmark_of_remedies_trains_what_it_names(tiny_sweep: Path):
     """Centred, the output embedding keeps no common direction; untouched, it has one."""
-    found = {name: measure(tiny_sweep, "base", 0, REMEDIES[name]) for name in ("none", "center")}
-    assert found["center"]["common_share_largest"] < 1e-6
-    assert found["none"]["common_share_largest"] > 0.01
-    assert len({row["dev_loss"] for row in found.values()}) == 2
+    metrics = {name: measure(tiny_sweep, "base", 0, REMEDIES[name]) for name in ("none", "center")}
+    assert metrics["center"]["common_share_largest"] < 1e-6
+    assert metrics["none"]["common_share_largest"] > 0.01
+    assert len({row["dev_loss"] for row in metrics.values()}) == 2

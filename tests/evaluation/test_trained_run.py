@@ -128,8 +128,8 @@ def test_smallbench_command(
         assert json.loads(capsys.readouterr().out)["tasks"]["toy"]["n"] == items_used
     unwritable = ["--items", str(path / "absent" / "items.jsonl")]
     assert eval_smallbench.main([*command, *unwritable]) == 74
-    told = capsys.readouterr().err
-    assert told.startswith("could not read or write") and told.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("could not read or write") and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -145,10 +145,11 @@ def test_smallbench_command(
 def test_wrong_arguments_are_one_sentence(
     main: Callable[[list[str]], int], wrong: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as caught:
         main(wrong)
-    told = capsys.readouterr().err
-    assert left.value.code == 78 and told.endswith("; see --help\n") and told.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert caught.value.code == 78
+    assert stderr.endswith("; see --help\n") and stderr.count("\n") == 1
 
 
 def test_latency_command(run: tuple[Path, Transformer], capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,29 +186,19 @@ def test_speeds_are_compared_without_the_weights(
     log_dir, moved = path.parent, path.parent / "20m" / "toy"
     moved.mkdir(parents=True)
     shutil.copy(path / "config.yaml", moved)
-    line = [
-        "--device",
-        "cpu",
-        "--warmup",
-        "1",
-        "--repeats",
-        "3",
-        "--lengths",
-        "4",
-        "--threads",
-        "1",
-    ]
-    line += ["--compare", str(path), str(moved), "--output", str(log_dir / "latency" / "a.json")]
-    assert eval_latency.main(line) == 78, "no finished run"
+    output = log_dir / "latency" / "a.json"
+    command = "--device cpu --warmup 1 --repeats 3 --lengths 4 --threads 1".split()
+    command += ["--compare", str(path), str(moved), "--output", str(output)]
+    assert eval_latency.main(command) == 78, "no finished run"
     assert "found no whole export" in capsys.readouterr().err
     (moved / "metrics.json").write_text('{"status": "killed"}')
-    assert eval_latency.main(line) == 78
+    assert eval_latency.main(command) == 78
     assert "the kill rule stopped this run" in capsys.readouterr().err
     (moved / "metrics.json").write_text('{"status": "finished"}')
-    assert eval_latency.main(line) == 0
-    found = json.loads((log_dir / "latency" / "a.json").read_text())
-    assert (found["baseline"], found["ours"]) == ("toy", "20m/toy"), "as a study names its runs"
-    assert found["trained_weights"] is False
+    assert eval_latency.main(command) == 0
+    result = json.loads(output.read_text())
+    assert (result["baseline"], result["ours"]) == ("toy", "20m/toy"), "as a study names its runs"
+    assert result["trained_weights"] is False
 
 
 @pytest.mark.parametrize("content", ["config_digest: x\n", "- 1\n", "a: [\n", "\0"])
@@ -223,6 +214,6 @@ def test_a_tuned_run_is_scored_by_the_default_evaluation(run: tuple[Path, Transf
     config = yaml.safe_load((path / "config.yaml").read_text())
     del config["evaluation"], config["data_dir"]
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    found = load_run(path)
-    assert found.evaluation["smallbench_dir"] == "data/smallbench"
-    assert found.contaminated_rows(path) is None
+    loaded = load_run(path)
+    assert loaded.evaluation["smallbench_dir"] == "data/smallbench"
+    assert loaded.contaminated_rows(path) is None

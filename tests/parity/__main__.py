@@ -42,27 +42,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=list(DEFAULT), help="names, or all")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--output", type=Path, help="write the table as JSON here")
-    asked = parser.parse_args(arguments)
-    recorded = read_items(asked.items or asked.run / "smallbench_items.jsonl")
-    known = {task.name: task for task in load_tasks(asked.task_list) if template(task)}
-    names = list(known) if asked.tasks == ["all"] else asked.tasks
+    args = parser.parse_args(arguments)
+    recorded = read_items(args.items or args.run / "smallbench_items.jsonl")
+    known = {task.name: task for task in load_tasks(args.task_list) if template(task)}
+    names = list(known) if args.tasks == ["all"] else args.tasks
     for name in names:
         if name not in known or name not in recorded:
             print(f"--tasks: found {name!r}, which the harness or the run lacks", file=sys.stderr)
             return 78
     with tempfile.TemporaryDirectory(prefix="parity-") as work:
         rows = compare(
-            asked.run / "final",
+            args.run / "final",
             recorded,
             [known[name] for name in names],
-            asked.smallbench,
+            args.smallbench,
             Path(work),
-            batch_size=asked.batch_size,
+            batch_size=args.batch_size,
         )
     print(table(rows))
-    if asked.output is not None:
+    if args.output is not None:
         content = [dataclasses.asdict(row) | {"equal": row.equal} for row in rows]
-        asked.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0 if all(row.equal for row in rows) else 1
 
 
@@ -74,11 +74,9 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        norm = (
-            ""
-            if row.accuracy_norm is None
-            else f"{row.accuracy_norm} / {row.harness_accuracy_norm}"
-        )
+        norm = ""
+        if row.accuracy_norm is not None:
+            norm = f"{row.accuracy_norm} / {row.harness_accuracy_norm}"
         n = f"{row.n} (+{row.skipped} too long)" if row.skipped else str(row.n)
         lines.append(
             f"| {row.task} | {n} | {row.same_predictions} | {row.largest_difference:.1e} "

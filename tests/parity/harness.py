@@ -68,11 +68,11 @@ def template(task: Task) -> str | None:
 
 def read_items(path: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """smallbench_items.jsonl as task -> row -> line."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    items: dict[str, dict[int, dict[str, Any]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
-        found.setdefault(item["task"], {})[item["row"]] = item
-    return found
+        items.setdefault(item["task"], {})[item["row"]] = item
+    return items
 
 
 def compare(
@@ -92,8 +92,8 @@ def compare(
     kept: dict[str, list[Item]] = {}
     skipped: dict[str, int] = {}
     for task in tasks:
-        mine = recorded[task.name]
-        items = [item for item in load_items(task, data_dir, full=True) or [] if item.row in mine]
+        ours = recorded[task.name]
+        items = [item for item in load_items(task, data_dir, full=True) or [] if item.row in ours]
         kept[task.name] = [item for item in items if _fits(tokenizer, item, context)]
         skipped[task.name] = len(items) - len(kept[task.name])
         _write_task(task, [item.row for item in kept[task.name]], data_dir, work)
@@ -151,7 +151,7 @@ def _run_harness(
     from lm_eval.tasks import TaskManager
 
     model = HFLM(pretrained=str(final), dtype="float32", device="cpu", batch_size=batch_size)
-    found = simple_evaluate(
+    evaluation = simple_evaluate(
         model=model,
         tasks=[f"parity_{name}" for name in names],
         task_manager=TaskManager(include_path=str(work / "tasks"), include_defaults=False),
@@ -159,12 +159,12 @@ def _run_harness(
         bootstrap_iters=0,
         log_samples=True,
     )
-    assert found is not None
+    assert evaluation is not None
     ordered = {
         name: sorted(samples, key=lambda sample: sample["doc_id"])
-        for name, samples in found["samples"].items()
+        for name, samples in evaluation["samples"].items()
     }
-    return ordered, found["results"]
+    return ordered, evaluation["results"]
 
 
 def _row(
@@ -178,15 +178,14 @@ def _row(
     one_choice = len(items[0].choices) == 1
     same, difference, right, right_norm = 0, 0.0, 0, 0
     for item, sample in zip(items, samples, strict=True):
-        mine = recorded[item.row]
-        answers = [answer for answer in sample["filtered_resps"]]
-        scores = np.array([float(score) for score, _ in answers])
-        guess = (0 if answers[0][1] else None) if one_choice else int(np.argmax(scores))
-        same += guess == mine["prediction"]
-        difference = max(difference, float(np.abs(scores - mine["scores"]).max()))
-        right += mine["prediction"] == mine["gold"]
+        ours, responses = recorded[item.row], sample["filtered_resps"]
+        scores = np.array([float(score) for score, _ in responses])
+        prediction = (0 if responses[0][1] else None) if one_choice else int(np.argmax(scores))
+        same += prediction == ours["prediction"]
+        difference = max(difference, float(np.abs(scores - ours["scores"]).max()))
+        right += ours["prediction"] == ours["gold"]
         lengths = np.array([float(len(choice)) for choice in item.choices])
-        right_norm += int(np.argmax(np.array(mine["scores"]) / lengths)) == mine["gold"]
+        right_norm += int(np.argmax(np.array(ours["scores"]) / lengths)) == ours["gold"]
     has_norm = "acc_norm,none" in result
     return Row(
         task=items[0].task,
