@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from src.compute.process_group import PeerLost, ProcessGroup, size
-from src.evaluation import metrics as record
+from src.evaluation import metrics
 from src.preflight import RunContext
 from src.spec.command_line import BAD_INPUT, OK, OUR_FAULT, TRY_AGAIN
-from src.storage.run_config import differences
-from src.storage.run_dir import Held, RunDir, exported, read_failure, write_json
+from src.storage.files import write_json
+from src.storage.run_config import differences, stored_config
+from src.storage.run_dir import Held, RunDir, exported, read_failure
 
 
 class Preempted(BaseException):
@@ -33,10 +34,10 @@ def execute(context: RunContext) -> int:
 
     Raises ValueError (bad input), OSError (could not read or write), Preempted, PeerLost.
     """
-    resolved, digest = record.resolved(
+    resolved, digest = metrics.resolved(
         context.run, context.allocations, context.sweep, context.data
     )
-    digests = record.digests(digest, context.data)
+    digests = metrics.digests(digest, context.data)
     try:
         with (
             RunDir.open(context.log_dir, context.name) as directory,
@@ -44,8 +45,8 @@ def execute(context: RunContext) -> int:
         ):
             if directory.finished() is None:
                 remote.fetch(directory, digests)
-            digest = directory.claim_config(resolved, digest, record.older_digest(resolved))
-            digests = record.digests(digest, context.data)
+            digest = directory.claim_config(resolved, digest, metrics.older_digest(resolved))
+            digests = metrics.digests(digest, context.data)
             _change_evaluation(context, directory, resolved, digest)
             finished = directory.finished()
             if finished is not None:
@@ -105,7 +106,7 @@ def remote_is_stuck() -> bool:
 
 
 @contextlib.contextmanager
-def _recorded_failure(directory: Any, name: str) -> Iterator[None]:
+def _recorded_failure(directory: RunDir, name: str) -> Iterator[None]:
     """Leaves failure.json for what is our fault, so that the aggregator lists the run."""
     try:
         yield
@@ -138,12 +139,12 @@ class _Remote:
             self._remote.close(20)
             _Remote.stuck |= self._remote.stuck
 
-    def fetch(self, directory: Any, digests: dict[str, str]) -> None:
+    def fetch(self, directory: RunDir, digests: dict[str, str]) -> None:
         """Bring a finished run, or the newest checkpoint, to a machine that lacks it."""
         if self._remote is not None and not self._remote.fetch_final(directory, digests=digests):
             self._remote.fetch_latest(directory, digests=digests)
 
-    def saved(self, directory: Any) -> Any:
+    def saved(self, directory: RunDir) -> Any:
         """What a checkpoint calls when it is durable here."""
         if self._remote is None:
             return None
@@ -152,11 +153,11 @@ class _Remote:
     def fenced(self) -> bool:
         return self._remote is not None and self._remote.fenced
 
-    def push_final(self, directory: Any, digests: dict[str, str]) -> None:
+    def push_final(self, directory: RunDir, digests: dict[str, str]) -> None:
         if self._remote is not None:
             self._remote.push_final(directory, _results(directory.path), digests)
 
-    def push_missing(self, directory: Any, digests: dict[str, str]) -> None:
+    def push_missing(self, directory: RunDir, digests: dict[str, str]) -> None:
         """The results of a finished run that the store has not got."""
         if self._remote is not None and any(directory.checkpoints.glob("step-*.json")):
             if not self._remote.has_final():
@@ -189,12 +190,12 @@ def _change_evaluation(
     """Where other things are to be measured than config.yaml says: a finished run is a trained one
     again; one that the kill rule stopped is left as it is. Raises ValueError where the final
     weights are gone."""
-    stored, finished = directory.config() or {}, directory.finished()
-    told = differences(stored.get("evaluation", {}), resolved["evaluation"])
+    stored, finished = stored_config(directory.path) or {}, directory.finished()
+    differing = differences(stored.get("evaluation", {}), resolved["evaluation"])
     key = "questions_sha256"
     if key in stored and stored[key] != resolved.get(key, stored[key]):
-        told.append("other tasks, rows or leakage report")
-    changes = "; ".join(told)
+        differing.append("other tasks, rows or leakage report")
+    changes = "; ".join(differing)
     if not changes:
         return
     if finished is not None and finished.get("status") == "killed":
@@ -243,28 +244,27 @@ def _train_and_measure(
 ) -> None:
     begun = time.perf_counter()
     from src import train
-    from src.compute import compute_config as machine
-    from src.compute import runtime
+    from src.compute import compute_config, runtime
     from src.evaluation import evaluate as evaluation
     from src.models.export import export
 
-    run, data, answer = context.run, context.data, context.allocation
-    chosen = machine.choose(
-        run.training, answer.model, context.log_dir, context.device, context.name
+    run, data, allocation = context.run, context.data, context.allocation
+    machine = compute_config.choose(
+        run.training, allocation.model, context.log_dir, context.device, context.name
     )
-    environment = runtime.environment_stamp(chosen.device)
+    environment = runtime.environment_stamp(machine.device)
     write_json(directory.path / "environment.json", environment)
-    facts = record.facts(run, answer, context.sweep, data, digests["config"], environment)
+    facts = metrics.facts(run, allocation, context.sweep, data, digests["config"], environment)
     print(
-        f"{run.run_name}: {answer.params.total:,} parameters on "
-        f"{runtime.device_name(chosen.device)} ({chosen.precision}, {chosen.threads} threads, "
-        f"{'compiled at the first step' if chosen.compile else 'eager'}), "
+        f"{run.run_name}: {allocation.params.total:,} parameters on "
+        f"{runtime.device_name(machine.device)} ({machine.precision}, {machine.threads} threads, "
+        f"{'compiled at the first step' if machine.compile else 'eager'}), "
         f"{run.training.steps} steps of "
         f"{run.training.step_tokens:,} tokens, {facts['epochs']:.2f} epochs",
         flush=True,
     )
     outcome = train.train(
-        context, directory, chosen, digests,
+        context, directory, machine, digests,
         on_saved=remote.saved(directory), fenced=remote.fenced,
     )  # fmt: skip
     write_json(
@@ -291,11 +291,11 @@ def _train_and_measure(
             directory.path / "final",
             max_position_embeddings=run.training.seq_len,
         )
-    metrics = record.metrics(
+    results = metrics.metrics(
         facts, outcome, measured,
         eval_seconds=time.perf_counter() - evaluated,
         wall_seconds=time.perf_counter() - begun,
     )  # fmt: skip
-    directory.finish(metrics)
+    directory.finish(results)
     remote.push_final(directory, digests)
-    print(record.summary(metrics))
+    print(metrics.summary(results))

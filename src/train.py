@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,9 @@ class Trainer(Stepper):
         self.saved_at, self.saved_step = time.perf_counter(), self.step if self.resumed else -1
         compile_blocks(model, self.machine)
         if self.group is not None:
-            choices = {f.name: getattr(self.machine, f.name) for f in fields(Machine)}
-            self.group.announce("begin", {k: v for k, v in choices.items() if k != "device"})
+            choices = asdict(self.machine)
+            del choices["device"]
+            self.group.announce("begin", choices)
 
     @property
     def tokens(self) -> int:
@@ -190,7 +191,7 @@ class Trainer(Stepper):
     @property
     def conditions(self) -> list[dict[str, Any]]:
         """What the bits depend on, now and at earlier attempts, each once."""
-        now = conditions.found(self.machine, self.processes)
+        now = conditions.current(self.machine, self.processes)
         return [*self.conditions_before, *([] if now in self.conditions_before else [now])]
 
     # ------------------------------------------------------------------------- save and restore
@@ -207,7 +208,6 @@ class Trainer(Stepper):
     def save(self) -> None:
         """One checkpoint of this instant; metrics.jsonl is made durable first."""
         self.directory.sync()
-        choices = {f.name: getattr(self.machine, f.name) for f in fields(Machine)}
         self.save_state(
             self.directory.checkpoints,
             self.digests,
@@ -217,18 +217,18 @@ class Trainer(Stepper):
             metrics_offset=self.directory.offset(),
             peak_memory_mib=self.peak_memory_mib,
             conditions=self.conditions,
-            machine={**choices, "device": self.machine.device.type},
+            machine={**asdict(self.machine), "device": self.machine.device.type},
         )
 
     def restore(self) -> bool:
         """Load the newest valid checkpoint, or cut the metrics back to nothing."""
-        found = checkpoint.load_latest(
+        loaded = checkpoint.load_latest(
             self.directory.checkpoints, digests=self.digests, misfit=self.directory.misfit
         )
-        if found is None:
+        if loaded is None:
             self.directory.truncate(0)
             return False
-        state, _ = found
+        state, _ = loaded
         self._check_processes(state.get("processes", 1))
         self._compute_as(state["machine"])
         self.load_state(state)
@@ -260,7 +260,7 @@ class Trainer(Stepper):
     # ------------------------------------------------------------------- accumulate and evaluate
 
     def accumulate(self) -> Tensor:
-        """Gradients of one step's whole batch; returns its mean nats. Raises PeerLost."""
+        """Gradients of one step's whole batch; returns its mean loss. Raises PeerLost."""
         batch = torch.from_numpy(self.windows.batch(self.step))
         if self.group is None:
             return self.gradients(batch)
@@ -287,12 +287,12 @@ class Trainer(Stepper):
                 "dev", dev_loss=loss, dev_perplexity=math.exp(loss), elapsed_s=self.seconds
             )
             _show(board, row)
-        told = [row for row in self.directory.rows("kill_rule") if row["step"] == self.step]
-        self.judged, reference = self.verdict(told[-1]["baseline_checks"] if told else None)
+        earlier = [row for row in self.directory.rows("kill_rule") if row["step"] == self.step]
+        self.judged, reference = self.verdict(earlier[-1]["baseline_checks"] if earlier else None)
         if self.judged is None:
             return None
-        row = told[-1] if told else kill_rule.row(self.judged, reference, self.tokens)
-        if not told:
+        row = earlier[-1] if earlier else kill_rule.row(self.judged, reference, self.tokens)
+        if not earlier:
             self._append("kill_rule", **row)
         if row["verdict"] != "kill" or self._rule.action != "stop":
             return None
@@ -351,8 +351,7 @@ class Trainer(Stepper):
         trained = [row for row in rows if row["kind"] == "train"]
         dev = [row for row in rows if row["kind"] == "dev"]
         checks = [row for row in rows if row["kind"] == "kill_rule"]
-        used = [u for row in trained if (u := row.get("gpu_utilisation_percent")) is not None]
-        verdict = self.judged
+        usages = [u for row in trained if (u := row.get("gpu_utilisation_percent")) is not None]
         metrics: dict[str, Any] = {
             "device_name": runtime.device_name(self.machine.device),
             "train_loss": final_loss(trained),
@@ -362,14 +361,14 @@ class Trainer(Stepper):
             "tokens_per_s": statistics.median(row["tokens_per_s"] for row in trained)
             if trained
             else None,
-            "gpu_utilisation_percent": statistics.mean(used) if used else None,
+            "gpu_utilisation_percent": statistics.mean(usages) if usages else None,
             "train_peak_memory_mib": self.peak_memory_mib,
             **self.stability.metrics(),
         }
-        if verdict is not None:
+        if self.judged is not None:
             metrics |= {
-                "kill_verdict": verdict.kind,
-                "kill_verdict_literal": verdict.literal_kind,
+                "kill_verdict": self.judged.kind,
+                "kill_verdict_literal": self.judged.literal_kind,
                 "kill_action": self._rule.action,
                 "kill_tokens": next((r["tokens"] for r in checks if r["verdict"] == "kill"), None),
                 "kill_checks_without_baseline": sum(not r["baseline_check"] for r in checks),
@@ -390,17 +389,17 @@ class Trainer(Stepper):
 def dev_loss(model: Transformer, machine: Machine, windows: Tensor) -> float:
     """Mean nats a token over (B, T + 1) windows. Blocks that training has compiled read whole
     micro-batches; a shorter last one would be compiled for itself alone."""
-    table = model.head.table.to(machine.dtype)
+    weight = model.head.table.to(machine.dtype)
     total = torch.zeros((), device=machine.device, dtype=torch.float64)
     for part in windows.split(machine.micro_batch):
         part = part.to(machine.device)
         short = len(part) < machine.micro_batch
         with machine.autocast(), scoring.uncompiled(model) if short else contextlib.nullcontext():
             hidden = model.hidden(part[:, :-1])
-            rows = model.head.head_input(hidden).flatten(0, 1).to(machine.dtype)
+            states = model.head.head_input(hidden).flatten(0, 1).to(machine.dtype)
         targets = part[:, 1:].flatten().split(machine.loss_chunk)
-        for chunk, target in zip(rows.split(machine.loss_chunk), targets, strict=True):
-            logits = torch.nn.functional.linear(chunk, table).float()
+        for chunk, target in zip(states.split(machine.loss_chunk), targets, strict=True):
+            logits = torch.nn.functional.linear(chunk, weight).float()
             total += torch.nn.functional.cross_entropy(logits, target, reduction="sum")
     return float(total / windows[:, 1:].numel())
 
@@ -411,15 +410,15 @@ def final_loss(trained: list[dict[str, Any]]) -> float | None:
     return float(np.mean(losses[-max(1, len(losses) // 20) :])) if losses else None
 
 
-def _comparable(mine: Path, baseline: Path) -> bool:
+def _comparable(run: Path, baseline: Path) -> bool:
     try:
-        ours, theirs = (
+        configs = [
             yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-            for path in (mine, baseline)
-        )
+            for path in (run, baseline)
+        ]
     except FileNotFoundError:
         return False
-    return kill_rule.comparable(ours, theirs)
+    return kill_rule.comparable(*configs)
 
 
 def _show(board: EventFile, row: dict[str, Any]) -> None:

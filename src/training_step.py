@@ -48,8 +48,8 @@ def build_optimizer(model: Transformer, training: TrainingConfig) -> torch.optim
     """AdamW (0.9, 0.95); groups: tables (own rate, decayed), matrices (decayed), norms."""
     groups: dict[str, list[Tensor]] = {"embedding": [], "matrix": [], "norm": []}
     for name, parameter in model.named_parameters():
-        is_table = name.endswith(("table", "projection"))
-        groups["embedding" if is_table else "matrix" if parameter.ndim == 2 else "norm"].append(
+        is_embedding = name.endswith(("table", "projection"))
+        groups["embedding" if is_embedding else "matrix" if parameter.ndim == 2 else "norm"].append(
             parameter
         )
     ratio = {"embedding": training.embedding_lr_ratio, "matrix": 1.0, "norm": 1.0}
@@ -112,14 +112,14 @@ def next_token_loss(
     z_loss: float,
     scored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(B, T + 1) -> objective and mean nats over the targets that `scored` (B, T) picks, or all."""
+    """(B, T + 1) -> objective and mean loss over the targets that `scored` (B, T) picks, or all."""
     targets = tokens[:, 1:]
     with machine.autocast():
         hidden = model.hidden(tokens[:, :-1])  # (B, T, D)
         picked = hidden.flatten(0, 1) if scored is None else hidden[scored]  # (N, D)
-        rows = model.head.head_input(picked)  # (N, D or E)
+        states = model.head.head_input(picked)  # (N, D or E)
     return chunked_cross_entropy(
-        rows,
+        states,
         model.head.table,
         targets.flatten() if scored is None else targets[scored],
         z_loss,
@@ -134,7 +134,7 @@ def batch_gradients(
     scale: Callable[[Tensor], Tensor], group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
     """Add the gradients of a batch (all micro-batches of it), or of this process's share; returns
-    its nats.
+    its loss in nats.
 
     Both are shares of the whole batch's mean: summed over the group they are the mean. `scale` is
     the gradient scaler's.
@@ -145,12 +145,12 @@ def batch_gradients(
         batch = batch.pin_memory().to(machine.device, non_blocking=True)
     parts = batch.split(math.gcd(len(batch), machine.micro_batch))
     count = len(parts) * (1 if group is None else group.size)
-    nats = torch.zeros((), device=machine.device)
+    loss = torch.zeros((), device=machine.device)
     for part in parts:
-        objective, part_nats = next_token_loss(model, part, machine, z_loss)
+        objective, part_loss = next_token_loss(model, part, machine, z_loss)
         scale(objective / count).backward()
-        nats += part_nats / count
-    return nats
+        loss += part_loss / count
+    return loss
 
 
 # ------------------------------------------------------------------------------------ the step
@@ -180,22 +180,23 @@ class Stepper:
         return self.seconds_before + time.perf_counter() - self.begun
 
     def gradients(self, batch: Tensor, group: ProcessGroup | None = None) -> Tensor:
-        """Add those of (B, T + 1) tokens; returns the mean nats."""
+        """Add those of (B, T + 1) tokens; returns the mean loss."""
         return batch_gradients(
             self.model, batch, self.machine, self.training.z_loss, self.scaler.scale, group
         )
 
-    def update(self, nats: Tensor, rate: float) -> tuple[float, float]:
-        """Clip and step; returns (nats, gradient norm). Raises NonFinite before the step."""
+    def update(self, batch_loss: Tensor, rate: float) -> tuple[float, float]:
+        """Clip and step; returns (loss, gradient norm). Raises NonFinite before the step."""
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
-        loss, size = torch.stack((nats, norm)).tolist()  # the step's only wait for the device
-        overflowed = self.scaler.is_enabled() and not math.isfinite(size)
+        clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
+        # The step's only wait for the device.
+        loss, norm = torch.stack((batch_loss, clipped)).tolist()
+        overflowed = self.scaler.is_enabled() and not math.isfinite(norm)
         self.skipped = self.skipped + 1 if overflowed else 0
         tolerated = overflowed and self.skipped <= MOST_SKIPPED_STEPS  # the scaler skips the step
-        if not math.isfinite(loss) or not (math.isfinite(size) or tolerated):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or tolerated):
             raise NonFinite(
-                f"step {self.step + 1}: loss {loss}, gradient norm {size}; the last checkpoint is "
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}; the last checkpoint is "
                 "intact. Lower the learning rate (training.learning_rate) or set "
                 "training.precision=fp32"
             )
@@ -205,7 +206,7 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss, size
+        return loss, norm
 
     def save_state(
         self, directory: Path, digests: dict[str, str],
@@ -257,10 +258,10 @@ def serve_gradients(
     training = run.training
     assert training.init_seed is not None
     with Preemption() as stop:
-        what, choices = group.receive()
-        if what == "end":
-            return int(choices)
-        machine = Machine(device=group.device, **choices)
+        kind, content = group.receive()
+        if kind == "end":
+            return int(content)
+        machine = Machine(device=group.device, **content)
         runtime.pin_threads(machine.threads)
         if training.deterministic:
             runtime.deterministic()
@@ -271,11 +272,11 @@ def serve_gradients(
         while (message := group.receive())[0] == "step":
             _, step, scale = message
             group.broadcast(parameters)
-            nats = batch_gradients(
+            loss = batch_gradients(
                 model, torch.from_numpy(windows.batch(step)), machine, training.z_loss,
                 partial(torch.mul, other=scale), group,
             )  # fmt: skip
-            group.reduce(parameters, nats, stop.requested)
+            group.reduce(parameters, loss, stop.requested)
             model.zero_grad(set_to_none=True)
         if stop.requested:
             print(f"process {group.rank}: stopped by {stop.signal_name}", file=sys.stderr)

@@ -17,7 +17,7 @@ from src.models.transformer import Block, rope_tables
 from src.spec.config import ModelConfig, TrainingConfig
 
 ROUNDS = 3
-# As in training, whose compiled kernel is then the probe's.
+# As in training, which then has the kernel that is compiled here.
 Z_LOSS = TrainingConfig().z_loss
 # Rows that the head is timed on; at least one chunk of every candidate on a CPU.
 HEAD_ROWS = {"cpu": 1_024, "cuda": 16_384}

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from src.compute import autotune as probe
-from src.compute import runtime
+from src.compute import autotune, runtime
 from src.compute.compiler import compiler
 from src.spec.config import ModelConfig, TrainingConfig
 from src.spec.progress import say
@@ -22,10 +21,10 @@ from src.storage import choices
 # Most tokens of a CPU micro-batch: eager, activations of one block should stay in the cache;
 # compiled, 1,024 to 8,192 tokens are equally fast (10M model, two cores; benchmarks/NOTES.md).
 CPU_MICRO_BATCH_TOKENS = 2_048
-# Logits rows at a time where nothing is probed: on a CPU (chunk, V) stays near the cache.
+# Logits rows at a time where nothing is timed: on a CPU (chunk, V) stays near the cache.
 LOSS_CHUNK = {"cpu": 512, "cuda": 8_192}
-# Under this budget compiling (11-17 s a block shape on two cores) and probing (3 to 10 s there, and
-# some seconds for each of three compiled chunks) cost more than they give.
+# Under this budget compiling (11-17 s a block shape on two cores) and autotuning (3 to 10 s there,
+# and some seconds for each of three compiled chunks) cost more than they give.
 COMPILE_PAYS_TOKENS = 1_000_000
 # Values kept for the backward pass a token and layer, in units of d_model, the FFN's beside it:
 # an estimate from counting tensors, not yet checked on a GPU.
@@ -59,16 +58,16 @@ def choose(
     training: TrainingConfig,
     model: ModelConfig,
     log_dir: Path,
-    device_asked: str,
+    requested_device: str,
     name: str = "autotune",
 ) -> Machine:
     """Pin threads and choose; raises ValueError for what this machine cannot do.
 
     name: the run's, for the line that says why it does not begin yet.
     """
-    device = runtime.choose_device(device_asked)
+    device = runtime.choose_device(requested_device)
     if training.deterministic:
-        runtime.deterministic()  # first: cuBLAS reads its setting when the probe starts it
+        runtime.deterministic()  # first: cuBLAS reads its setting when autotuning starts it
     if device.type == "cpu":
         runtime.keep_freed_memory()
 
@@ -109,7 +108,7 @@ def choose(
 
         def measure() -> dict[str, object]:
             say(name, "timing micro-batches and loss chunks, up to half a minute, once a sweep")
-            return probe.measure(
+            return autotune.measure(
                 model,
                 training.seq_len,
                 device=device,
@@ -119,19 +118,19 @@ def choose(
             )
 
         # Of the first such run's model and precision; then the same for all that is compared.
-        found = choices.get(
+        fastest = choices.get(
             log_dir,
             f"{key}, {precision}, {training.seq_len} tokens a sequence"
             + (", compiled" if compiled else ""),
             measure,
             {"micro_batch_tokens": int, "loss_chunk": int},
         )
-        most_tokens, loss_chunk = int(found["micro_batch_tokens"]), int(found["loss_chunk"])
-    most = max(1, most_tokens // training.seq_len)
+        most_tokens, loss_chunk = int(fastest["micro_batch_tokens"]), int(fastest["loss_chunk"])
+    most_sequences = max(1, most_tokens // training.seq_len)
     return Machine(
         device=device,
         precision=precision,
-        micro_batch=training.micro_batch or _largest_divisor(training.batch_size, most),
+        micro_batch=training.micro_batch or _largest_divisor(training.batch_size, most_sequences),
         compile=compiled,
         threads=threads,
         loss_chunk=training.loss_chunk or loss_chunk,
@@ -154,6 +153,6 @@ def _micro_batch_tokens(device: torch.device, model: ModelConfig) -> int:
 
 def _can_compile(device: torch.device) -> bool:
     """Inductor needs a C++ compiler on a CPU and Triton on a GPU (and a C compiler for it)."""
-    if device.type == "cpu":
-        return compiler() is not None
-    return compiler() is not None and importlib.util.find_spec("triton") is not None
+    if device.type != "cpu" and importlib.util.find_spec("triton") is None:
+        return False
+    return compiler() is not None

@@ -23,7 +23,7 @@ from src.compute.compute_config import Machine
 ENTRY = "src.train"  # what it imports, directly or not, is what training runs through
 
 
-def found(machine: Machine, processes: int) -> dict[str, Any]:
+def current(machine: Machine, processes: int) -> dict[str, Any]:
     """Everything that decides bits and is not in the configuration, as plain JSON values.
 
     The source is a hash of the files' bytes, not the commit: a commit of the docs changes no bits.

@@ -39,11 +39,11 @@ def size() -> int:
     """How many processes this run has, as torchrun says; ValueError where it says half of it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # other launchers set WORLD_SIZE for themselves
         return 1
-    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    for name, value in found.items():
+    variables = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for name, value in variables.items():
         if not value.isdecimal():
             raise ValueError(f"{name}: found {value!r}, expected torchrun to set it to a number")
-    return int(found["WORLD_SIZE"])
+    return int(variables["WORLD_SIZE"])
 
 
 def check(runs: Sequence[RunConfig] | None) -> None:
@@ -52,9 +52,9 @@ def check(runs: Sequence[RunConfig] | None) -> None:
     if processes == 1:
         return
     if runs is None or len(runs) != 1:
-        asked = "a study" if runs is None else f"{len(runs)} runs"
+        what = "a study" if runs is None else f"{len(runs)} runs"
         raise ValueError(
-            f"torchrun: found {processes} processes for {asked}, expected one run (one --exp, one "
+            f"torchrun: found {processes} processes for {what}, expected one run (one --exp, one "
             "--seed); start the runs one after the other, or one process for all of them"
         )
     batch = runs[0].training.batch_size
@@ -97,10 +97,10 @@ class ProcessGroup:
             store, _, _ = next(dist.rendezvous("env://", rank, processes, timeout=PATIENCE))
             # torchrun keeps its store when it starts all again (torch 2.13), with the addresses of
             # the processes that are gone in it; without a prefix they would be called.
-            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-                store=dist.PrefixStore(f"attempt-{again}", store),
+                store=dist.PrefixStore(f"attempt-{attempt}", store),
                 rank=rank,
                 world_size=processes,
                 timeout=PATIENCE,
@@ -109,10 +109,8 @@ class ProcessGroup:
         try:
             yield group
         finally:
-            if rank == 0:
-                group.shut_down(
-                    TRY_AGAIN
-                )  # where it has not been said how it ended: by an exception
+            if rank == 0:  # where it has not been said how it ended: by an exception
+                group.shut_down(TRY_AGAIN)
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
@@ -152,9 +150,9 @@ class ProcessGroup:
                     parameter.copy_(part)
 
     def reduce(
-        self, parameters: Sequence[torch.Tensor], nats: torch.Tensor, stop: bool
+        self, parameters: Sequence[torch.Tensor], loss: torch.Tensor, stop: bool
     ) -> torch.Tensor:
-        """Rank 0's gradients and nats become the sums over all processes; returns the nats.
+        """Rank 0's gradients and loss become the sums over all processes; returns the loss.
 
         `stop`: whether this process was signalled; rank 0 then finds `self.stop` true.
         """
@@ -163,7 +161,7 @@ class ProcessGroup:
 
         gradients = [parameter.grad for parameter in parameters]
         assert all(gradient is not None for gradient in gradients)
-        tail = torch.stack((nats, torch.tensor(float(stop), device=nats.device)))
+        tail = torch.stack((loss, torch.tensor(float(stop), device=loss.device)))
         flat = torch.cat([*(g.flatten() for g in gradients if g is not None), tail])
         with _peers():
             dist.reduce(flat, dst=0)

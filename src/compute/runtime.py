@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 
 from src.compute.cores import available_cores
-from src.storage.run_dir import open_lock_file
+from src.storage.files import open_lock_file
 
 MIN_BF16_SPEEDUP = 1.3
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,38 +46,38 @@ _RECORDED_AS_SET = ("HUB_MIRROR",)  # its value is a path of this machine
 # --- device -------------------------------------------------------------------------------------
 
 
-def choose_device(asked: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device for this process: "auto", "cpu", "cuda" (least used) or "cuda:N".
 
-    Raises ValueError if CUDA is asked for and absent, or for any other name. A GPU that is chosen
-    is made current and counted as in use until the process ends.
+    Raises ValueError for a CUDA device that is not there, and for any other name. A GPU that is
+    chosen is made current and counted as in use until the process ends.
     """
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    index = _cuda_index(asked)
+    index = _cuda_index(name)
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
 
-def _cuda_index(asked: str) -> int:
-    kind, _, number = asked.partition(":")
-    if asked not in ("auto", "cuda") and not (kind == "cuda" and number.isdecimal()):
+def _cuda_index(name: str) -> int:
+    kind, _, number = name.partition(":")
+    if name not in ("auto", "cuda") and not (kind == "cuda" and number.isdecimal()):
         raise ValueError(
-            f"--device {asked!r}: expected auto, cpu, cuda or cuda:N (other backends are not "
+            f"--device {name!r}: expected auto, cpu, cuda or cuda:N (other backends are not "
             f"supported)."
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         raise ValueError(
-            f"--device {asked}: this machine has no CUDA device that PyTorch {torch.__version__} "
+            f"--device {name}: this machine has no CUDA device that PyTorch {torch.__version__} "
             f"can use; use --device cpu, or install a CUDA build of PyTorch and a driver."
         )
     if number and int(number) >= count:
-        raise ValueError(f"--device {asked}: found {count} CUDA device(s), cuda:0 to {count - 1}.")
+        raise ValueError(f"--device {name}: found {count} CUDA device(s), cuda:0 to {count - 1}.")
     keys = [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
-    wanted = [int(number)] if number else range(count)
-    return claim_least_used(keys, [_free_mib(key) for key in keys], candidates=wanted)
+    candidates = [int(number)] if number else range(count)
+    return claim_least_used(keys, [_free_mib(key) for key in keys], candidates)
 
 
 def claims_directory() -> Path:
@@ -86,7 +86,7 @@ def claims_directory() -> Path:
 
 
 def claim_least_used(
-    keys: Sequence[str], free_mib: Sequence[float], candidates: Sequence[int] | range
+    keys: Sequence[str], free_mib: Sequence[float], candidates: Sequence[int]
 ) -> int:
     """Index of the candidate GPU with the fewest claims, then the most free memory; claims it.
 
@@ -100,10 +100,10 @@ def claim_least_used(
     try:
         fcntl.flock(guard, fcntl.LOCK_EX)
         claims = [_live_claims(directory, key) for key in keys]
-        mine = [directory / f"{key}.{os.getpid()}.claim" for key in keys]
-        chosen = min(candidates, key=lambda i: (not mine[i].exists(), claims[i], -free_mib[i], i))
-        if not mine[chosen].exists():  # _live_claims has removed dead ones
-            claim = open_lock_file(mine[chosen])
+        own = [directory / f"{key}.{os.getpid()}.claim" for key in keys]
+        chosen = min(candidates, key=lambda i: (not own[i].exists(), claims[i], -free_mib[i], i))
+        if not own[chosen].exists():  # _live_claims has removed dead ones
+            claim = open_lock_file(own[chosen])
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)  # left open: held until the end
     finally:
         os.close(guard)
@@ -140,10 +140,10 @@ def _nvml_handle(uuid: str) -> tuple[Any, Any] | None:
 
 def _free_mib(uuid: str) -> float:
     """Free memory from NVML; torch.cuda.mem_get_info would open a context on every GPU."""
-    found = _nvml_handle(uuid)
-    if found is None:
+    nvml_device = _nvml_handle(uuid)
+    if nvml_device is None:
         return 0.0
-    nvml, handle = found
+    nvml, handle = nvml_device
     return nvml.nvmlDeviceGetMemoryInfo(handle).free / 2**20
 
 
@@ -151,10 +151,10 @@ def gpu_stats(device: torch.device) -> dict[str, float]:
     """`gpu_utilisation_percent` and `gpu_memory_mib` (whole device) from NVML; {} on the CPU."""
     if device.type != "cuda":
         return {}
-    found = _nvml_handle(str(torch.cuda.get_device_properties(device).uuid))
-    if found is None:
+    nvml_device = _nvml_handle(str(torch.cuda.get_device_properties(device).uuid))
+    if nvml_device is None:
         return {}
-    nvml, handle = found
+    nvml, handle = nvml_device
     try:
         return {
             "gpu_utilisation_percent": float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu),
@@ -186,7 +186,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def resolve_precision(
-    asked: str,
+    requested: str,
     device: torch.device,
     *,
     d_model: int = 216,
@@ -194,36 +194,36 @@ def resolve_precision(
     vocab_size: int = 16_000,
     rows: int = 512,
 ) -> str:
-    """ "fp32", "bf16" or "fp16" for `asked` ("auto" or one of them) on `device`.
+    """The one of "fp32", "bf16" and "fp16" for `requested` ("auto" or one of them) on `device`.
 
     auto on a GPU: bf16 where it is native, else fp16 (the caller adds a GradScaler). auto on a
-    CPU: bf16 where the CPU has instructions for it and a probe of the model's shapes says that
-    they pay (`probe`), else fp32. Raises ValueError for what the device cannot do.
+    CPU: bf16 where the CPU has instructions for it and a trial of the model's shapes says that
+    they pay (`bf16_speedup`), else fp32. Raises ValueError for what the device cannot do.
     """
-    if asked not in ("auto", "fp32", "bf16", "fp16"):
-        raise ValueError(f"precision {asked!r}: expected auto, fp32, bf16 or fp16.")
+    if requested not in ("auto", "fp32", "bf16", "fp16"):
+        raise ValueError(f"precision {requested!r}: expected auto, fp32, bf16 or fp16.")
     if device.type == "cuda":
-        return _cuda_precision(asked, device)
-    if asked == "fp16":
+        return _cuda_precision(requested, device)
+    if requested == "fp16":
         raise ValueError("precision fp16: not supported on a CPU; use auto, bf16 or fp32.")
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     if not cpu_has_bf16():
         return "fp32"
-    speedup = probe(d_model=d_model, d_ff=d_ff, vocab=vocab_size, rows=rows)
+    speedup = bf16_speedup(d_model=d_model, d_ff=d_ff, vocab=vocab_size, rows=rows)
     return "bf16" if speedup >= MIN_BF16_SPEEDUP else "fp32"
 
 
-def _cuda_precision(asked: str, device: torch.device) -> str:
+def _cuda_precision(requested: str, device: torch.device) -> str:
     # is_bf16_supported() counts emulation by default, and then says yes on a V100
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     major, minor = torch.cuda.get_device_capability(device)
-    if asked == "bf16" and not (native and major >= 8):
+    if requested == "bf16" and not (native and major >= 8):
         raise ValueError(
             f"precision bf16: {torch.cuda.get_device_name(device)} has compute capability "
             f"{major}.{minor}, expected 8.0 or higher; use auto or fp16."
         )
-    return asked if asked != "auto" else ("bf16" if native else "fp16")
+    return requested if requested != "auto" else ("bf16" if native else "fp16")
 
 
 def cpu_flags() -> frozenset[str]:
@@ -248,7 +248,7 @@ def cpu_has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
-def probe(d_model: int, d_ff: int, vocab: int, rows: int, repeats: int = 3) -> float:
+def bf16_speedup(d_model: int, d_ff: int, vocab: int, rows: int, repeats: int = 3) -> float:
     """How many times faster bf16 autocast is than fp32 for one layer and head on this CPU.
 
     Forward and backward of `rows` tokens; the two alternate, so that other load hits both; the
@@ -296,17 +296,17 @@ def deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def pin_threads(n: int | None = None) -> int:
-    """Set PyTorch's CPU threads to `n` and return it; sums change with their number, so record it.
+def pin_threads(threads: int | None = None) -> int:
+    """Set PyTorch's CPU threads and return their number; sums change with it, so record it.
 
     None: OMP_NUM_THREADS if it is set, else the physical cores that this process may use.
     """
-    if n is None:
-        wished = os.environ.get("OMP_NUM_THREADS", "")
-        n = int(wished) if wished.isdecimal() and int(wished) > 0 else available_cores()
-    if n < 1:
-        raise ValueError(f"threads: found {n}, expected at least 1.")
-    torch.set_num_threads(n)
+    if threads is None:
+        setting = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(setting) if setting.isdecimal() and int(setting) > 0 else available_cores()
+    if threads < 1:
+        raise ValueError(f"threads: found {threads}, expected at least 1.")
+    torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 
@@ -359,13 +359,13 @@ def cpu_model() -> str:
     return f"{name} ({kind})" if kind else name
 
 
-def environment_stamp(device: torch.device | None = None) -> dict[str, Any]:
+def environment_stamp(device: torch.device) -> dict[str, Any]:
     """What a result may depend on: code, versions, machine; variables by allow-list alone.
 
-    `device` None: the CPU. Values are plain JSON; what cannot be found out is None.
+    Values are plain JSON; what cannot be found out is None.
     """
     sha, dirty = _git_state()
-    on_gpu = device is not None and device.type == "cuda"
+    on_gpu = device.type == "cuda"
     return {
         "git_sha": sha,
         "git_dirty": dirty,
@@ -373,8 +373,8 @@ def environment_stamp(device: torch.device | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "device": str(device or "cpu"),
-        "device_name": device_name(device or torch.device("cpu")),
+        "device": str(device),
+        "device_name": device_name(device),
         "compute_capability": list(torch.cuda.get_device_capability(device)) if on_gpu else None,
         "cuda": torch.version.cuda if on_gpu else None,
         "driver": _driver_version() if on_gpu else None,
@@ -396,7 +396,6 @@ def _driver_version() -> str | None:
 
     try:
         pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
+        return pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError:
         return None
-    return version.decode() if isinstance(version, bytes) else version

@@ -116,8 +116,8 @@ def _unpickle(data: bytes, name: str) -> dict[str, Any]:
 
 def _manifests(directory: Path) -> list[Path]:
     """Manifest paths, newest step first: by the step in the name, never by a clock."""
-    found = [(int(m[1]), p) for p in directory.iterdir() if (m := _MANIFEST.fullmatch(p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    steps = [(int(m[1]), p) for p in directory.iterdir() if (m := _MANIFEST.fullmatch(p.name))]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def _objects(directory: Path) -> list[Path]:
@@ -283,13 +283,13 @@ def _nothing_was_saved(directory: Path) -> bool:
     return not set_aside and generations in ([], [1])
 
 
-def check_digests(path: Path | str, stored: Mapping[str, str], asked: Mapping[str, str]) -> None:
+def check_digests(path: Path | str, stored: Mapping[str, str], current: Mapping[str, str]) -> None:
     """Raise ValueError that names the first of config, tokenizer and data that differs."""
-    for name in [*stored, *(name for name in asked if name not in stored)]:
-        if stored.get(name) != asked.get(name):
+    for name in {**stored, **current}:
+        if stored.get(name) != current.get(name):
             raise ValueError(
                 f"{path}, key digests.{name}: the checkpoint was saved with {stored.get(name)}, "
-                f"this run has {asked.get(name)}. Bring the {name} back as it was, or give the "
+                f"this run has {current.get(name)}. Bring the {name} back as it was, or give the "
                 f"experiment another name."
             )
 

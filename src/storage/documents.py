@@ -29,16 +29,16 @@ def read(run: Path, split: str) -> Documents | None:
     try:
         # from memory: np.load leaves a damaged file open
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
-            found = Documents(
+            documents = Documents(
                 nats=arrays["document_nats"].astype(np.float64),
                 tokens=arrays["document_tokens"],
                 bytes=arrays["document_bytes"],
             )
-        if not found.nats.shape == found.tokens.shape == found.bytes.shape:
+        if not documents.nats.shape == documents.tokens.shape == documents.bytes.shape:
             raise ValueError("arrays of several lengths")
     except (ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as bad:
         raise ValueError(
             f"{path}: found a damaged file ({bad}); delete {run / 'metrics.json'} and run the same "
             "command again: the run measures again from its last checkpoint"
         ) from None
-    return found
+    return documents

@@ -110,14 +110,14 @@ def sha256_of(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; Refusal where it holds none. FileNotFoundError passes through."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
-        found = error
-    if not isinstance(found, dict):
+        content = error
+    if not isinstance(content, dict):
         raise Refusal(
-            f"{path}: found no JSON object ({str(found)[:80]}); delete it or make it again"
+            f"{path}: found no JSON object ({str(content)[:80]}); delete it or make it again"
         )
-    return found
+    return content
 
 
 def make_directory(path: Path) -> None:

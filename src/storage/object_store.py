@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import urllib.parse
@@ -74,20 +75,17 @@ class ObjectStore:
 
     def names(self, folder: str) -> list[str]:
         """Names of the objects in `folder`; [] if there is no such folder."""
-        found = self._fs.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-        return [info.base_name for info in found if info.type == fs.FileType.File]
+        infos = self._fs.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        return [info.base_name for info in infos if info.type == fs.FileType.File]
 
     def modified(self, key: str) -> datetime | None:
         """When the store says that the object was written, by its own clock."""
-        info: fs.FileInfo = self._fs.get_file_info(key)
-        return info.mtime
+        return self._fs.get_file_info(key).mtime
 
     def delete(self, key: str) -> None:
         """Delete the object if it is there."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self._fs.delete_file(key)
-        except FileNotFoundError:
-            pass
 
 
 def _s3(

@@ -31,27 +31,27 @@ def begun_with(run: Path, resolved: dict[str, Any], *digests: str) -> str | None
     stored = stored_config(run)
     if stored is None:
         return None
-    found = str(stored.pop("config_digest"))
-    if found not in digests:
+    digest = str(stored.pop("config_digest"))
+    if digest not in digests:
         changes = differences(stored, resolved)
-        shown = "; ".join(changes[:_SHOWN_DIFFERENCES]) or f"digest: {found} -> {digests[0]}"
+        shown = "; ".join(changes[:_SHOWN_DIFFERENCES]) or f"digest: {digest} -> {digests[0]}"
         more = len(changes) - _SHOWN_DIFFERENCES
         raise ValueError(
             f"{run / 'config.yaml'}: this run was begun with another config (stored -> "
             f"asked): {shown}{f'; and {more} more' if more > 0 else ''}. Ask for the stored "
             f"values, give the experiment another name, or delete {run}."
         )
-    return found
+    return digest
 
 
-def differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+def differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """`key: stored -> asked`, one for each that differs."""
-    asked = yaml.safe_load(yaml.safe_dump(asked))
-    before, now = dict(_flatten(stored)), dict(_flatten(asked))
+    current = yaml.safe_load(yaml.safe_dump(current))
+    before, now = dict(_flatten(stored)), dict(_flatten(current))
     missing = "(absent)"
     return [
         f"{key}: {before.get(key, missing)!r} -> {now.get(key, missing)!r}"
-        for key in [*before, *(key for key in now if key not in before)]
+        for key in before | now
         if before.get(key, missing) != now.get(key, missing)
     ]
 

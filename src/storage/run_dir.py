@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -31,7 +31,7 @@ from src.storage.files import (
     write_atomic,
     write_json,
 )
-from src.storage.run_config import begun_with, stored_config
+from src.storage.run_config import begun_with
 
 EXPORTED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -205,9 +205,9 @@ class RunDir:
     metrics_path `<path>/metrics.jsonl`, one JSON object a line, the record of the run
     """
 
-    def __init__(self, path: Path, lock: int, made: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path, lock: int, created: Sequence[Path] = ()) -> None:
         self.path = path
-        self._made = made  # by this process: `path` and parents of it that were not there
+        self._created = created  # by this process: `path` and parents of it that were not there
         self.checkpoints = path / "checkpoints"
         self.metrics_path = path / "metrics.jsonl"
         self._lock = lock
@@ -231,9 +231,9 @@ class RunDir:
         share nothing else need `run_owner.py`.
         """
         path = _resolve_run(log_dir, run_name)
-        made = [place for place in (path, *path.parents) if not place.exists()]
+        created = [place for place in (path, *path.parents) if not place.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        return cls(path, _take_lock(path / ".lock"), made)
+        return cls(path, _take_lock(path / ".lock"), created)
 
     def __enter__(self) -> RunDir:
         return self
@@ -245,10 +245,10 @@ class RunDir:
 
     def _discard(self) -> None:
         """A refusal leaves nothing behind: what this process made goes, if nothing was learnt."""
-        if not self._made or self.offset() or any(self.checkpoints.iterdir()):
+        if not self._created or self.offset() or any(self.checkpoints.iterdir()):
             return
         shutil.rmtree(self.path)
-        for parent in self._made[1:]:
+        for parent in self._created[1:]:
             with contextlib.suppress(OSError):  # something else is in it by now
                 parent.rmdir()
 
@@ -272,14 +272,10 @@ class RunDir:
         `resolved` holds plain values only. Returns the digest that the run was begun with. Raises
         ValueError that lists `key: stored -> asked`.
         """
-        found = begun_with(self.path, resolved, *digests)
-        if found is None:
+        digest = begun_with(self.path, resolved, *digests)
+        if digest is None:
             self.write_config(resolved, digests[0])
-        return found or digests[0]
-
-    def config(self) -> dict[str, Any] | None:
-        """`config.yaml`'s content, None where there is none; ValueError for what is no run's."""
-        return stored_config(self.path)
+        return digest or digests[0]
 
     def write_config(self, resolved: dict[str, Any], digest: str) -> None:
         content = {"config_digest": digest, **resolved}
@@ -400,9 +396,7 @@ class Preemption:
             self._old[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             # None: the handler was not installed from Python and cannot be put back
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

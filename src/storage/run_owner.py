@@ -61,7 +61,7 @@ class RunOwner:
     def acquire(self) -> None:
         """Raises Held where another machine has it and has shown life."""
         before = self._read()
-        if before.get("token", self.token) != self.token:  # ours: an answer that was lost
+        if before.get("token", self.token) != self.token:  # ours: a reply that was lost
             foreign = not before.get("released") and before.get("holder") != self._identity
             if foreign and self._age() < self._timing.stale_s:
                 raise Held(self._place, before.get("pid"), before.get("host"))

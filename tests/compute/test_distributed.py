@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from src.compute import process_group as distributed
+from src.compute import process_group
 from src.compute.compute_config import Machine
 from src.compute.process_group import ProcessGroup
 from src.data import tokens as data
@@ -54,8 +54,10 @@ def helper_of(process: subprocess.Popen[str], run: Path) -> int:
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    found = read_rows(run / "metrics.jsonl")
-    return [(row["step"], row.get("train_loss", row.get("dev_loss"))) for row in found]
+    return [
+        (row["step"], row.get("train_loss", row.get("dev_loss")))
+        for row in read_rows(run / "metrics.jsonl")
+    ]
 
 
 def alone(sweep: Path, logs: Path) -> subprocess.CompletedProcess[str]:
@@ -69,8 +71,8 @@ def together(tiny_sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The log directory of an uninterrupted run of two processes."""
     logs = tmp_path_factory.mktemp("together")
     process = torchrun(tiny_sweep, logs)
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
     return logs
 
 
@@ -114,9 +116,9 @@ def test_a_killed_and_a_signalled_process_change_no_bit(tiny_sweep, together, tm
         os.kill(helper_of(process, run), number)
         until(lambda holder=holder: json.loads((run / ".lock").read_text() or "null")
               not in (holder, None), process)  # fmt: skip
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    assert "stopped by a signal to another process" in said
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "stopped by a signal to another process" in output
     assert differences(run, together / "base") == []
 
 
@@ -134,22 +136,22 @@ def test_what_several_processes_cannot_do_is_refused(tiny_sweep, under_torchrun,
     sweep = config.load_sweep(tiny_sweep)
     one, two = sweep.chosen(["base"], None), sweep.chosen(["base", "deep"], None)
     monkeypatch.setenv("WORLD_SIZE", "2")  # of somebody else's launcher: not ours to read
-    assert distributed.size() == 1
-    distributed.check(two)
+    assert process_group.size() == 1
+    process_group.check(two)
     under_torchrun(WORLD_SIZE="1")
-    distributed.check(two)
+    process_group.check(two)
     under_torchrun(WORLD_SIZE="2")
-    distributed.check(one)
+    process_group.check(one)
     with pytest.raises(ValueError, match="found 2 processes for 2 runs, expected one run"):
-        distributed.check(two)
+        process_group.check(two)
     with pytest.raises(ValueError, match="found 2 processes for a study"):
-        distributed.check(None)
+        process_group.check(None)
     under_torchrun(WORLD_SIZE="3")
     with pytest.raises(ValueError, match=r"expected a divisor of training.batch_size \(8"):
-        distributed.check(one)
+        process_group.check(one)
     under_torchrun(WORLD_SIZE="2", RANK="")
     with pytest.raises(ValueError, match="RANK: found '', expected torchrun"):
-        distributed.check(one)
+        process_group.check(one)
 
 
 @pytest.mark.parametrize("micro_batch", [8, 4, 1])
@@ -187,6 +189,6 @@ def test_shares_add_up_to_the_gradients_of_the_whole_batch(tiny_sweep, micro_bat
 
 
 def test_a_process_that_is_gone_is_noticed_in_a_sentence():
-    with pytest.raises(distributed.PeerLost, match="another process of this run is gone"):
-        with distributed._peers():
+    with pytest.raises(process_group.PeerLost, match="another process of this run is gone"):
+        with process_group._peers():
             raise RuntimeError("Connection closed by peer")

@@ -120,23 +120,23 @@ def test_gpu_precision(monkeypatch):
         runtime.resolve_precision("bf16", GPU)
 
 
-def test_cpu_precision_follows_the_instructions_and_the_probe(monkeypatch):
+def test_cpu_precision_follows_the_instructions_and_the_measured_speedup(monkeypatch):
     shapes = {"d_model": 8, "d_ff": 16, "vocab_size": 64, "rows": 4}
-    asked = []
+    calls = []
 
-    def probe(**kwargs):
-        asked.append(kwargs)
+    def bf16_speedup(**kwargs):
+        calls.append(kwargs)
         return speedup
 
-    monkeypatch.setattr(runtime, "probe", probe)
+    monkeypatch.setattr(runtime, "bf16_speedup", bf16_speedup)
     monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset({"avx2"}))
-    assert runtime.resolve_precision("auto", CPU, **shapes) == "fp32" and not asked
+    assert runtime.resolve_precision("auto", CPU, **shapes) == "fp32" and not calls
     monkeypatch.setattr(runtime, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
     speedup = 1.31
     assert runtime.resolve_precision("auto", CPU, **shapes) == "bf16"
     speedup = 1.29
     assert runtime.resolve_precision("auto", CPU, **shapes) == "fp32"
-    assert asked[0] == {"d_model": 8, "d_ff": 16, "vocab": 64, "rows": 4}
+    assert calls[0] == {"d_model": 8, "d_ff": 16, "vocab": 64, "rows": 4}
     assert runtime.resolve_precision("bf16", CPU) == "bf16"
     with pytest.raises(ValueError, match="fp16: not supported on a CPU"):
         runtime.resolve_precision("fp16", CPU)
@@ -144,9 +144,9 @@ def test_cpu_precision_follows_the_instructions_and_the_probe(monkeypatch):
         runtime.resolve_precision("int8", CPU)
 
 
-def test_the_probe_measures_and_draws_nothing():
+def test_the_speedup_is_measured_and_draws_nothing():
     before = torch.get_rng_state()
-    assert runtime.probe(d_model=16, d_ff=32, vocab=64, rows=8) > 0
+    assert runtime.bf16_speedup(d_model=16, d_ff=32, vocab=64, rows=8) > 0
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -110,12 +110,12 @@ MUTANTS = (
     ),
     Mutant(
         "digests are ignored", "src/storage/checkpoint.py",
-        (("        if stored.get(name) != asked.get(name):", "        if False:"),),
+        (("        if stored.get(name) != current.get(name):", "        if False:"),),
         "F9 checkpoints of another run",
     ),
     Mutant(
-        "another config is accepted", "src/storage/run_dir.py",
-        (("        if found not in digests:", "        if False:"),),
+        "another config is accepted", "src/storage/run_config.py",
+        (("    if digest not in digests:", "    if False:"),),
         "F9 another config",
     ),
     Mutant(
@@ -125,8 +125,8 @@ MUTANTS = (
     ),
     Mutant(
         "the newest by the clock is loaded", "src/storage/checkpoint.py",
-        (("    return [path for _, path in sorted(found, reverse=True)]",
-          "    return sorted((p for _, p in found), key=lambda p: -p.stat().st_mtime)"),),
+        (("    return [path for _, path in sorted(steps, reverse=True)]",
+          "    return sorted((p for _, p in steps), key=lambda p: -p.stat().st_mtime)"),),
         "F9 clock set back",
     ),
     Mutant(
@@ -156,7 +156,7 @@ MUTANTS = (
     ),
     Mutant(
         "NaN is trained on", "src/training_step.py",
-        (("        if not math.isfinite(loss) or not (math.isfinite(size) or tolerated):",
+        (("        if not math.isfinite(loss) or not (math.isfinite(norm) or tolerated):",
           "        if False:"),),
         "F9 NaN",
     ),

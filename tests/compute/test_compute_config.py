@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from src.compute import compute_config as machine
-from src.compute import runtime
+from src.compute import autotune, compute_config, runtime
 from src.models.transformer import Block, Transformer
 from src.spec.config import ModelConfig, TrainingConfig
 from src.training_step import compile_blocks
@@ -23,20 +22,20 @@ MODEL = ModelConfig(vocab_size=300, d_model=16, n_layers=2, n_heads=1, head_dim=
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No probe and no other thread count: what is tested is who decides."""
+    """No timing and no other thread count: what is tested is who decides."""
     monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: True)
-    monkeypatch.setattr(runtime, "probe", lambda **_: 2.0)
-    monkeypatch.setattr(machine, "_can_compile", lambda _: True)
-    answer = {"micro_batch_tokens": 2_048, "loss_chunk": 128}
-    monkeypatch.setattr(machine.probe, "measure", lambda *_, **__: dict(answer))
+    monkeypatch.setattr(runtime, "bf16_speedup", lambda **_: 2.0)
+    monkeypatch.setattr(compute_config, "_can_compile", lambda _: True)
+    fastest = {"micro_batch_tokens": 2_048, "loss_chunk": 128}
+    monkeypatch.setattr(autotune, "measure", lambda *_, **__: dict(fastest))
 
 
 def test_one_run_does_not_choose_for_the_next(quiet: None, tmp_path: Path) -> None:
     plain = TrainingConfig(tokens=5_000_000, threads=1)
     stated = replace(plain, precision="fp32", micro_batch=4, tokens=100_000)
-    first = machine.choose(stated, MODEL, tmp_path, "cpu")
+    first = compute_config.choose(stated, MODEL, tmp_path, "cpu")
     assert (first.precision, first.micro_batch, first.compile) == ("fp32", 4, False)
-    second = machine.choose(plain, MODEL, tmp_path, "cpu")
+    second = compute_config.choose(plain, MODEL, tmp_path, "cpu")
     assert (second.precision, second.micro_batch, second.compile) == ("bf16", 16, True)
 
 
@@ -44,23 +43,23 @@ def test_the_choice_is_kept_when_the_machine_would_choose_otherwise(
     quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = TrainingConfig(threads=1)
-    first = machine.choose(training, MODEL, tmp_path, "cpu")
-    monkeypatch.setattr(runtime, "probe", lambda **_: 0.5)
-    assert machine.choose(training, MODEL, tmp_path, "cpu") == first
+    first = compute_config.choose(training, MODEL, tmp_path, "cpu")
+    monkeypatch.setattr(runtime, "bf16_speedup", lambda **_: 0.5)
+    assert compute_config.choose(training, MODEL, tmp_path, "cpu") == first
 
 
 def test_without_a_compiler_a_run_is_eager_and_says_so(
     quiet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "_can_compile", lambda _: False)
-    assert not machine.choose(TrainingConfig(threads=1), MODEL, tmp_path, "cpu").compile
+    monkeypatch.setattr(compute_config, "_can_compile", lambda _: False)
+    assert not compute_config.choose(TrainingConfig(threads=1), MODEL, tmp_path, "cpu").compile
     assert "so eager" in capsys.readouterr().out
 
 
 def test_the_micro_batch_divides_the_batch(quiet: None, tmp_path: Path) -> None:
     training = TrainingConfig(batch_size=250, threads=1)
-    chosen = machine.choose(training, MODEL, tmp_path, "cpu").micro_batch
-    assert 250 % chosen == 0 and chosen * training.seq_len <= machine.CPU_MICRO_BATCH_TOKENS
+    chosen = compute_config.choose(training, MODEL, tmp_path, "cpu").micro_batch
+    assert 250 % chosen == 0 and chosen * training.seq_len <= compute_config.CPU_MICRO_BATCH_TOKENS
 
 
 def test_more_shapes_than_dynamo_counts_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +72,7 @@ def test_more_shapes_than_dynamo_counts_are_all_compiled(monkeypatch: pytest.Mon
 
     compile_with = partialmethod(torch.nn.Module.compile, backend=backend)
     monkeypatch.setattr(Block, "compile", compile_with)
-    chosen = machine.Machine(
+    chosen = compute_config.Machine(
         device=torch.device("cpu"), precision="fp32", micro_batch=1, compile=True, threads=1
     )
     # Not by monkeypatch, whose undoing would take the setting away (findings/pytest-torch-config).
@@ -86,43 +85,44 @@ def test_more_shapes_than_dynamo_counts_are_all_compiled(monkeypatch: pytest.Mon
     assert len(compiled) == 4
 
 
-def test_a_long_run_probes_once_and_a_short_one_never(
+def test_a_long_run_is_autotuned_once_and_a_short_one_never(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[bool] = []
-    monkeypatch.setattr(machine, "_can_compile", lambda _: True)
+    monkeypatch.setattr(compute_config, "_can_compile", lambda _: True)
 
     def measure(*arguments: Any, **named: Any) -> dict[str, Any]:
         calls.append(named["compiled"])
         return real(*arguments, **named | {"compiled": False})  # compiling is test_loss.py's
 
-    real = machine.probe.measure
-    monkeypatch.setattr(machine.probe, "measure", measure)
-    monkeypatch.setitem(machine.probe.HEAD_ROWS, "cpu", 64)
+    real = autotune.measure
+    monkeypatch.setattr(autotune, "measure", measure)
+    monkeypatch.setitem(autotune.HEAD_ROWS, "cpu", 64)
     short = TrainingConfig(threads=1, precision="fp32", tokens=100_000, seq_len=16)
     long = replace(short, tokens=2_000_000)
-    assert machine.choose(short, MODEL, tmp_path, "cpu").loss_chunk == machine.LOSS_CHUNK["cpu"]
+    assert (
+        compute_config.choose(short, MODEL, tmp_path, "cpu").loss_chunk
+        == compute_config.LOSS_CHUNK["cpu"]
+    )
     assert not calls
-    found = [machine.choose(long, MODEL, tmp_path, "cpu") for _ in range(2)]
-    assert found[0] == found[1] and len(calls) == 1
-    assert found[0].loss_chunk in machine.probe.CHUNKS["cpu"]
-    assert found[0].micro_batch * 16 <= machine.CPU_MICRO_BATCH_TOKENS
+    chosen = [compute_config.choose(long, MODEL, tmp_path, "cpu") for _ in range(2)]
+    assert chosen[0] == chosen[1] and len(calls) == 1
+    assert chosen[0].loss_chunk in autotune.CHUNKS["cpu"]
+    assert chosen[0].micro_batch * 16 <= compute_config.CPU_MICRO_BATCH_TOKENS
     stated = replace(long, micro_batch=2, loss_chunk=77)
-    chosen = machine.choose(stated, MODEL, tmp_path / "other", "cpu")
-    assert (chosen.micro_batch, chosen.loss_chunk, len(calls)) == (2, 77, 1)
-    machine.choose(replace(long, compile="off"), MODEL, tmp_path, "cpu")
+    as_stated = compute_config.choose(stated, MODEL, tmp_path / "other", "cpu")
+    assert (as_stated.micro_batch, as_stated.loss_chunk, len(calls)) == (2, 77, 1)
+    compute_config.choose(replace(long, compile="off"), MODEL, tmp_path, "cpu")
     assert calls == [True, False]  # as each will run, side by side in one directory
 
 
-def test_the_probe_draws_nothing_from_the_global_generator() -> None:
+def test_autotuning_draws_nothing_from_the_global_generator() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    machine.probe.measure(
-        MODEL, 16, device=torch.device("cpu"), dtype=torch.bfloat16, most_tokens=512
-    )
+    autotune.measure(MODEL, 16, device=torch.device("cpu"), dtype=torch.bfloat16, most_tokens=512)
     assert torch.equal(torch.rand(3), expected)
-    assert machine.probe.micro_batch_candidates(torch.device("cpu"), 100) == [100]
+    assert autotune.micro_batch_candidates(torch.device("cpu"), 100) == [100]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_the_probe_draws_nothing_from_the_global_generator() -> None:
 def test_stored_choices_that_are_not_ours_are_refused(
     quiet: None, tmp_path: Path, damage: dict[str, Any]
 ) -> None:
-    machine.choose(TrainingConfig(), MODEL, tmp_path, "cpu")
+    compute_config.choose(TrainingConfig(), MODEL, tmp_path, "cpu")
     path = tmp_path / "choices.json"
     stored = {k: {**v, **damage} if damage else {} for k, v in json.loads(path.read_text()).items()}
     path.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="choices.json.*delete the file to choose again"):
-        machine.choose(TrainingConfig(), MODEL, tmp_path, "cpu")
+        compute_config.choose(TrainingConfig(), MODEL, tmp_path, "cpu")
