@@ -56,13 +56,13 @@ def execute(context: RunContext) -> int:
                         "its status; delete the file: the run measures again from its last "
                         "checkpoint"
                     )
-                lost = finished.get("status") == "finished" and not exported(directory.path)
-                gone = ""
-                if lost and any(directory.checkpoints.glob("*")):
+                no_export = finished.get("status") == "finished" and not exported(directory.path)
+                remark = ""
+                if no_export and any(directory.checkpoints.glob("*")):
                     _export_again(context, directory.path, digests)
-                elif lost:  # small files from another machine are a finished run too
-                    gone = "; it has neither final/ nor a checkpoint"
-                print(f"{context.name}: finished before, nothing to do ({directory.path}){gone}")
+                elif no_export:  # small files from another machine are a finished run too
+                    remark = "; it has neither final/ nor a checkpoint"
+                print(f"{context.name}: finished before, nothing to do ({directory.path}){remark}")
                 remote.push_missing(directory, digests)
                 return OK if remote.landed(context.name) else TRY_AGAIN
             diverged = _diverged(directory.path)

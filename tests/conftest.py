@@ -139,19 +139,19 @@ def copied(finished: Path, logs: Path) -> Path:
 @pytest.fixture
 def start(tiny_sweep: Path, logs: Path) -> Callable[..., int]:
     """start("key=value", ...): `run_experiment.py --exp base --set key=value ...` in this process;
-    `asked` are further arguments. Returns the exit code."""
+    `arguments` are further ones. Returns the exit code."""
 
     def call(
         *overrides: str,
         exp: Sequence[str] = ("base",),
         log_dir: Path = logs,
         sweep: Path = tiny_sweep,
-        asked: Sequence[Any] = (),
+        arguments: Sequence[Any] = (),
     ) -> int:
         line: list[Any] = ["--config", sweep, "--log_dir", log_dir, "--device", "cpu"]
         line += ["--exp", *exp] if exp else []
         line += ["--set", *overrides] if overrides else []
-        return run_main(*line, *asked)
+        return run_main(*line, *arguments)
 
     return call
 

@@ -30,6 +30,6 @@ def test_compiled_blocks_read_whole_micro_batches(monkeypatch: pytest.MonkeyPatc
         return hidden(self, tokens)
 
     monkeypatch.setattr(Transformer, "hidden", seen)
-    found = dev_loss(model, machine, windows)
+    loss = dev_loss(model, machine, windows)
     assert stances == [(4, "default"), (4, "default"), (2, "force_eager")]
-    assert found == pytest.approx(expected, abs=5e-4)
+    assert loss == pytest.approx(expected, abs=5e-4)

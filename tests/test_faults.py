@@ -13,6 +13,7 @@ import pytest
 
 from tests import ROOT
 from tests.faults.bench import Tally, state_differences
+from tests.faults.mutants import MUTANTS, mutated
 
 FAMILIES = ("F1", "F2", "F3", "F4", "F5", "F6", "F7", "F8", "F9", "teeth")
 
@@ -41,6 +42,11 @@ def test_every_injected_fault_is_survived_or_detected(sample, family):
     assert lines and all(line.injected for line in lines)
     assert [problem for line in lines for problem in line.problems] == []
     assert all(line.good == line.injected for line in lines)
+
+
+def test_every_mutant_of_the_whole_plan_fits_the_code():
+    for mutant in MUTANTS:
+        assert mutated(mutant)
 
 
 def test_the_judge_sees_a_single_bit():

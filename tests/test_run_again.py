@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from src.evaluation import evaluate as evaluation
-from src.evaluation import metrics as record
+from src.evaluation import metrics as run_metrics
 from src.spec import config
 from src.storage.run_dir import RunDir
 from tests.evaluation import make_task, toy_rows, write_rows
@@ -39,7 +39,7 @@ def test_a_finished_run_is_measured_again_where_the_evaluation_changed(copied, s
     peak = "train_peak_memory_mib"  # of the process that trained, until its last checkpoint
     assert after[peak] == pytest.approx(before[peak], rel=0.05)
     stored = yaml.safe_load((copied / "config.yaml").read_text())
-    assert stored["evaluation"]["test"] is False and not record.edited(stored)
+    assert stored["evaluation"]["test"] is False and not run_metrics.edited(stored)
     assert stored["evaluation_digest"] == after["evaluation_digest"]
     assert rows(copied) == curve
     assert (copied / "final" / "model.safetensors").read_bytes() == weights
@@ -55,28 +55,28 @@ def test_what_smallbench_asks_is_part_of_the_evaluation(tiny_sweep, tmp_path):
     write_rows(rows_of, "toy", toy_rows(4))
     stated = [f"evaluation.smallbench_dir={rows_of}", f"evaluation.smallbench_tasks={tasks}"]
     stated.append("evaluation.metrics=[perplexity, smallbench_accuracy]")
-    asked, plain = (config.load_sweep(tiny_sweep, some).run("base", 0) for some in (stated, ()))
+    probed, plain = (config.load_sweep(tiny_sweep, o).run("base", 0) for o in (stated, ()))
     corpus = {"splits": {"train": {"sha256": "c" * 64}}}
 
     def digest(run):
-        return record.evaluation_digest(run, corpus)
+        return run_metrics.evaluation_digest(run, corpus)
 
-    found, perplexity_alone = [digest(asked)], digest(plain)
+    digests, perplexity_alone = [digest(probed)], digest(plain)
     tasks.write_text(tasks.read_text() + "# a remark\n")
-    assert digest(asked) == found[0]
+    assert digest(probed) == digests[0]
     tasks.write_text(tasks.read_text().replace("{{ q }}", "Q: {{ q }}"))
-    found.append(digest(asked))
+    digests.append(digest(probed))
     write_rows(rows_of, "toy", toy_rows(5))
-    found.append(digest(asked))
+    digests.append(digest(probed))
     report = {"tasks": {"toy": {"contaminated": [1]}}}
     (rows_of / f"leakage-{'c' * 12}.json").write_text(json.dumps(report))
-    found.append(digest(asked))
-    assert len(set(found)) == 4 and digest(plain) == perplexity_alone
+    digests.append(digest(probed))
+    assert len(set(digests)) == 4 and digest(plain) == perplexity_alone
 
 
 def test_other_tasks_are_asked_of_a_finished_run(start, monkeypatch, capsys):
     for hashed, says in (("a", "base: "), ("a", "nothing to do"), ("b", "other tasks, rows")):
-        monkeypatch.setattr(record, "_questions", lambda *_, h=hashed: {"questions_sha256": h})
+        monkeypatch.setattr(run_metrics, "_questions", lambda *_, h=hashed: {"questions_sha256": h})
         assert start("training.tokens=512") == OK
         assert says in capsys.readouterr().out
     assert "nothing to do" not in says and start("training.tokens=512") == OK
@@ -97,8 +97,8 @@ def test_a_run_whose_evaluation_failed_goes_on_with_another_one(start, monkeypat
         patch.setattr(evaluation, "_split", lambda *_: 1 / 0)
         assert start("training.tokens=512") == OUR_FAULT
     assert start("training.tokens=512", "evaluation.test=false") == OK
-    said = "evaluation changed (test: True -> False): its training stands"
-    assert said in capsys.readouterr().out
+    message = "evaluation changed (test: True -> False): its training stands"
+    assert message in capsys.readouterr().out
 
 
 def test_without_final_weights_another_evaluation_is_refused(copied, start, capsys):
@@ -115,11 +115,11 @@ def test_a_run_of_an_older_build_keeps_its_one_digest(copied, start, capsys):
     path = copied / "config.yaml"
     stored = yaml.safe_load(path.read_text())
     del stored["evaluation_digest"], stored["content_sha256"]
-    stored["config_digest"] = record.older_digest(stored)
+    stored["config_digest"] = run_metrics.older_digest(stored)
     path.write_text(yaml.safe_dump(stored, sort_keys=False))
-    assert not record.edited(stored)
+    assert not run_metrics.edited(stored)
     assert start() == OK
     assert start("evaluation.test=false") == BAD_INPUT
     assert "evaluation.test: True -> False" in capsys.readouterr().err
     stored["evaluation"]["test"] = False
-    assert record.edited(stored)
+    assert run_metrics.edited(stored)

@@ -17,7 +17,7 @@ import yaml
 
 from src import train
 from src.evaluation import evaluate as evaluation
-from src.evaluation import metrics as record
+from src.evaluation import metrics as run_metrics
 from src.evaluation.trained_run import load_run
 from src.spec import metric_keys
 from src.storage.remote import Remote
@@ -36,12 +36,12 @@ def test_a_run_leaves_what_the_prd_asks_for(finished):
     run = finished / "base"
     stored = yaml.safe_load((run / "config.yaml").read_text())
     environment = json.loads((run / "environment.json").read_text())
-    found = metrics(run)
-    assert stored["tokenizer_sha256"] == found["tokenizer_sha256"]
+    values = metrics(run)
+    assert stored["tokenizer_sha256"] == values["tokenizer_sha256"]
     assert stored["asked"]["total_params_asked"] == 70_000 and stored["model"]["d_model"] == 48
     assert {"git_sha", "git_dirty", "torch", "threads", "device"} <= set(environment)
-    assert (found["seed"], found["status"], found["reason"]) == (0, "finished", None)
-    assert (found["device"], found["precision"], found["threads"]) == ("cpu", "fp32", 1)
+    assert (values["seed"], values["status"], values["reason"]) == (0, "finished", None)
+    assert (values["device"], values["precision"], values["threads"]) == ("cpu", "fp32", 1)
     assert list((run / "checkpoints").glob("step-00000020-*.pt"))
     assert list((run / "tensorboard").glob("events*"))
     assert not (run / "failure.json").exists()
@@ -49,13 +49,13 @@ def test_a_run_leaves_what_the_prd_asks_for(finished):
 
 def test_the_config_says_what_every_run_of_the_sweep_is_and_an_edit_shows(finished):
     stored = yaml.safe_load((finished / "base" / "config.yaml").read_text(encoding="utf-8"))
-    found, own = metrics(finished / "base"), stored["sweep"]["built"]["base"]
+    values, own = metrics(finished / "base"), stored["sweep"]["built"]["base"]
     for key in ("model_digest", "training_digest", "embedding_ratio_built", "total_params_asked"):
-        assert own[key] == found[key]
-    assert not record.edited(stored)
-    assert record.edited({**stored, "sweep": {**stored["sweep"], "baseline": "deep"}})
+        assert own[key] == values[key]
+    assert not run_metrics.edited(stored)
+    assert run_metrics.edited({**stored, "sweep": {**stored["sweep"], "baseline": "deep"}})
     stored["training"]["learning_rate"] = 0.1
-    assert record.edited(stored)
+    assert run_metrics.edited(stored)
 
 
 def test_every_run_has_exactly_the_keys_of_the_list(finished):
@@ -63,24 +63,24 @@ def test_every_run_has_exactly_the_keys_of_the_list(finished):
 
 
 def test_the_metrics_agree_with_each_other(finished):
-    found = metrics(finished / "base")
+    values = metrics(finished / "base")
     blocks = ("embedding", "projection", "attention", "ffn", "norm")
     assert (
-        sum(found[f"params_{block}"] for block in blocks) == found["total_params_built"] == 70_000
+        sum(values[f"params_{block}"] for block in blocks) == values["total_params_built"] == 70_000
     )
-    share = (found["params_embedding"] + found["params_projection"]) / 70_000
-    assert found["embedding_ratio_built"] == share
-    assert found["glu_expansion_built"] == found["d_ff"] / found["d_model"]
-    assert (found["steps"], found["tokens"]) == (20, 5_120)
+    share = (values["params_embedding"] + values["params_projection"]) / 70_000
+    assert values["embedding_ratio_built"] == share
+    assert values["glu_expansion_built"] == values["d_ff"] / values["d_model"]
+    assert (values["steps"], values["tokens"]) == (20, 5_120)
     for split in ("dev", "test"):
-        loss = found[f"{split}_loss"]
-        assert found[f"{split}_perplexity"] == pytest.approx(2.718281828459045**loss)
-        assert found[f"{split}_perplexity_nonoverlapping"] > 1
-        assert 0 < found[f"{split}_bits_per_byte"] < 8
+        loss = values[f"{split}_loss"]
+        assert values[f"{split}_perplexity"] == pytest.approx(2.718281828459045**loss)
+        assert values[f"{split}_perplexity_nonoverlapping"] > 1
+        assert 0 < values[f"{split}_bits_per_byte"] < 8
     last = [row for row in rows(finished / "base") if row["kind"] == "dev"][-1]
-    assert found["dev_perplexity"] == pytest.approx(last["dev_perplexity"], rel=0.25)
-    assert found.get("latency_ms_p50_l128") is None  # not asked for: missing, not 0
-    assert found["train_seconds"] <= found["wall_seconds"] and found["cost_usd"] != 0.0
+    assert values["dev_perplexity"] == pytest.approx(last["dev_perplexity"], rel=0.25)
+    assert values.get("latency_ms_p50_l128") is None  # not asked for: missing, not 0
+    assert values["train_seconds"] <= values["wall_seconds"] and values["cost_usd"] != 0.0
 
 
 def test_a_finished_run_is_not_run_again(finished, start, capsys):
@@ -116,10 +116,10 @@ def test_another_config_in_the_same_place_is_refused(finished, start, capsys):
 
 def test_several_experiments_and_seeds_in_one_call(logs, start):
     short = ("training.tokens=512", "evaluation.test=false")
-    assert start(*short, exp=("deep", "base"), asked=("--seed", "0", "2")) == OK
-    made = {path.name for path in logs.iterdir() if path.is_dir()}
-    assert made == {"base", "base-seed2", "deep", "deep-seed2"}
-    order = sorted(made, key=lambda name: (logs / name / "metrics.json").stat().st_mtime_ns)
+    assert start(*short, exp=("deep", "base"), arguments=("--seed", "0", "2")) == OK
+    names = {path.name for path in logs.iterdir() if path.is_dir()}
+    assert names == {"base", "base-seed2", "deep", "deep-seed2"}
+    order = sorted(names, key=lambda name: (logs / name / "metrics.json").stat().st_mtime_ns)
     assert order[:2] == ["base", "base-seed2"]  # others may be judged by the baseline
     assert metrics(logs / "base")["baseline"] and not metrics(logs / "deep")["baseline"]
     first, second = metrics(logs / "base"), metrics(logs / "base-seed2")
@@ -133,7 +133,7 @@ def test_several_experiments_and_seeds_in_one_call(logs, start):
 def test_ranking_runs_are_shorter_and_judged(logs, start):
     stated = [f"training.{text}" for text in ("ranking_tokens=2560", "eval_every_tokens=512")]
     stated += [f"kill_rule.{text}" for text in ("window_tokens=512", "grace_tokens=0")]
-    assert start(*stated, exp=("all",), asked=("--phase", "rank")) == OK
+    assert start(*stated, exp=("all",), arguments=("--phase", "rank")) == OK
     base, idle = metrics(logs / "base-rank"), metrics(logs / "idle-rank")
     assert (base["status"], base["tokens"], base["phase"]) == ("finished", 2_560, "rank")
     assert (idle["status"], idle["kill_verdict"]) == ("killed", "kill")
@@ -141,12 +141,12 @@ def test_ranking_runs_are_shorter_and_judged(logs, start):
     assert idle["tokens"] < 2_560 and idle["dev_perplexity"] > base["dev_perplexity"]
     assert not (logs / "idle-rank" / "final").exists()
     before = fingerprint(logs)
-    assert start(*stated, exp=("all",), asked=("--phase", "rank")) == OK  # killed is done
+    assert start(*stated, exp=("all",), arguments=("--phase", "rank")) == OK  # killed is done
     assert fingerprint(logs) == before
     # Begun with another config: refused before the runs that stand before it in the list.
     shutil.rmtree(logs / "base-rank")
     changed = (*stated, "training.learning_rate=0.1")
-    assert start(*changed, exp=("all",), asked=("--phase", "rank")) == BAD_INPUT
+    assert start(*changed, exp=("all",), arguments=("--phase", "rank")) == BAD_INPUT
     assert not (logs / "base-rank").exists()
 
 
@@ -276,7 +276,7 @@ def test_a_finished_run_comes_back_whole_from_a_store(tmp_path, start, capsys):
     only the store knows is found after the lock: that refusal takes the new directory away."""
     remote = ("--remote", f"file://{tmp_path}/store")
     for name in ("one", "two"):
-        assert start("training.tokens=512", log_dir=tmp_path / name, asked=remote) == OK
+        assert start("training.tokens=512", log_dir=tmp_path / name, arguments=remote) == OK
     one, two = tmp_path / "one" / "base", tmp_path / "two" / "base"
     for name in ("metrics.json", "final/model.safetensors", "documents_test.npz"):
         assert (two / name).read_bytes() == (one / name).read_bytes()
@@ -284,17 +284,17 @@ def test_a_finished_run_comes_back_whole_from_a_store(tmp_path, start, capsys):
 
     # A run that ended before its upload did: the same command brings the store up to date.
     (tmp_path / "store" / "base" / "final.json").unlink()
-    assert start("training.tokens=512", log_dir=tmp_path / "one", asked=remote) == OK
+    assert start("training.tokens=512", log_dir=tmp_path / "one", arguments=remote) == OK
     assert "nothing to do" in capsys.readouterr().out
     assert (tmp_path / "store" / "base" / "final.json").is_file()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Remote, "drain", lambda *_: False)
-        assert start("training.tokens=512", log_dir=tmp_path / "one", asked=remote) == TRY_AGAIN
+        assert start("training.tokens=512", log_dir=tmp_path / "one", arguments=remote) == TRY_AGAIN
     assert "its store has not got all of it" in capsys.readouterr().err
 
     (tmp_path / "there").mkdir()
     for log_dir in (tmp_path / "deep" / "three", tmp_path / "there"):
-        assert start(log_dir=log_dir, asked=remote) == BAD_INPUT
+        assert start(log_dir=log_dir, arguments=remote) == BAD_INPUT
         assert "digests.config" in capsys.readouterr().err
     assert not (tmp_path / "deep").exists() and list((tmp_path / "there").iterdir()) == []
 

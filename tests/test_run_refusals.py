@@ -86,7 +86,7 @@ def test_bad_input_is_refused_before_anything_is_written(case, logs, start, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     added, words = REFUSED[case]
-    assert start(exp=() if "--exp" in added else ("base",), asked=added) == BAD_INPUT
+    assert start(exp=() if "--exp" in added else ("base",), arguments=added) == BAD_INPUT
     printed = capsys.readouterr()
     for word in words:
         assert word in printed.err
@@ -183,7 +183,7 @@ def test_a_log_directory_that_is_a_file_is_refused(place, tmp_path, start, capsy
 
 
 def test_a_store_inside_the_log_directory_itself_is_refused(logs, start, capsys):
-    assert start(asked=("--remote", f"file://{logs}")) == BAD_INPUT
+    assert start(arguments=("--remote", f"file://{logs}")) == BAD_INPUT
     assert "the log directory itself" in capsys.readouterr().err and not logs.exists()
 
 

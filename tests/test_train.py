@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from src import train
-from src.evaluation import metrics as record
+from src.evaluation import metrics as run_metrics
 from src.spec.config import TrainingConfig
 from src.storage.run_dir import RunDir
 from src.training_step import NonFinite, build_model, build_optimizer, learning_rate
@@ -100,8 +100,8 @@ def test_the_schedule_is_linear_up_and_linear_to_zero():
 
 
 def test_every_parameter_has_its_group(lab):
-    run, answer, _, _ = lab.plan("base", "training.embedding_lr_ratio=3")
-    model = build_model(answer.model, 0)
+    run, allocation, _, _ = lab.plan("base", "training.embedding_lr_ratio=3")
+    model = build_model(allocation.model, 0)
     groups = build_optimizer(model, run.training).param_groups
     assert [(g["lr_ratio"], g["weight_decay"]) for g in groups] == [
         (3.0, 0.1),
@@ -126,8 +126,8 @@ def test_the_embedding_rate_is_its_ratio_times_the_rate(lab, at_step):
 
 
 def test_the_seed_decides_the_first_weights(lab):
-    _, answer, _, _ = lab.plan()
-    first, same, other = (build_model(answer.model, seed).state_dict() for seed in (1, 1, 2))
+    _, allocation, _, _ = lab.plan()
+    first, same, other = (build_model(allocation.model, seed).state_dict() for seed in (1, 1, 2))
     assert_same(first, same)
     assert not torch.equal(first["embedding.table"], other["embedding.table"])
 
@@ -210,8 +210,8 @@ def flip_the_newest(run: Path) -> None:
 
 def lose_rows(run: Path, last: int | None) -> None:
     """As a power cut takes them."""
-    record = run / "metrics.jsonl"
-    record.write_text("".join(record.read_text().splitlines(keepends=True)[:last]))
+    log = run / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:last]))
 
 
 @pytest.mark.parametrize(
@@ -252,13 +252,14 @@ def test_a_preempted_run_saves_where_it_stands(reference, lab, at_step, monkeypa
 
 def test_a_checkpoint_of_another_config_is_refused(lab):
     lab.train("base", "training.tokens=512")
-    run, answer, sweep, tokens = lab.plan()
-    _, digest = record.resolved(run, lab.answers, sweep, tokens)
+    run, _, sweep, tokens = lab.plan()
+    _, digest = run_metrics.resolved(run, lab.answers, sweep, tokens)
+    digests = run_metrics.digests(digest, tokens)
     with (
         RunDir.open(lab.log_dir / "logs", "base") as directory,
         pytest.raises(ValueError, match="config"),
     ):
-        train.train(lab.context(run, sweep, tokens), directory, CPU, record.digests(digest, tokens))
+        train.train(lab.context(run, sweep, tokens), directory, CPU, digests)
 
 
 # ------------------------------------------------------------------------------------ not finite
@@ -339,9 +340,9 @@ def test_record_writes_the_verdict_and_lets_the_run_go_on(judged, lab, baseline)
     baseline()
     recorded, stopped = lab.train("idle", *RULE, "kill_rule.action=record"), judged.outcome
     assert (recorded.status, recorded.step) == ("trained", FINAL_STEP)
-    found = recorded.metrics
-    assert (found["kill_verdict"], found["kill_action"]) == ("kill", "record")
-    assert found["kill_tokens"] == stopped.metrics["kill_tokens"] == stopped.step * 256
+    metrics = recorded.metrics
+    assert (metrics["kill_verdict"], metrics["kill_action"]) == ("kill", "record")
+    assert metrics["kill_tokens"] == stopped.metrics["kill_tokens"] == stopped.step * 256
     ours, theirs = checks_by_the_rule(lab), checks_by_the_rule(judged)
     assert ours[: len(theirs)] == theirs and len(ours) > len(theirs)
     assert {row["verdict"] for row in ours[len(theirs) :]} == {"kill"}
@@ -387,8 +388,8 @@ def test_grace_changes_the_verdict_and_both_are_recorded(lab, baseline):
     baseline()
     outcome = lab.train("idle", *RULE[:2], "kill_rule.grace_tokens=4000")
     assert (outcome.status, outcome.step) == ("trained", FINAL_STEP)
-    found = outcome.metrics
-    assert (found["kill_verdict"], found["kill_verdict_literal"]) == ("keep", "kill")
+    metrics = outcome.metrics
+    assert (metrics["kill_verdict"], metrics["kill_verdict_literal"]) == ("keep", "kill")
 
 
 @pytest.mark.parametrize("other", [None, "training.tokens=10_240"])
@@ -410,24 +411,24 @@ def test_a_resume_keeps_the_compute_digest_and_another_machine_adds_its_own(
     assert lab.train().conditions == whole
     monkeypatch.setattr(train.conditions.np, "__version__", "0.1")
     both = lab.train().conditions
-    assert both[0] == whole[0] and [found["numpy"] for found in both][1:] == ["0.1"]
+    assert both[0] == whole[0] and [attempt["numpy"] for attempt in both][1:] == ["0.1"]
 
 
 def test_the_source_digest_follows_what_training_imports_and_nothing_else(tmp_path):
     package = Path(train.__file__).parent
     copy = tmp_path / "src"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    found = train.conditions.source_sha256
-    found.cache_clear()
-    first = found(copy)
-    assert first == found(package)
+    digest = train.conditions.source_sha256
+    digest.cache_clear()
+    first = digest(copy)
+    assert first == digest(package)
     (copy / "science.py").write_text("")
-    found.cache_clear()
-    assert found(copy) == first
+    digest.cache_clear()
+    assert digest(copy) == first
     inner = next(copy.rglob("transformer.py"))
     inner.write_text(inner.read_text() + "\n# a comment is bytes too\n")
-    found.cache_clear()
-    assert found(copy) != first
+    digest.cache_clear()
+    assert digest(copy) != first
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from tests.faults import report
-from tests.faults.bench import EXPERIMENT, ROOT, VARIANTS, Bench, Tally, say
+from tests.faults.bench import EXPERIMENT, ROOT, Bench, Tally, say
 from tests.faults.inject import noise
 from tests.faults.processes import finish, preload
 
@@ -86,7 +88,9 @@ def everything(bench: Bench, families: list[str], jobs: int) -> list[Tally]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(bench.work / "inductor")
     preload()
     bench.build()
-    in_process(bench, "references", lambda: make_references(bench, families))
+    _, status = os.waitpid(_fork(partial(make_references, bench, families)), 0)
+    if status:
+        raise SystemExit("references failed")
     waiting = sorted(families, key=lambda name: name not in LONGEST)  # those first
     running: dict[int, str] = {}
     failed: list[str] = []
@@ -94,7 +98,7 @@ def everything(bench: Bench, families: list[str], jobs: int) -> list[Tally]:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             say(f"{name} begins")
-            running[_fork_family(bench, name)] = name
+            running[_fork(partial(run_family, bench, name))] = name
         pid, status = os.waitpid(-1, 0)
         name = running.pop(pid)
         if status:
@@ -111,6 +115,7 @@ def everything(bench: Bench, families: list[str], jobs: int) -> list[Tally]:
 
 def make_references(bench: Bench, families: list[str]) -> None:
     """The uninterrupted runs that all others are compared with."""
+    warm()
     variants = ["plain", "noise"]
     if not bench.quick and "F1" in families:
         variants += ["bf16"] + ["compile"] * bool(shutil.which("g++"))
@@ -122,40 +127,28 @@ def make_references(bench: Bench, families: list[str]) -> None:
             fresh = variant == "compile"
             problems = finish(bench, bench.argv(logs, variant), arms, fresh=fresh)
             assert not problems, problems
-            assert variant in VARIANTS
 
 
-def _fork_family(bench: Bench, name: str) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        family = importlib.import_module(f"tests.faults.{FAMILIES[name]}")
-        if name != "teeth":  # whose processes import mutated copies
-            warm()
-        lines = family.run(bench)
-        (bench.work / f"{name}.json").write_text(json.dumps([asdict(line) for line in lines]))
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+def run_family(bench: Bench, name: str) -> None:
+    """Leaves the family's lines of the table in `<name>.json`."""
+    family = importlib.import_module(f"tests.faults.{FAMILIES[name]}")
+    if name != "teeth":  # whose processes import mutated copies
+        warm()
+    lines = family.run(bench)
+    (bench.work / f"{name}.json").write_text(json.dumps([asdict(line) for line in lines]))
 
 
-def in_process(bench: Bench, what: str, action: object) -> None:
-    """Call `action` in a fork, so that this process stays free of the code under test."""
+def _fork(action: Callable[[], None]) -> int:
+    """Call `action` in a fork, so that this process stays free of the code under test; its pid."""
     pid = os.fork()
     if pid == 0:
         try:
-            warm()
-            assert callable(action)
             action()
             os._exit(0)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    if status:
-        raise SystemExit(f"{what} failed")
+    return pid
 
 
 def warm() -> None:

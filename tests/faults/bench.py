@@ -63,12 +63,12 @@ class Tally:
 
     def add(self, problems: Iterable[str], count: int = 1, trial: str = "") -> None:
         """Record a trial of `count` injected faults."""
-        found = list(problems)
+        problems = list(problems)
         self.injected += count
-        self.good += 0 if found else count
-        self.problems += [f"{trial}: {problem}" if trial else problem for problem in found]
-        if found:
-            say(f"{self.fault} {self.what} {trial}: {'; '.join(found)[:2000]}")
+        self.good += 0 if problems else count
+        self.problems += [f"{trial}: {problem}" if trial else problem for problem in problems]
+        if problems:
+            say(f"{self.fault} {self.what} {trial}: {'; '.join(problems)[:2000]}")
 
     @property
     def passed(self) -> bool:
@@ -164,25 +164,25 @@ class Bench:
 # ------------------------------------------------------------------------------------- the judge
 
 
-def differences(found: Path, expected: Path) -> list[str]:
+def differences(actual: Path, expected: Path) -> list[str]:
     """What of a finished run is not bit for bit the other's: weights, optimizer, generators,
     rows, results, exported weights. Clocks and memory are not compared."""
-    if not (found / "metrics.json").is_file():
+    if not (actual / "metrics.json").is_file():
         return ["the run is not finished"]
     problems = [
         f"{name} differs"
         for name, same in (
-            ("metrics.jsonl", rows(found) == rows(expected)),
-            ("metrics.json", results(found) == results(expected)),
-            ("final/model.safetensors", exported(found) == exported(expected)),
+            ("metrics.jsonl", rows(actual) == rows(expected)),
+            ("metrics.json", results(actual) == results(expected)),
+            ("final/model.safetensors", exported(actual) == exported(expected)),
         )
         if not same
     ]
-    if not rows(found):
+    if not rows(actual):
         problems.append("metrics.jsonl has no rows")
-    problems += state_differences(last_state(found), last_state(expected))
-    left = [path.name for path in found.iterdir() if path.name.startswith(".") and path.is_dir()]
-    left += [path.name for path in found.rglob("*.tmp")]
+    problems += state_differences(last_state(actual), last_state(expected))
+    left = [path.name for path in actual.iterdir() if path.name.startswith(".") and path.is_dir()]
+    left += [path.name for path in actual.rglob("*.tmp")]
     return problems + [f"left behind: {name}" for name in left]
 
 
@@ -212,21 +212,21 @@ def last_state(path: Path) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key not in clocks}
 
 
-def state_differences(found: Any, expected: Any, where: str = "state") -> list[str]:
+def state_differences(actual: Any, expected: Any, where: str = "state") -> list[str]:
     """Paths at which two nested states are not the same bits."""
-    if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
-        return [] if _same_bits(found, expected) else [f"{where} differs"]
-    if isinstance(found, dict) and isinstance(expected, dict):
-        if list(found) != list(expected):
+    if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
+        return [] if _same_bits(actual, expected) else [f"{where} differs"]
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        if list(actual) != list(expected):
             return [f"{where} has other keys"]
-        pairs = [(f"{where}.{key}", found[key], expected[key]) for key in found]
-    elif isinstance(found, list | tuple) and isinstance(expected, list | tuple):
-        if len(found) != len(expected):
+        pairs = [(f"{where}.{key}", actual[key], expected[key]) for key in actual]
+    elif isinstance(actual, list | tuple) and isinstance(expected, list | tuple):
+        if len(actual) != len(expected):
             return [f"{where} has another length"]
-        pairs = [(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(found, expected))]  # noqa: B905
+        pairs = [(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(actual, expected))]  # noqa: B905
     else:
-        same = type(found) is type(expected) and found == expected
-        return [] if same else [f"{where}: {found!r} is not {expected!r}"]
+        same = type(actual) is type(expected) and actual == expected
+        return [] if same else [f"{where}: {actual!r} is not {expected!r}"]
     return [problem for place, a, b in pairs for problem in state_differences(a, b, place)]
 
 
@@ -239,7 +239,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def verified(checkpoints: Path) -> list[dict[str, Any]]:
     """Manifests, oldest first; raises AssertionError where one is not whole or not true."""
-    found = []
+    manifests = []
     for path in sorted(checkpoints.glob("step-*.json")):
         manifest = json.loads(path.read_bytes())
         body = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
@@ -248,8 +248,8 @@ def verified(checkpoints: Path) -> list[dict[str, Any]]:
         data = (checkpoints / manifest["file"]).read_bytes()
         digest = hashlib.sha256(data).hexdigest()
         assert digest == manifest["sha256"], f"{path.name} is of another object"
-        found.append(manifest)
-    return found
+        manifests.append(manifest)
+    return manifests
 
 
 def broken_promises(run: Path) -> list[str]:

@@ -85,13 +85,13 @@ def module_level(
     originals = {path.name: path.read_bytes() for path in source.iterdir()}
     draw = bench.draw("F3", break_it.__name__)
     place = bench.logs("F3", break_it.__name__)
-    found = []
+    outcomes = []
     for name, data in originals.items():
         (place / name).write_bytes(data)
     for _ in range(number):
         victim = newest["file"] if draw.random() < 0.75 else f"step-{newest['step']:08d}.json"
         (place / victim).write_bytes(break_it(draw, originals[victim]))
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 loaded = checkpoint.load_latest(place, digests=newest["digests"])
@@ -99,13 +99,13 @@ def module_level(
             except Exception as error:  # the judge reports whatever comes
                 step = error
         problems = [] if step == older["step"] else [f"loaded {step!r}"]
-        found.append(problems + ([] if told or problems else ["said nothing"]))
+        outcomes.append(problems + ([] if caught or problems else ["said nothing"]))
         for path in place.iterdir():  # as it was
             if path.name not in originals:
                 path.unlink()
         for name in (newest["file"], f"step-{newest['step']:08d}.json"):
             (place / name).write_bytes(originals[name])
-    return found
+    return outcomes
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -160,10 +160,9 @@ def end_to_end(bench: Bench, stopped: Path, name: str) -> list[str]:
     FALLS_BACK[name](*_paths(logs))
     child = start(bench, bench.argv(logs))
     problems = [] if child.wait() == 0 else [f"ended with {child.code}: {child.output[-500:]}"]
+    # A lost newest manifest is an unfinished save.
     if name != "manifest missing" and "set aside" not in child.output:
-        problems.append(
-            "said nothing of the damage"
-        )  # a lost newest manifest is an unfinished save
+        problems.append("said nothing of the damage")
     return problems or differences(logs / EXPERIMENT, bench.reference())
 
 

@@ -7,6 +7,7 @@ the operating system's calls and the run's own methods; the run knows nothing of
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import random
 import re
@@ -106,25 +107,32 @@ def _unlink(pattern: re.Pattern[str], nth: int) -> Arm:
     return arm
 
 
-def _method(module: str, owner: str, name: str, nth: int, after: bool = False) -> Arm:
-    """Die at the n-th call of `module.owner.name`."""
+def when(
+    module: str,
+    owner: str | None,
+    name: str,
+    nth: int,
+    action: Callable[[], None],
+    after: bool = False,
+) -> Arm:
+    """Call `action` just before, or just after, the n-th call of `module.owner.name` (or
+    `module.name`)."""
 
     def arm() -> None:
-        import importlib
+        place: Any = importlib.import_module(module)
+        place = getattr(place, owner) if owner else place
+        real, due = getattr(place, name), _Nth(nth)
 
-        cls = getattr(importlib.import_module(module), owner)
-        real, due = getattr(cls, name), _Nth(nth)
-
-        def method(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             now = due()
             if now and not after:
-                die()
+                action()
             result = real(*args, **kwargs)
-            if now:
-                die()
+            if now and after:
+                action()
             return result
 
-        setattr(cls, name, method)
+        setattr(place, name, wrapped)
 
     return arm
 
@@ -137,14 +145,16 @@ def _step_of(save: int) -> int:
 _OBJECT_FILE = re.compile(r"step-\d+-g\d+\.pt")
 # The twelve instants; the number is the save, or the stretch of steps after it.
 POINTS: dict[str, Callable[[int], Arm]] = {
-    "before the optimizer step": lambda n: _method(
-        "src.train", "Trainer", "update", _step_of(n)
+    "before the optimizer step": lambda n: when(
+        "src.train", "Trainer", "update", _step_of(n), die
     ),
-    "between a step and its row": lambda n: _method(
-        "src.train", "Trainer", "update", _step_of(n), after=True
+    "between a step and its row": lambda n: when(
+        "src.train", "Trainer", "update", _step_of(n), die, after=True
     ),
     "half a row": lambda n: _write(RECORD, _step_of(n), 0.5),
-    "before a save syncs the record": lambda n: _method("src.storage.run_dir", "RunDir", "sync", n),
+    "before a save syncs the record": lambda n: when(
+        "src.storage.run_dir", "RunDir", "sync", n, die
+    ),
     "object opened": lambda n: _write(OBJECT, n, 0.0),
     "object half written": lambda n: _write(OBJECT, n, 0.5),
     "object before its fsync": lambda n: _fsync(OBJECT, n),
@@ -246,26 +256,6 @@ def disk_full(pattern: str, nth: int, lasting: bool = True) -> Arm:
             return real(descriptor, data)
 
         os.write = write
-
-    return arm
-
-
-def when(module: str, owner: str | None, name: str, nth: int, action: Callable[[], None]) -> Arm:
-    """Call `action` just before the n-th call of `module.owner.name` (or `module.name`)."""
-
-    def arm() -> None:
-        import importlib
-
-        place: Any = importlib.import_module(module)
-        place = getattr(place, owner) if owner else place
-        real, due = getattr(place, name), _Nth(nth)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if due():
-                action()
-            return real(*args, **kwargs)
-
-        setattr(place, name, wrapped)
 
     return arm
 

@@ -1,4 +1,4 @@
-"""F8: hypothesis over whole experiment files and one-key mutations: an answer or one sentence that
+"""F8: hypothesis over whole experiment files and one-key mutations: shapes or one sentence that
 names the key; never a traceback, never a directory."""
 
 from __future__ import annotations
@@ -103,10 +103,8 @@ def values(kind: str) -> st.SearchStrategy[Any]:
 
 def section(kind: type) -> st.SearchStrategy[dict[str, Any]]:
     optional = {spec.name: values(str(spec.type)) for spec in dataclasses.fields(kind)}
-    return st.fixed_dictionaries(
-        {}, optional=optional
-    ).map(  # few keys at a time
-        lambda made: dict(list(made.items())[: 1 + len(made) // 4])
+    return st.fixed_dictionaries({}, optional=optional).map(
+        lambda keys: dict(list(keys.items())[: 1 + len(keys) // 4])  # few at a time
     )
 
 
@@ -131,7 +129,7 @@ def files() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def sound() -> st.SearchStrategy[dict[str, Any]]:
-    """Files whose every value is in its range: most are answered, the rest cannot be met."""
+    """Files whose every value is in its range: most are accepted, the rest cannot be met."""
     keys = {
         "total_params": st.integers(200_000, 100_000_000),
         "vocab_size": st.integers(257, 64_000),
@@ -152,17 +150,14 @@ def sound() -> st.SearchStrategy[dict[str, Any]]:
             "warmup_fraction": st.floats(0, 0.5),
         },
     )
-    cells = st.lists(model, min_size=1, max_size=3).map(
-        lambda made: [{"name": f"cell{i}", **own} for i, own in enumerate(made)]
+    experiments = st.lists(model, min_size=1, max_size=3).map(
+        lambda models: [{"name": f"experiment{i}", **own} for i, own in enumerate(models)]
     )
-    return st.builds(
-        lambda shared, recipe, cells: {"model": shared, "training": recipe, "experiments": cells},
-        model, training, cells,
-    )  # fmt: skip
+    return st.fixed_dictionaries({"model": model, "training": training, "experiments": experiments})
 
 
 def any_file(bench: Bench, line: Tally, number: int) -> None:
-    """`--dry_run` answers or refuses; without it the data are missing, so a good one is refused."""
+    """`--dry_run` accepts or refuses; without it the data are missing, so a good one is refused."""
     place = bench.logs("F8", "files")
     path, logs = place / "any.yaml", place / "never"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.faults import inject
 from tests.faults.bench import EXPERIMENT, Bench, Tally, broken_promises, differences, tally
-from tests.faults.processes import Child, finish, pause, start, start_fresh
+from tests.faults.processes import finish, pause, start, start_fresh
 
 QUICK_POINTS = (
     ("half a row", 3, "noise"),
@@ -91,7 +91,7 @@ def chain(
         if draw.random() < 0.75:
             child.until(lambda: has_begun(logs))
         pause(draw, longest, child)
-        if not killed(child):
+        if child.kill() != -9:
             break
         landed += 1
         problems += broken_promises(logs / EXPERIMENT)
@@ -102,10 +102,6 @@ def chain(
 def has_begun(logs: Path) -> bool:
     """Whether the run has a checkpoint."""
     return any((logs / EXPERIMENT / "checkpoints").glob("step-*.json"))
-
-
-def killed(child: Child) -> bool:
-    return child.kill() == -9
 
 
 def durable(bench: Bench) -> list[str]:

@@ -84,17 +84,17 @@ def killed_and_restarted(bench: Bench, kills: int) -> list[list[str]]:
     logs = bench.logs("F5", "chain")
     argv, path = bench.argv(logs), logs / EXPERIMENT
     draw = bench.draw("F5")
-    found = []
+    outcomes = []
     child = start(bench, argv)
     for number in range(kills):
         if not child.until(lambda child=child: holds(path, child)):  # type: ignore[misc]
-            found.append([f"process {number} ended with {child.code}: {child.output[-300:]}"])
+            outcomes.append([f"process {number} ended with {child.code}: {child.output[-300:]}"])
             child = start(bench, argv)
             continue
         time.sleep(draw.uniform(0, 0.1))
         code = child.kill()
         child = start(bench, argv)
-        found.append([] if code == -9 else [f"holder {number} ended with {code}"])
+        outcomes.append([] if code == -9 else [f"holder {number} ended with {code}"])
     problems = [] if child.wait() == 0 else [f"the last one ended with {child.code}"]
-    found[-1] += problems or differences(path, bench.reference())
-    return found
+    outcomes[-1] += problems or differences(path, bench.reference())
+    return outcomes

@@ -190,8 +190,8 @@ def checks() -> dict[str, Check]:
         return lambda bench: kill.named(bench, name, save, variant)
 
     def flips(bench: Bench) -> list[str]:
-        found = damage.module_level(bench, damage.stopped_run(bench), 40, damage.flip)
-        return [problem for problems in found for problem in problems]
+        trials = damage.module_level(bench, damage.stopped_run(bench), 40, damage.flip)
+        return [problem for problems in trials for problem in problems]
 
     def refused(bench: Bench) -> list[str]:
         return damage.refusal(bench, damage.stopped_run(bench), "all objects flipped")
@@ -249,30 +249,38 @@ def run(bench: Bench) -> list[Tally]:
     names = sorted({mutant.check for mutant in MUTANTS})
     with tally(tallies, "teeth", "the same checks, code as it is: silent") as line:
         for name in names:
-            found = examined(bench, ROOT, name)
-            line.add([found] if found else [], trial=name)
+            problems = examined(bench, ROOT, name)
+            line.add([problems] if problems else [], trial=name)
     return tallies
+
+
+def mutated(mutant: Mutant) -> str:
+    """The text of the mutant's file with its edits; ValueError where the code has changed."""
+    text = (ROOT / mutant.file).read_text(encoding="utf-8")
+    for old, new in mutant.edits:
+        if text.count(old) != 1:
+            raise ValueError(f"the code has changed: {old!r} is there {text.count(old)} times")
+        text = text.replace(old, new)
+    return text
 
 
 def bite(bench: Bench, mutant: Mutant) -> tuple[list[str], str]:
     """(problems of the teeth: a mutant that cannot be made or is not caught, what was caught)."""
+    try:
+        text = mutated(mutant)
+    except ValueError as error:
+        return [str(error)], ""
     copy = bench.work / "mutants" / mutant.name.replace(" ", "_").replace("'", "")
     shutil.rmtree(copy, ignore_errors=True)
     for name in ("src", "scripts", "configs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     shutil.copy(ROOT / "run_experiment.py", copy)
-    path = copy / mutant.file
-    text = path.read_text(encoding="utf-8")
-    for old, new in mutant.edits:
-        if text.count(old) != 1:
-            return [f"the code has changed: {old!r} is there {text.count(old)} times"], ""
-        text = text.replace(old, new)
-    path.write_text(text, encoding="utf-8")
-    found = examined(bench, copy, mutant.check)
-    if found.startswith("Traceback"):
-        return [f"{mutant.check} itself failed: {found}"], found
-    return ([] if found else [f"not caught by {mutant.check}"]), found
+    (copy / mutant.file).write_text(text, encoding="utf-8")
+    caught = examined(bench, copy, mutant.check)
+    if caught.startswith("Traceback"):
+        return [f"{mutant.check} itself failed: {caught}"], caught
+    return ([] if caught else [f"not caught by {mutant.check}"]), caught
 
 
 def examined(bench: Bench, code: Path, check: str) -> str:

@@ -58,16 +58,16 @@ def clock_set_back(bench: Bench, step: int) -> list[str]:
     argv, path = bench.argv(logs), logs / EXPERIMENT
     code = start(bench, argv, [inject.signalled_at(step, signal.SIGTERM)]).wait()
     problems = [] if code == AGAIN else [f"exit {code}, expected 75"]
-    found = verified(path / "checkpoints")
-    for manifest in found:  # the newest step has the oldest time
+    manifests = verified(path / "checkpoints")
+    for manifest in manifests:  # the newest step has the oldest time
         for name in (manifest["file"], f"step-{manifest['step']:08d}.json"):
             then = time.time() - A_DAY - 1000 * manifest["step"]
             os.utime(path / "checkpoints" / name, (then, then))
     back = inject.clock_set_back(A_DAY)
     log = path / "resumed"
     problems += finish(bench, argv, [back, resumed_step(log)])
-    if log.read_text() != str(found[-1]["step"]):
-        problems.append(f"went on from {log.read_text()}, saved was {found[-1]['step']}")
+    if log.read_text() != str(manifests[-1]["step"]):
+        problems.append(f"went on from {log.read_text()}, saved was {manifests[-1]['step']}")
     log.unlink()
     return problems or differences(path, bench.reference())
 

@@ -115,16 +115,13 @@ def half_read(final: Path) -> list[str]:
     from src.data import tokens as data
 
     if not (final / "meta.json").exists():
-        return [f"{final.name} is there without meta.json"] if _stays_half(final) else []
+        half = final.exists() and not (final / "meta.json").exists() and final.exists()
+        return [f"{final.name} is there without meta.json"] if half else []
     try:
         data.load(final, VOCAB)
     except ValueError as error:
         return [f"a run would have read half: {error}"]
     return []
-
-
-def _stays_half(final: Path) -> bool:
-    return final.exists() and not (final / "meta.json").exists() and final.exists()
 
 
 def invalid(bench: Bench, out: Path) -> list[str]:

@@ -194,10 +194,10 @@ def differences_but_names(bench: Bench, path: Path) -> list[str]:
     """`other` has the same model, seed and data as the reference under another name; only its
     metrics.json, which says the names, is compared without them."""
     problems = differences(path, bench.reference())
-    found, expected = (
+    values, expected = (
         json.loads((place / "metrics.json").read_text()) for place in (path, bench.reference())
     )
-    if all(found[key] == expected[key] for key in ("dev_loss", "train_loss", "steps")):
+    if all(values[key] == expected[key] for key in ("dev_loss", "train_loss", "steps")):
         problems = [problem for problem in problems if problem != "metrics.json differs"]
     return problems
 

@@ -58,7 +58,7 @@ def run(bench: Bench) -> list[Tally]:
 @contextmanager
 def server(bench: Bench) -> Iterator[int]:
     """moto on a loopback port, in a process of its own: this one must stay free of threads."""
-    ready, told = _context.Pipe(duplex=False)
+    receiver, sender = _context.Pipe(duplex=False)
 
     def serve() -> None:
         from moto.server import ThreadedMotoServer
@@ -66,12 +66,12 @@ def server(bench: Bench) -> Iterator[int]:
         logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
         moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         moto.start()
-        told.send(moto.get_host_and_port()[1])
+        sender.send(moto.get_host_and_port()[1])
         signal.pause()
 
     process = _context.Process(target=serve, daemon=True)
     process.start()
-    port = int(ready.recv())
+    port = int(receiver.recv())
     create = functools.partial(_create_bucket, port)
     assert fork(create, bench.work / "out" / "bucket.out").wait() == 0
     try:
@@ -96,10 +96,11 @@ def _direct(port: int) -> Any:
 
 @contextmanager
 def proxy(port: int, kind: str, share: float, seed: object) -> Iterator[Any]:
-    """A faulty proxy in a process of its own; yields (port, heal(), faults())."""
+    """A faulty proxy in a process of its own; yields its port and ask("heal" or "faults"),
+    which returns how many connections it has broken."""
     from tests.faulty_proxy import Proxy
 
-    mine, theirs = _context.Pipe()
+    caller, server_end = _context.Pipe()
 
     def serve() -> None:
         draw = random.Random(f"{seed}")
@@ -107,22 +108,22 @@ def proxy(port: int, kind: str, share: float, seed: object) -> Iterator[Any]:
         faulty.break_with(
             lambda: (kind, int(draw.expovariate(1 / 60_000))) if draw.random() < share else None
         )
-        theirs.send(faulty.port)
-        while (asked := theirs.recv()) != "end":
-            if asked == "heal":
+        server_end.send(faulty.port)
+        while (request := server_end.recv()) != "end":
+            if request == "heal":
                 faulty.heal()
-            theirs.send(faulty.faults)
+            server_end.send(faulty.faults)
 
-    def ask(question: str) -> int:
-        mine.send(question)
-        return int(mine.recv())
+    def ask(request: str) -> int:
+        caller.send(request)
+        return int(caller.recv())
 
     process = _context.Process(target=serve, daemon=True)
     process.start()
     try:
-        yield int(mine.recv()), ask
+        yield int(caller.recv()), ask
     finally:
-        mine.send("end")
+        caller.send("end")
         process.kill()
         process.join()
 
@@ -221,8 +222,8 @@ def trial(bench: Bench, port: int, number: int) -> tuple[list[str], dict[str, in
             counts["machines killed"] = int(child.kill() == -9)
         elif child.wait() not in (0, *AGAIN):
             problems.append(f"A ended with {child.code}: {child.output[-500:]}")
-        steps, found = inspect(bench, port, f"{run_uri}/{EXPERIMENT}", number)
-        problems += found
+        steps, in_store = inspect(bench, port, f"{run_uri}/{EXPERIMENT}", number)
+        problems += in_store
         argv = bench.argv(b, extra=remote)
         code = -1
         for attempt in range(ATTEMPTS):

@@ -18,9 +18,6 @@ from src.storage.remote import Remote, Timing
 from src.storage.run_dir import Held, RunDir
 from tests.storage import DIGESTS, FAST, check_store, state_of, train
 
-# --- a real S3 API behind a faulty proxy --------------------------------------------------------
-
-
 # --- a directory as the store -------------------------------------------------------------------
 
 

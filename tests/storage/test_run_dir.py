@@ -29,14 +29,21 @@ time.sleep(60)
 """
 
 
-def _holder(log_dir: Path, body: str = "") -> subprocess.Popen[str]:
+def _start(log_dir: Path, body: str) -> tuple[subprocess.Popen[str], str]:
+    """A process that opens the run and then does `body`; and the first line that it prints."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER.format(body=body), str(log_dir)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert process.stdout is not None
+    return process, process.stdout.readline()
+
+
+def _holder(log_dir: Path, body: str = "") -> subprocess.Popen[str]:
+    process, line = _start(log_dir, body)
+    assert line == "held\n"
     return process
 
 
@@ -65,14 +72,8 @@ def test_the_lock_is_free_after_sigkill_and_after_close_and_no_earlier(tmp_path,
 def test_forked_child_of_a_killed_holder_does_not_keep_the_lock(tmp_path):
     # The child speaks, so it has been through what a fork does to its locks.
     body = "import os\nif os.fork() == 0:\n    print(os.getpid(), flush=True)\ntime.sleep(60)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER.format(body=body), str(tmp_path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    child = int(process.stdout.readline())
+    process, line = _start(tmp_path, body)
+    child = int(line)
     try:
         process.kill()
         process.wait(20)
@@ -230,8 +231,8 @@ def test_a_refusal_takes_away_only_what_this_process_made_and_has_not_used(tmp_p
             raise ValueError
     with pytest.raises(OSError), RunDir.open(tmp_path / "disk", "run"):
         raise OSError
-    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("**/run"))
-    assert found == ["disk/run", "new/used/run"] and not (tmp_path / "new" / "r").exists()
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("**/run"))
+    assert left == ["disk/run", "new/used/run"] and not (tmp_path / "new" / "r").exists()
 
 
 # --- metrics ------------------------------------------------------------------------------------
