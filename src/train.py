@@ -260,7 +260,7 @@ class Trainer(Stepper):
     # ------------------------------------------------------------------- accumulate and evaluate
 
     def accumulate(self) -> Tensor:
-        """Gradients of one step's whole batch; returns its mean loss. Raises PeerLost."""
+        """Gradients of one step's whole batch; returns its mean loss, nats. Raises PeerLost."""
         batch = torch.from_numpy(self.windows.batch(self.step))
         if self.group is None:
             return self.gradients(batch)

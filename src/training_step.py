@@ -1,7 +1,8 @@
 """One training step, for all that trains here: pretraining, phase 0 and instruction tuning.
 
 Gradients of a batch, clip, step at a rate, save, restore; by one process or several.
-Shapes: B sequences of a micro-batch, T tokens, N rows of the head, V vocabulary.
+Shapes: B sequences of a micro-batch, T tokens, N rows of the head, V vocabulary. Losses are nats a
+token.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def batch_gradients(
     scale: Callable[[Tensor], Tensor], group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
     """Add the gradients of a batch (all micro-batches of it), or of this process's share; returns
-    its loss in nats.
+    its loss.
 
     Both are shares of the whole batch's mean: summed over the group they are the mean. `scale` is
     the gradient scaler's.
@@ -188,9 +189,9 @@ class Stepper:
     def update(self, batch_loss: Tensor, rate: float) -> tuple[float, float]:
         """Clip and step; returns (loss, gradient norm). Raises NonFinite before the step."""
         self.scaler.unscale_(self.optimizer)
-        clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
+        raw_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.grad_clip)
         # The step's only wait for the device.
-        loss, norm = torch.stack((batch_loss, clipped)).tolist()
+        loss, norm = torch.stack((batch_loss, raw_norm)).tolist()
         overflowed = self.scaler.is_enabled() and not math.isfinite(norm)
         self.skipped = self.skipped + 1 if overflowed else 0
         tolerated = overflowed and self.skipped <= MOST_SKIPPED_STEPS  # the scaler skips the step

@@ -350,7 +350,7 @@ class RunDir:
             os.ftruncate(self._metrics, end)
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """This run's rows (of one `kind`: "train", "dev" or "event"), oldest first."""
+        """This run's rows (of one `kind`: "train", "dev", "kill_rule" or "event"), oldest first."""
         return read_rows(self.metrics_path, kind)
 
     def record_failure(self, kind: str, message: str) -> None:
