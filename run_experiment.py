@@ -50,52 +50,52 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--published", help="with --study: finished runs of other machines")
     parser.add_argument("--engine", choices=("local", "slurm", "sky"),
                         help="with --study: run here, or write files for a scheduler")  # fmt: skip
-    arguments = parser.parse_args(argv)
-    if arguments.json and not arguments.dry_run:
+    args = parser.parse_args(argv)
+    if args.json and not args.dry_run:
         parser.error("--json goes with --dry_run")
-    if arguments.study is not None:
-        if arguments.exp or arguments.seed or arguments.phase or arguments.json:
+    if args.study is not None:
+        if args.exp or args.seed or args.phase or args.json:
             parser.error("--study: takes no --exp, --seed, --phase or --json; its file says them")
-        return arguments
-    if arguments.engine or arguments.published:
+        return args
+    if args.engine or args.published:
         parser.error("--engine and --published go with --study")
-    if arguments.phase == "sanity" and arguments.seed:
+    if args.phase == "sanity" and args.seed:
         parser.error("--phase sanity: takes no --seed; its checks begin from seed 0")
-    arguments.phase = arguments.phase or "full"
-    arguments.log_dir, arguments.device = arguments.log_dir or "logs", arguments.device or "auto"
-    if not arguments.dry_run and not arguments.exp:
+    args.phase = args.phase or "full"
+    args.log_dir, args.device = args.log_dir or "logs", args.device or "auto"
+    if not args.dry_run and not args.exp:
         parser.error("--exp: name one experiment, several, or all (or use --dry_run)")
-    return arguments
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = _arguments(argv)
+    args = _arguments(argv)
     for name, value in cores.WAITING.items():
         os.environ.setdefault(name, value)
     for number in Preemption.SIGNALS:
         signal.signal(number, _preempt)
     try:
         os.getcwd()  # OSError where it was deleted: torch would end the process without a word
-        if arguments.study is not None:
-            code = _study(arguments)
+        if args.study is not None:
+            code = _study(args)
             if code == TRY_AGAIN:
                 words = ["python", "run_experiment.py", *(sys.argv[1:] if argv is None else argv)]
                 print(f"to go on: {shlex.join(words)}", file=sys.stderr)
             return code
-        return _sweep(arguments)
+        return _sweep(args)
     except Preempted as signalled:
         print(f"stopped by {signalled}; run the same command again to go on", file=sys.stderr)
         return TRY_AGAIN
-    except Held as held:
-        print(held, file=sys.stderr)
+    except Held as error:
+        print(error, file=sys.stderr)
         return TRY_AGAIN
     except ValueError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:  # the reader of a dry run has seen enough; a run is not at its end
         _write_to_nobody()
-        if arguments.dry_run:
+        if args.dry_run:
             return OK
         print("could not write: who read the output has gone; run me again", file=sys.stderr)
         return IO_FAILED
@@ -112,31 +112,31 @@ def _write_to_nobody() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _study(asked: argparse.Namespace) -> int:
+def _study(args: argparse.Namespace) -> int:
     from src.study import runner
 
     distributed.check(None)
-    study = runner.load(asked.study, asked.set, asked.log_dir, asked.device, asked.published)
-    engine = asked.engine or "local"
-    return runner.run(study, remote=asked.remote, dry_run=asked.dry_run, engine=engine)
+    study = runner.load(args.study, args.set, args.log_dir, args.device, args.published)
+    engine = args.engine or "local"
+    return runner.run(study, remote=args.remote, dry_run=args.dry_run, engine=engine)
 
 
-def _sweep(asked: argparse.Namespace) -> int:
+def _sweep(args: argparse.Namespace) -> int:
     """The named experiments of a file, one after the other."""
-    checking = asked.phase == "sanity"
-    sweep = config.load_sweep(asked.config, asked.set, "rank" if checking else asked.phase)
+    sanity_only = args.phase == "sanity"
+    sweep = config.load_sweep(args.config, args.set, "rank" if sanity_only else args.phase)
     allocations = allocate(sweep)
-    runs = sweep.chosen(asked.exp or ["all"], [0] if checking else asked.seed)
-    if asked.dry_run:
-        allocation_table.print_sweep(allocations, sweep.baseline, runs, as_json=asked.json)
+    runs = sweep.chosen(args.exp or ["all"], [0] if sanity_only else args.seed)
+    if args.dry_run:
+        allocation_table.print_sweep(allocations, sweep.baseline, runs, as_json=args.json)
         return OK
-    distributed.check(None if checking else runs)
-    log_dir, device, remote = Path(asked.log_dir), asked.device, asked.remote
+    distributed.check(None if sanity_only else runs)
+    log_dir, device, remote = Path(args.log_dir), args.device, args.remote
     contexts = [  # nothing is written before all of them can work
         preflight.check(run, sweep, allocations, log_dir=log_dir, device=device, remote=remote)
         for run in runs
     ]
-    if checking:
+    if sanity_only:
         from src.study import sanity
 
         return sanity.check_all(contexts)

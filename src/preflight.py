@@ -113,9 +113,9 @@ def _check_machine(run: RunConfig, log_dir: Path, device: str, remote: str | Non
     if device not in ("auto", "cpu") or explicit:
         from src.compute import runtime  # imports torch; only where there is something to refuse
 
-        chosen = runtime.choose_device(device)
+        torch_device = runtime.choose_device(device)
         if explicit:
-            runtime.resolve_precision(run.training.precision, chosen)
+            runtime.resolve_precision(run.training.precision, torch_device)
 
 
 @functools.cache

@@ -56,8 +56,8 @@ class Allocation:
     @property
     def share_error(self) -> float:
         """Absolute difference of shares; 0 where none was asked."""
-        asked = self.request.embedding_ratio
-        return 0.0 if asked is None else abs(self.params.share - asked)
+        share = self.request.embedding_ratio
+        return 0.0 if share is None else abs(self.params.share - share)
 
     @property
     def glu_error(self) -> float:
@@ -158,25 +158,25 @@ def _multiples(low: float, high: float) -> range:
     return range(first * WIDTH_STEP, math.floor(high / WIDTH_STEP) * WIDTH_STEP + 1, WIDTH_STEP)
 
 
-def _nearest(allowed: range, asked: float) -> set[int]:
-    """The members of `allowed` that lie nearest to `asked`, one on each side."""
+def _nearest(allowed: range, target: float) -> set[int]:
+    """The members of `allowed` that lie nearest to `target`, one on each side."""
     if not allowed:
         return set()
-    below = math.floor(asked / WIDTH_STEP) * WIDTH_STEP
-    return {min(max(near, allowed[0]), allowed[-1]) for near in (below, below + WIDTH_STEP)}
+    below = math.floor(target / WIDTH_STEP) * WIDTH_STEP
+    return {min(max(width, allowed[0]), allowed[-1]) for width in (below, below + WIDTH_STEP)}
 
 
 def _widths(request: ModelRequest, tolerance: Tolerance) -> Sequence[int]:
     """All d_model whose embedding keeps the share within tolerance (or the forced one)."""
     if request.d_model is not None:
         return [request.d_model]
-    total, rank, asked = request.total_params, request.embedding_dim, request.embedding_ratio
+    total, rank, share = request.total_params, request.embedding_dim, request.embedding_ratio
     largest = _widest(request, tolerance)
     if rank is not None:
         return _multiples(rank, largest)
-    assert asked is not None
-    low = (asked - tolerance.share - ROUNDING) * total * (1 - tolerance.total - ROUNDING)
-    high = (asked + tolerance.share + ROUNDING) * total * (1 + tolerance.total + ROUNDING)
+    assert share is not None
+    low = (share - tolerance.share - ROUNDING) * total * (1 - tolerance.total - ROUNDING)
+    high = (share + tolerance.share + ROUNDING) * total * (1 + tolerance.total + ROUNDING)
     return _multiples(low / _column(request), min(high / _column(request), largest))
 
 
@@ -187,8 +187,8 @@ def _column(request: ModelRequest) -> int:
 
 def _widest(request: ModelRequest, tolerance: Tolerance) -> float:
     """The d at which the embedding and one narrow layer, c d^2, are the whole budget."""
-    chosen = request.allocate == "attention" or request.n_heads is not None
-    attention = 0.0 if chosen else 4 * (1 - tolerance.attention)
+    attention_is_free = request.allocate == "attention" or request.n_heads is not None
+    attention = 0.0 if attention_is_free else 4 * (1 - tolerance.attention)
     c = attention + 3 * request.glu_expansion * (1 - tolerance.glu)
     half = 0.0 if request.embedding_dim else _column(request) / (2 * c)
     return math.sqrt(half**2 + 1.01 * request.total_params / c) - half
@@ -213,12 +213,12 @@ def _frames(request: ModelRequest, tolerance: Tolerance, n_layers: int) -> Itera
 
 def _budget(request: ModelRequest, embedding: int, tolerance: Tolerance) -> tuple[float, float]:
     """The least and the most parameters in all that total and share allow."""
-    slack, asked = tolerance.total + ROUNDING, request.embedding_ratio
+    slack, share = tolerance.total + ROUNDING, request.embedding_ratio
     least, most = request.total_params * (1 - slack), request.total_params * (1 + slack)
-    if asked is not None:
+    if share is not None:
         slack = tolerance.share + ROUNDING
-        least = max(least, embedding / (asked + slack))
-        most = min(most, embedding / (asked - slack)) if asked > slack else most
+        least = max(least, embedding / (share + slack))
+        most = min(most, embedding / (share - slack)) if share > slack else most
     return least, most
 
 
@@ -231,13 +231,14 @@ def _shapes(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> Itera
         for n_heads in range(MIN_HEADS_AS_SLACK, most_heads + 1):
             yield from _shapes(request, replace(frame, n_heads=n_heads), tolerance)
         return
-    empty, one = (_allocation(request, frame, layers, 0).params for layers in (0, 1))
-    fixed, unit = one.total - empty.total, 3 * frame.d_model  # of one layer; of one row of d_ff
+    empty, one_layer = (_allocation(request, frame, layers, 0).params for layers in (0, 1))
+    fixed = one_layer.total - empty.total  # parameters of one layer without its FFN
+    unit = 3 * frame.d_model  # of one row of d_ff
     least, most = _budget(request, empty.embedding + empty.projection, tolerance)
     least, most = least - empty.total, most - empty.total
-    asked = request.glu_expansion * frame.d_model
-    slack = (tolerance.glu + ROUNDING) * asked
-    widths = _multiples(asked - slack, asked + slack)
+    target = request.glu_expansion * frame.d_model
+    slack = (tolerance.glu + ROUNDING) * target
+    widths = _multiples(target - slack, target + slack)
     if not widths:
         return
     low = math.ceil(least / (fixed + unit * widths[-1]))
@@ -247,9 +248,9 @@ def _shapes(request: ModelRequest, frame: _Frame, tolerance: Tolerance) -> Itera
         low, high = max(low, forced), min(high, forced)
     for n_layers in range(max(low, 1), min(high, tolerance.layers) + 1):
         if _natural(request, frame.d_model, n_layers):
-            room = [(total / n_layers - fixed) / unit for total in (least, most)]
-            allowed = _multiples(max(room[0], widths[0]), min(room[1], widths[-1]))
-            for d_ff in _nearest(allowed, asked):
+            bounds = [(total / n_layers - fixed) / unit for total in (least, most)]
+            allowed = _multiples(max(bounds[0], widths[0]), min(bounds[1], widths[-1]))
+            for d_ff in _nearest(allowed, target):
                 yield _allocation(request, frame, n_layers, d_ff)
 
 
@@ -262,11 +263,11 @@ def _natural(request: ModelRequest, d_model: int, n_layers: int) -> bool:
 
 def _fit(request: ModelRequest, frame: _Frame, *tolerances: Tolerance) -> Allocation | None:
     """The best shape at this frame, within the first tolerance that has one."""
-    found = (
+    best = (
         min(_shapes(request, frame, tolerance), key=lambda a: a.errors, default=None)
         for tolerance in tolerances
     )
-    return next(filter(None, found), None)
+    return next(filter(None, best), None)
 
 
 def _ranked(request: ModelRequest, tolerance: Tolerance, n_layers: int) -> list[_Frame]:
@@ -294,9 +295,9 @@ def _solve(group: Sequence[ModelRequest], anchor: ModelRequest) -> list[Allocati
         possible = _ranked(anchor, _tiers(anchor)[-1], n_layers)
         for tolerance in _tiers(anchor) if possible else ():  # else all tiers are as empty
             for frame in _ranked(anchor, tolerance, n_layers):
-                found = [fit for r in group if (fit := _fit(r, frame, *_tiers(r)))]
-                if len(found) == len(group):
-                    return found
+                fits = [fit for request in group if (fit := _fit(request, frame, *_tiers(request)))]
+                if len(fits) == len(group):
+                    return fits
     return None
 
 
@@ -305,12 +306,12 @@ def _kept_depths(group: Sequence[ModelRequest], anchor: ModelRequest) -> Sequenc
     with depth as the slack, then its two next best depths."""
     by_depth = [replace(request, allocate="depth") for request in group]
     widest = max(by_depth, key=lambda request: request.glu_expansion)
-    together = _solve(by_depth, replace(anchor, allocate="depth")) or []
-    kept = [fit.model.n_layers for fit in together if fit.request == widest]
+    allocations = _solve(by_depth, replace(anchor, allocate="depth")) or []
+    depths = [fit.model.n_layers for fit in allocations if fit.request == widest]
     loosest = _tiers(widest)[-1]
     fits = (_fit(widest, frame, loosest) for frame in _ranked(widest, loosest, 0))
-    kept += [fit.model.n_layers for fit in fits if fit]
-    return list(dict.fromkeys(kept))[:3]
+    depths += [fit.model.n_layers for fit in fits if fit]
+    return list(dict.fromkeys(depths))[:3]
 
 
 def groups(
@@ -335,7 +336,7 @@ def allocate(
     them, and the dry run says which experiment moved which. Raises ValueError, naming the
     experiments, with what came nearest and the way out as YAML.
     """
-    found: dict[str, Allocation] = {}
+    allocations: dict[str, Allocation] = {}
     refused: list[dict[str, ModelRequest]] = []
     for anchor, group in groups(requests, baseline).items():
         assert baseline or len(set(group.values())) == 1, "name the sweep's baseline"
@@ -343,10 +344,10 @@ def allocate(
         if solved is None:
             refused.append(group)
         else:
-            found.update(zip(group, solved, strict=True))
+            allocations.update(zip(group, solved, strict=True))
     if refused:
         raise ValueError(_refusal(refused))
-    return {name: found[name] for name in requests}
+    return {name: allocations[name] for name in requests}
 
 
 # -------------------------------------------------------------------------------------- refusals
@@ -358,53 +359,58 @@ NEAR = Tolerance(total=0.005, share=0.05, glu=0.9, attention=0.3, layers=1_000) 
 
 def _refusal(refused: Sequence[Mapping[str, ModelRequest]]) -> str:
     """What was found and came nearest, group by group, and one way out for all of them."""
-    said, changes = [], []
+    messages, changes = [], []
     for group in refused:
-        alone = {name: r for name, r in group.items() if _solve([r], r) is None}
-        why = f"no shape of at most {WIDE.layers} layers"
-        if not alone:
-            why = "each has a shape in a sweep of its own, but no d_model and heads common to all"
-        failing = alone or group
+        infeasible = {name: r for name, r in group.items() if _solve([r], r) is None}
+        reason = f"no shape of at most {WIDE.layers} layers"
+        if not infeasible:
+            reason = (
+                "each has a shape in a sweep of its own, but no d_model and heads common to all"
+            )
+        failing = infeasible or group
         first = next(iter(failing.values()))
-        said.append(
-            f"experiments {', '.join(failing)}: {_found(list(failing.values()))}: {why} is within "
-            f"{WIDE.total:.1%} of the total, {100 * WIDE.share:.1f} points of the share and "
-            f"{_tiers(first)[-1].glu:.0%} of the expansion\n{_tried(first)}"
+        messages.append(
+            f"experiments {', '.join(failing)}: {_requested(list(failing.values()))}: {reason} is "
+            f"within {WIDE.total:.1%} of the total, {100 * WIDE.share:.1f} points of the share and "
+            f"{_tiers(first)[-1].glu:.0%} of the expansion\n{_nearest_shapes(first)}"
         )
         if way_out := _way_out(list(group.values())):
             keys = [f"    {key}: {'null' if v is None else v}" for key, v in way_out.items()]
             changes += [line for name in group for line in (f"  - name: {name}", *keys)]
     if changes:
-        said += ["The way out, to add to the keys of these experiments:", "experiments:", *changes]
-    return "\n".join(said)
+        messages += ["The way out, to add to the keys of these experiments:", "experiments:"]
+        messages += changes
+    return "\n".join(messages)
 
 
-def _found(requests: Sequence[ModelRequest]) -> str:
+def _requested(requests: Sequence[ModelRequest]) -> str:
     """What the file asks for, apart from values that are the defaults and may not stand in it."""
-    usual = replace(ModelRequest(), embedding_ratio=DEFAULT_SHARE)
-    found, default = list[str](), list[str]()
+    default_request = replace(ModelRequest(), embedding_ratio=DEFAULT_SHARE)
+    stated, defaults = list[str](), list[str]()
     for key in (*NUMBERS, "tie_embeddings", "allocate", *PINS):
         values = sorted({getattr(request, key) for request in requests} - {None})
-        if values and (key in NUMBERS or values != [getattr(usual, key)]):
-            text = [f"{v:,}" if type(v) is int else f"{v:.4g}" if type(v) is float else
-                    str(v).lower() for v in values]  # fmt: skip
-            stated = found if values != [getattr(usual, key)] else default
-            stated.append(f"{key} {' and '.join(text)}")
-    return f"found {', '.join(found)}" + (f" (by default {', '.join(default)})" if default else "")
+        if values and (key in NUMBERS or values != [getattr(default_request, key)]):
+            texts = [f"{v:,}" if type(v) is int else f"{v:.4g}" if type(v) is float else
+                     str(v).lower() for v in values]  # fmt: skip
+            listed = stated if values != [getattr(default_request, key)] else defaults
+            listed.append(f"{key} {' and '.join(texts)}")
+    by_default = f" (by default {', '.join(defaults)})" if defaults else ""
+    return f"found {', '.join(stated)}{by_default}"
 
 
-def _tried(request: ModelRequest) -> str:
+def _nearest_shapes(request: ModelRequest) -> str:
     """The shapes that came nearest, as a table."""
     widest = (WIDE.glu, WIDE.total, WIDE.share)
     frames = _frames(replace(request, allocate="depth"), NEAR, 0)
-    near = islice((shape for frame in frames for shape in _shapes(request, frame, NEAR)), 4_000)
-    shapes = sorted(near, key=lambda a: sum(map(truediv, a.errors, widest)))
+    near = (shape for frame in frames for shape in _shapes(request, frame, NEAR))
+    shapes = sorted(islice(near, 4_000), key=lambda a: sum(map(truediv, a.errors, widest)))
     lines = ["Nearest: d_model n_layers heads d_ff |  total error  share error  GLU error"]
-    for a in shapes[:5]:
-        heads = f"{a.model.n_heads}x{a.model.head_dim}"
+    for shape in shapes[:5]:
+        model = shape.model
+        heads = f"{model.n_heads}x{model.head_dim}"
         lines.append(
-            f"         {a.model.d_model:7d} {a.model.n_layers:8d} {heads:>5s} {a.model.d_ff:4d} | "
-            f"{a.total_error:12.2%} {100 * a.share_error:9.2f} pt {a.glu_error:10.1%}"
+            f"         {model.d_model:7d} {model.n_layers:8d} {heads:>5s} {model.d_ff:4d} | "
+            f"{shape.total_error:12.2%} {100 * shape.share_error:9.2f} pt {shape.glu_error:10.1%}"
         )
     return "\n".join(lines) if shapes else "No shape comes near: none has room for one whole layer."
 
@@ -414,29 +420,29 @@ def _way_out(group: Sequence[ModelRequest]) -> dict[str, object] | None:
     nearest share (with a usual depth, if any), else in the nearest larger budget."""
     first = group[0]
     forced: dict[str, object] = {key: None for key in PINS if getattr(first, key) is not None}
-    asked = first.embedding_ratio or DEFAULT_SHARE
+    share = first.embedding_ratio or DEFAULT_SHARE
 
     def solved(changes: Mapping[str, object]) -> list[Allocation] | None:
         changed = [replace(request, **changes) for request in group]  # type: ignore[arg-type]
         return _solve(changed, changed[0])
 
-    unforced = {**forced, "embedding_ratio": asked} if forced else forced
-    one: tuple[dict[str, object], ...] = ({"n_layers": None}, {"n_heads": None})
-    for changes in (*one, unforced):
+    unforced = {**forced, "embedding_ratio": share} if forced else forced
+    relaxations: tuple[dict[str, object], ...] = ({"n_layers": None}, {"n_heads": None})
+    for changes in (*relaxations, unforced):
         if changes.keys() & forced.keys() and solved(changes):
             return changes
     unit = _column(first) / first.total_params
     widths = _multiples(0, _widest(replace(first, embedding_dim=None), WIDEST))
-    poor: dict[str, object] | None = None
-    for width in sorted(widths, key=lambda width: abs(width * unit - asked)):
+    fallback: dict[str, object] | None = None
+    for width in sorted(widths, key=lambda width: abs(width * unit - share)):
         changes = {**forced, "embedding_ratio": None, "d_model": width}
         if shapes := solved(changes):
             changes["embedding_ratio"] = max(round(shapes[0].params.share, 4), 0.0001)
             if all(2 <= a.model.n_layers <= DEEP_LAYERS for a in shapes):
                 return changes
-            poor = poor or changes
+            fallback = fallback or changes
     total = first.total_params
-    while poor is None and (total := int(total * 1.1) + 1) <= 10**10:
+    while fallback is None and (total := int(total * 1.1) + 1) <= 10**10:
         changes = {**unforced, "total_params": total}
-        poor = changes if solved(changes) else None
-    return poor
+        fallback = changes if solved(changes) else None
+    return fallback

@@ -143,8 +143,8 @@ class RunConfig:
     @property
     def smallbench_tasks(self) -> Path:
         """The task list asked for, or the shipped one."""
-        asked = self.evaluation.smallbench_tasks
-        return SMALLBENCH_TASKS if asked is None else Path(asked)
+        path = self.evaluation.smallbench_tasks
+        return SMALLBENCH_TASKS if path is None else Path(path)
 
     @property
     def token_dir(self) -> Path:
@@ -194,10 +194,10 @@ class Sweep:
         for seed in seeds or ():
             if not 0 <= seed < 2**31:
                 raise ValueError(f"--seed: found {seed}, expected a seed from 0 to 2^31 - 1")
-        asked = self.names if "all" in names else names
-        wanted = list(dict.fromkeys(run for name in asked for run in self.named(name)))
-        wanted.sort(key=lambda name: name != self.baseline)
-        return [self.run(name, seed) for name in wanted for seed in (seeds or self.seeds)]
+        selected = self.names if "all" in names else names
+        experiments = list(dict.fromkeys(run for name in selected for run in self.named(name)))
+        experiments.sort(key=lambda name: name != self.baseline)
+        return [self.run(name, seed) for name in experiments for seed in (seeds or self.seeds)]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -256,28 +256,28 @@ def sweep_from(raw: Any, path: Path, overrides: Sequence[str] = (), phase: str =
     forced = _parse_overrides(overrides)
     runs = _experiments(where, raw, forced, phase)
     rates = {
-        name: tuple(run.experiment for run in made)
-        for name, made in runs.items()
-        if made[0].experiment != name
+        name: tuple(run.experiment for run in rate_runs)
+        for name, rate_runs in runs.items()
+        if rate_runs[0].experiment != name
     }
-    every = [run for made in runs.values() for run in made]
-    valid = list(dict.fromkeys([*runs, *(run.experiment for run in every)]))
-    baseline = raw.get("baseline", valid[0])
-    if baseline not in valid:
+    all_runs = [run for rate_runs in runs.values() for run in rate_runs]
+    baselines = list(dict.fromkeys([*runs, *(run.experiment for run in all_runs)]))
+    baseline = raw.get("baseline", baselines[0])
+    if baseline not in baselines:
         raise ValueError(
             f"{where}baseline: found {baseline!r}, expected one of the experiments "
-            f"{', '.join(valid)}{nearest(str(baseline), valid)}"
+            f"{', '.join(baselines)}{nearest(str(baseline), baselines)}"
         )
     baseline = rates.get(baseline, (baseline,))[0]  # at the first rate of its list
     states_kill_rule = raw.get("kill_rule") is not None or "kill_rule" in forced
-    every = [replace(run, baseline=baseline) for run in every]
+    all_runs = [replace(run, baseline=baseline) for run in all_runs]
     return Sweep(
         file=path,
         baseline=baseline,
         seeds=_seeds(where, raw.get("seeds", [0])),
         phase=phase,
         states_kill_rule=states_kill_rule,
-        runs=tuple(_without_kill_rule(where, every, states_kill_rule) if rates else every),
+        runs=tuple(_without_kill_rule(where, all_runs, states_kill_rule) if rates else all_runs),
         rates=rates,
     )
 
@@ -348,8 +348,8 @@ def _experiments(
         if not isinstance(entry, Mapping):
             raise ValueError(f"{here}: found {entry!r}, expected a mapping with the key name")
         names.check(f"{here}.name", entry.get("name"))
-        made = _runs(where, raw, entry, forced, phase)
-        for name in dict.fromkeys([entry["name"], *(run.experiment for run in made)]):
+        rate_runs = _runs(where, raw, entry, forced, phase)
+        for name in dict.fromkeys([entry["name"], *(run.experiment for run in rate_runs)]):
             names.check(f"{here}.name", name)
             if name.casefold() in folded:
                 raise ValueError(
@@ -357,7 +357,7 @@ def _experiments(
                     "expected names that differ by more than case"
                 )
             folded[name.casefold()] = name
-        runs[entry["name"]] = made
+        runs[entry["name"]] = rate_runs
     return runs
 
 

@@ -44,12 +44,12 @@ def floors(flops: float) -> list[tuple[str, float, float]]:
 
     Devices without `tflops` in the table are left out. Raises ValueError as `check` does.
     """
-    found = []
+    bounds = []
     for name, device in _devices(TABLE).items():
         if device.tflops is not None:
             hours = flops / (UTILISATION * 1e12 * device.tflops) / 3600
-            found.append((name, hours, hours * device.usd_per_hour))
-    return found
+            bounds.append((name, hours, hours * device.usd_per_hour))
+    return bounds
 
 
 def check() -> None:

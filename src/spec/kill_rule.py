@@ -105,11 +105,11 @@ def verdict(rule: KillRule, baseline: Curve, run: Curve) -> Verdict:
     )
 
 
-def row(found: Verdict, baseline: Curve, tokens: int) -> dict[str, Any]:
+def row(result: Verdict, baseline: Curve, tokens: int) -> dict[str, Any]:
     """One check at `tokens` for the log, and the part of the baseline's curve that was there."""
     return {
-        "verdict": found.kind,
-        "verdict_literal": found.literal_kind,
+        "verdict": result.kind,
+        "verdict_literal": result.literal_kind,
         "baseline_check": any(seen == tokens for seen, _ in baseline),
         "baseline_checks": len(baseline),
         "baseline_tokens": baseline[-1][0] if baseline else None,
@@ -204,9 +204,9 @@ def _killed(rule: KillRule, streak: Sequence[tuple[int, float]]) -> str:
 
 def _kept(rule: KillRule, gaps: Gaps) -> str:
     tokens, gap = gaps[-1]
-    holes = sum(found is None for _, found in gaps)
-    told = f", and a streak ends at a hole ({holes} checks are in one curve only)" if holes else ""
+    holes = sum(difference is None for _, difference in gaps)
+    note = f", and a streak ends at a hole ({holes} checks are in one curve only)" if holes else ""
     return (
         f"at {tokens:,} tokens dev perplexity is {gap:+.3f} against the baseline; no streak of "
-        f">= {rule.margin_ppl:g} has lasted {rule.window_tokens:,} tokens{told}."
+        f">= {rule.margin_ppl:g} has lasted {rule.window_tokens:,} tokens{note}."
     )

@@ -89,16 +89,16 @@ class Progress:
 
     def _numbers(self) -> str:
         seconds = self._clock() - self._begun
-        told = f"{self.done:,.0f}"
+        text = f"{self.done:,.0f}"
         if self.total:
-            told += f" of {self.total:,.0f} {self.unit} ({self.done / self.total:.0%})"
+            text += f" of {self.total:,.0f} {self.unit} ({self.done / self.total:.0%})"
         else:
-            told += f" {self.unit}"
-        told += f" after {_clock_text(seconds)}"
-        made = self.done - self._before
-        if self.total and 0 < made and self.done < self.total:
-            told += f", {_clock_text(seconds * (self.total - self.done) / made)} left"
-        return told
+            text += f" {self.unit}"
+        text += f" after {_clock_text(seconds)}"
+        advanced = self.done - self._before
+        if self.total and 0 < advanced and self.done < self.total:
+            text += f", {_clock_text(seconds * (self.total - self.done) / advanced)} left"
+        return text
 
 
 def track(items: Iterable[Item], name: str, unit: str, total: int | None = None) -> Iterator[Item]:

@@ -48,19 +48,19 @@ def program_digest(conditions: Iterable[Mapping[str, Any]]) -> str:
     """The same without the processor: equal where the same program computed, on whatever CPU or
     GPU, so that runs are comparable though rounding differs."""
     texts = {
-        json.dumps({k: v for k, v in one.items() if k not in _PROCESSOR}, sort_keys=True)
-        for one in conditions
+        json.dumps({k: v for k, v in condition.items() if k not in _PROCESSOR}, sort_keys=True)
+        for condition in conditions
     }
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()
 
 
 def processors(conditions: Iterable[Mapping[str, Any]]) -> str:
     """Each device and instruction set of those conditions once, joined by `; `."""
-    found = (
+    parts = (
         (one.get("device_name"), one.get("cpu_capability"), *(one.get("amx") or ()))
         for one in conditions
     )
-    return "; ".join(dict.fromkeys(" ".join(map(str, filter(None, parts))) for parts in found))
+    return "; ".join(dict.fromkeys(" ".join(map(str, filter(None, names))) for names in parts))
 
 
 def computed_as(row: Mapping[str, Any]) -> str | None:
@@ -84,5 +84,5 @@ def same_run(row: Mapping[str, Any]) -> Identity | None:
 
 def same_copy(row: Mapping[str, Any]) -> Identity | None:
     """Equal for one run found in two directories: the same configuration file, seed and name."""
-    found = tuple(row.get(k) for k in ("config_digest", "experiment", "phase", "seed"))
-    return None if None in found else (*found, row.get("evaluation_digest"))
+    identity = tuple(row.get(k) for k in ("config_digest", "experiment", "phase", "seed"))
+    return None if None in identity else (*identity, row.get("evaluation_digest"))

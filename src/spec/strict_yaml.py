@@ -46,8 +46,8 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
             if key_node.tag not in (f"{_TAG}str", f"{_TAG}merge"):
-                found = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
-                raise ValueError(f"line {line}: found the key {found}, expected a name")
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
+                raise ValueError(f"line {line}: found the key {shown}, expected a name")
             if key_node.value in seen:
                 raise ValueError(
                     f"line {line}: the key {key_node.value!r} is there twice (first on line "
@@ -137,13 +137,13 @@ def one_of(default: str, *names: str) -> Any:
     return key(default, "one of " + ", ".join(names), lambda v: v in names)
 
 
-def nearest(found: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(found, list(valid), n=1, cutoff=0.5)
+def nearest(name: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def known_keys(where: str, found: Mapping[str, Any], valid: Sequence[str]) -> None:
-    for name in found:
+def known_keys(where: str, section: Mapping[str, Any], valid: Sequence[str]) -> None:
+    for name in section:
         if name not in valid:
             raise ValueError(
                 f"{where}{name}: found an unknown key, expected one of {', '.join(valid)}"
@@ -151,10 +151,10 @@ def known_keys(where: str, found: Mapping[str, Any], valid: Sequence[str]) -> No
             )
 
 
-def mapping(where: str, found: Any) -> Mapping[str, Any]:
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{where}: found {found!r}, expected a mapping of keys")
-    return found
+def mapping(where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: found {value!r}, expected a mapping of keys")
+    return value
 
 
 _EXPECTED = {

@@ -115,21 +115,22 @@ def load_study(path: Path) -> StudyConfig:
     return dataclasses.replace(build(StudyConfig, where, plain), **nested)
 
 
-def _blocks(where: str, found: Any) -> tuple[Block, ...]:
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{where}blocks: found {found!r}, expected a list with a name each")
+def _blocks(where: str, entries: Any) -> tuple[Block, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{where}blocks: found {entries!r}, expected a list with a name each")
     blocks: list[Block] = []
-    for number, entry in enumerate(found):
+    for number, entry in enumerate(entries):
         block = build(Block, f"{where}blocks[{number}].", entry)
         here, known = f"{where}blocks.{block.name or number}", [block.name for block in blocks]
         if not block.name or block.name in known:
-            found_name = block.name or None
-            raise ValueError(f"{here}.name: found {found_name!r}, expected a name of its own")
-        one = (block.best_of, block.leader_of, block.grid_of)
-        for other in (*filter(None, one), *block.finalists_of):
-            if other not in known:
+            raise ValueError(
+                f"{here}.name: found {block.name or None!r}, expected a name of its own"
+            )
+        parents = (block.best_of, block.leader_of, block.grid_of, *block.finalists_of)
+        for name in filter(None, parents):
+            if name not in known:
                 raise ValueError(
-                    f"{here}: found {other!r}, expected an earlier block: {', '.join(known) or '-'}"
+                    f"{here}: found {name!r}, expected an earlier block: {', '.join(known) or '-'}"
                 )
         keys = dict.fromkeys(key for source in _SOURCES for key in source)
         stated = tuple(key for key in keys if getattr(block, key))

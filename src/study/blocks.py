@@ -39,19 +39,19 @@ class _Planned:
     @property
     def baseline(self) -> str:
         """The experiment that is the baseline, whatever rate its runs have."""
-        named = (n for n, runs in self.sweep.rates.items() if self.sweep.baseline in runs)
-        return next(named, self.sweep.baseline)
+        names = (name for name, runs in self.sweep.rates.items() if self.sweep.baseline in runs)
+        return next(names, self.sweep.baseline)
 
     def first_rates(self) -> dict[str, str]:
         """Each experiment's first run, the baseline's before all."""
-        named = self.sweep.rates or {name: (name,) for name in self.sweep.names}
-        first = sorted(named, key=lambda name: name != self.baseline)
-        return {name: named[name][0] for name in first}
+        runs = self.sweep.rates or {name: (name,) for name in self.sweep.names}
+        first = sorted(runs, key=lambda name: name != self.baseline)
+        return {name: runs[name][0] for name in first}
 
     def run(self, name: str, seed: int = 0) -> Configuration:
         """One of the block's sweep as the block would run it."""
         return replace(
-            next(one for one in self.runs if one.run.experiment == name),
+            next(c for c in self.runs if c.run.experiment == name),
             run=self.sweep.run(name, seed),
         )
 
@@ -97,33 +97,34 @@ class _Blocks:
             for seed in block.seeds  # the first seed of all comes first
             for run in sweep.chosen(block.experiments, [seed])
         ]
-        for one in runs:
-            rule, training = one.run.kill_rule, one.run.training
+        for configuration in runs:
+            rule, training = configuration.run.kill_rule, configuration.run.training
             kill_rule.check_fits(rule, training, str(sweep.file), sweep.states_kill_rule)
-            plan.need_tokens(block.name, one)
+            plan.need_tokens(block.name, configuration)
         if block.phase == SANITY:
             self._check(block, runs[0])
             return
         # Its own run for a baseline that a kill rule looks for by its name; none across
         # vocabularies, whose token perplexities do not compare.
         rule = runs[0].run.kill_rule
-        judged = rule is not None and rule.action == "stop" and block.grid_of is None
-        complete = plan.schedule(block.name, runs, own_baseline=judged)
+        needs_baseline = rule is not None and rule.action == "stop" and block.grid_of is None
+        complete = plan.schedule(block.name, runs, own_baseline=needs_baseline)
         # Until it is known how much seeds differ, nobody knows whether a margin is thin.
         complete &= all(p.complete for p in self.planned.values() if len(p.block.seeds) > 1)
-        found = _Planned(block, source, sweep, runs, complete)
-        self.planned[block.name] = found
+        planned = _Planned(block, source, sweep, runs, complete)
+        self.planned[block.name] = planned
         if complete and phase == "rank":
-            self._rank(found)
+            self._rank(planned)
 
-    def _check(self, block: Block, one: Configuration) -> None:
+    def _check(self, block: Block, configuration: Configuration) -> None:
         """Phase 0's checks of one experiment: the job, and what they found."""
-        name, training = one.place(f"{one.run.experiment}-sanity"), one.run.training
-        found = self.plan.state.sanity.get(name)
-        tokens = min(SANITY_STEPS, training.steps) * training.step_tokens
-        self.plan.task(block.name, "sanity", one, name, done=found is not None, tokens=tokens)
-        if found is not None:
-            ranking.sanity_decisions(self.plan, found)
+        run, training = configuration.run, configuration.run.training
+        name = configuration.place(f"{run.experiment}-sanity")
+        checks = self.plan.state.sanity.get(name)
+        done, tokens = checks is not None, min(SANITY_STEPS, training.steps) * training.step_tokens
+        self.plan.task(block.name, "sanity", configuration, name, done=done, tokens=tokens)
+        if checks is not None:
+            ranking.sanity_decisions(self.plan, checks)
 
     # ------------------------------------------------------------------------- choices
 
@@ -150,63 +151,64 @@ class _Blocks:
         glu = self.plan.study.sources[block.name]
         if self._stands_on(block, glu, leader):
             return glu
-        made = Source(glu.path, generated.on_model_of(glu.raw, entry, leader))
+        source = Source(glu.path, generated.on_model_of(glu.raw, entry, leader))
         raw = self._feasible(
-            block, made, "1",
+            block, source, "1",
             f"no depth and d_ff are within the allocator's bounds on the model of {name}.",
-            keep=made.raw["baseline"],
+            keep=source.raw["baseline"],
         )  # fmt: skip
         twins = self._built_as_another(block, Source(glu.path, raw))
         entries = [entry for entry in raw["experiments"] if entry["name"] not in twins]
         return self.plan.generate(f"{block.name}-{name}.yaml", {**raw, "experiments": entries})
 
-    def _built_as_another(self, block: Block, made: Source) -> list[str]:
+    def _built_as_another(self, block: Block, source: Source) -> list[str]:
         """Experiments of a GLU sweep whose expansion comes out nearer to what another one asks:
         on a shallow model a layer more or less is a large step."""
-        sweep = self.plan.sweep(made, "rank", block.overrides)
-        asked = {run.experiment: run.model.glu_expansion for run in sweep.runs}
+        sweep = self.plan.sweep(source, "rank", block.overrides)
+        requested = {run.experiment: run.model.glu_expansion for run in sweep.runs}
         built = {name: shape.glu_expansion for name, shape in allocate(sweep).items()}
         twins = [
             name
-            for name, found in built.items()
+            for name, expansion in built.items()
             if name != sweep.baseline
-            and min(asked.values(), key=lambda value: abs(value - found)) != asked[name]
+            and min(requested.values(), key=lambda value: abs(value - expansion)) != requested[name]
         ]
         if twins and self.plan.decided:
-            told = [f"{n}: asked {asked[n]:g}, built {built[n]:.2f}" for n in twins]
+            numbers = [f"{n}: asked {requested[n]:g}, built {built[n]:.2f}" for n in twins]
             reason = "what can be built is nearer to another expansion of the sweep."
-            self.plan.decide("1", "allocation", told, "left out", reason)
+            self.plan.decide("1", "allocation", numbers, "left out", reason)
         return twins
 
     def _stands_on(self, block: Block, glu: Source, leader: Configuration) -> bool:
         """Whether a GLU sweep stands on the leader's model and rate as its file says."""
         sweep = self.plan.sweep(glu, leader.run.phase, block.overrides)
-        ours, theirs = sweep.runs[0], leader.run
-        found = [one.model for one in allocate(sweep).values()]
+        first, leading = sweep.runs[0], leader.run
+        models = [allocation.model for allocation in allocate(sweep).values()]
         wanted = generated.width_and_heads(leader.allocation.model)
         return (
-            replace(theirs.model, glu_expansion=ours.model.glu_expansion) == ours.model
-            and ours.training.learning_rate == theirs.training.learning_rate
-            and all(generated.width_and_heads(model) == wanted for model in found)
+            replace(leading.model, glu_expansion=first.model.glu_expansion) == first.model
+            and first.training.learning_rate == leading.training.learning_rate
+            and all(generated.width_and_heads(model) == wanted for model in models)
         )
 
     def _grid(self, block: Block, parent: _Planned) -> Source:
         """Vocabularies and heads at the leading share and its neighbours, on equal bytes."""
         template, leader = self.plan.study.sources[block.name], self._leader(parent)
-        every = {**parent.first_rates(), **self._best(parent)}  # a stopped share has its place, too
-        some = [parent.run(name) for name in every.values()]
-        ordered = sorted(some, key=lambda one: one.allocation.params.share)
-        place = [one.run.experiment for one in ordered].index(leader.run.experiment)
-        shares = []
-        for one in ordered[max(0, place - 1) : place + 2]:
-            entry = generated.experiment(parent.source.raw, one.run.experiment)
-            if one.run.model.embedding_ratio is not None:
-                entry.setdefault("embedding_ratio", one.run.model.embedding_ratio)
-            shares.append(entry)
-        runs = self.plan.sweep(template, "rank", block.overrides).runs
-        variants = list(dict.fromkeys((r.model.vocab_size, r.model.tie_embeddings) for r in runs))
+        # A stopped share has its place, too.
+        shares = {**parent.first_rates(), **self._best(parent)}
+        configurations = [parent.run(name) for name in shares.values()]
+        ordered = sorted(configurations, key=lambda c: c.allocation.params.share)
+        place = [c.run.experiment for c in ordered].index(leader.run.experiment)
+        entries = []
+        for run in [c.run for c in ordered[max(0, place - 1) : place + 2]]:
+            entry = generated.experiment(parent.source.raw, run.experiment)
+            if run.model.embedding_ratio is not None:
+                entry.setdefault("embedding_ratio", run.model.embedding_ratio)
+            entries.append(entry)
+        requests = [run.model for run in self.plan.sweep(template, "rank", block.overrides).runs]
+        variants = list(dict.fromkeys((r.vocab_size, r.tie_embeddings) for r in requests))
         budgets = vocabulary.byte_budgets(self.plan.state, leader, variants)
-        grid = generated.vocabulary_grid(template.raw, shares, variants, budgets)
+        grid = generated.vocabulary_grid(template.raw, entries, variants, budgets)
         raw = self._feasible(
             block, Source(template.path, grid), "1b",
             "no shape is within the allocator's bounds at this share.",
@@ -219,15 +221,15 @@ class _Blocks:
         return self.plan.generate(f"{block.name}.yaml", raw)
 
     def _feasible(
-        self, block: Block, made: Source, phase: str, reason: str, keep: str | None = None
+        self, block: Block, source: Source, phase: str, reason: str, keep: str | None = None
     ) -> dict[str, Any]:
         """A made sweep file without the experiments that the allocator has no shape for."""
-        runs = self.plan.sweep(made, "rank", block.overrides).runs
+        runs = self.plan.sweep(source, "rank", block.overrides).runs
         unfit = [r.experiment for r in runs if r.experiment != keep and not feasible(r.model)]
         if unfit and self.plan.decided:
             self.plan.decide(phase, "allocation", unfit, "left out", reason)
-        entries = [entry for entry in made.raw["experiments"] if entry["name"] not in unfit]
-        return {**made.raw, "experiments": entries}
+        entries = [entry for entry in source.raw["experiments"] if entry["name"] not in unfit]
+        return {**source.raw, "experiments": entries}
 
     def _finalists(self, block: Block) -> Source:
         """The baseline and the best configurations that were promoted, each as it was ranked.
@@ -244,13 +246,14 @@ class _Blocks:
         if unknown:
             plan.assume(f"{block.finalists} of block {unknown[-1].block.name} go on")
         promoted, ranked = self._candidates(parts, base)
-        scores = {run: self._score(parts, part, one) for run, (part, one) in ranked.items()}
+        scores = {run: self._score(parts, part, c) for run, (part, c) in ranked.items()}
         order = sorted(scores, key=lambda run: scores[run])
         pool = [run for run in order if run in promoted] or order[:1]
         chosen, entries = pool[: block.finalists], []
         for run in chosen:
-            part, one = ranked[run]
-            shape = {} if part is first else generated.width_and_heads(one.allocation.model)
+            part, configuration = ranked[run]
+            model = configuration.allocation.model
+            shape = {} if part is first else generated.width_and_heads(model)
             entries.append(generated.experiment(part.source.raw, run) | shape)
         if plan.decided:
             plan.decide(
@@ -262,11 +265,11 @@ class _Blocks:
             )  # fmt: skip
         baseline = generated.experiment(first.source.raw, base.run.experiment)
         raw = generated.of_entries(first.source.raw, base.run.experiment, [baseline, *entries])
-        made = plan.generate(f"{block.name}.yaml", raw)
-        built = allocate(plan.sweep(made, "full", block.overrides))
+        source = plan.generate(f"{block.name}.yaml", raw)
+        built = allocate(plan.sweep(source, "full", block.overrides))
         for run in chosen if plan.decided else ():
             assert built[run].model == ranked[run][1].allocation.model, f"{run} has another shape"
-        return made
+        return source
 
     def _candidates(
         self, parts: Sequence[_Planned], base: Configuration
@@ -275,16 +278,16 @@ class _Blocks:
         configuration once, and none that is equal to `base`."""
         promoted: set[str] = set()
         ranked: dict[str, tuple[_Planned, Configuration]] = {}
-        known = {base.identity}
+        identities = {base.identity}
         for part in parts:
             counted = self._best(part)
             names = counted if part.promotion is None else part.promotion.promoted
             promoted |= {counted[name] for name in names if name in counted}
             for run in counted.values():
-                one = part.run(run)
-                if one.identity not in known:
-                    known.add(one.identity)
-                    ranked[run] = part, one
+                configuration = part.run(run)
+                if configuration.identity not in identities:
+                    identities.add(configuration.identity)
+                    ranked[run] = part, configuration
         return promoted, ranked
 
     def _score(self, parts: Sequence[_Planned], part: _Planned, one: Configuration) -> float:
@@ -297,56 +300,57 @@ class _Blocks:
         mean = repeats.mean_sd(self.plan.losses(self._seeds(leader))).mean
         if leader is one:
             return mean
-        mine, theirs = self.plan.losses([one]), self.plan.losses([leader])
-        if not mine:
+        own, leading = self.plan.losses([one]), self.plan.losses([leader])
+        if not own:
             return math.inf
-        gap, noise = mine[0] - theirs[0], self._noise()
+        gap, noise = own[0] - leading[0], self._noise()
         by_chance = noise is not None and 0 < -gap < decisions.by_chance(noise, 1, 1)
         return mean if by_chance else mean + gap
 
-    def _seeds(self, one: Configuration) -> list[Configuration]:
+    def _seeds(self, configuration: Configuration) -> list[Configuration]:
         """The runs of its experiment at every seed that blocks so far gave it."""
-        found = {
+        by_name = {
             other.name: other
             for planned in self.planned.values()
             for other in planned.runs
             if (other.folder, other.run.experiment, other.run.phase)
-            == (one.folder, one.run.experiment, one.run.phase)
+            == (configuration.folder, configuration.run.experiment, configuration.run.phase)
         }
-        return sorted(found.values(), key=lambda other: other.run.seed)
+        return sorted(by_name.values(), key=lambda other: other.run.seed)
 
     # ----------------------------------------------------------------------- decisions
 
-    def _rank(self, found: _Planned) -> None:
+    def _rank(self, planned: _Planned) -> None:
         """What a finished block of ranking runs says."""
-        plan, block = self.plan, found.block
+        plan, block = self.plan, planned.block
         if block.grid_of is not None:
             parent = self.planned[block.grid_of]
             base = self._seeds(parent.run(parent.sweep.baseline))
-            vocabulary.shift_decisions(plan, found.runs, base, len(block.seeds))
+            vocabulary.shift_decisions(plan, planned.runs, base, len(block.seeds))
             return
         noise = self._noise()
-        if found.sweep.rates and block.best_of is None:
-            stated = found.source.sweep(plan.study.overrides, "rank")
+        if planned.sweep.rates and block.best_of is None:
+            stated = planned.source.sweep(plan.study.overrides, "rank")
             rates = {run.experiment: run.training.learning_rate for run in stated.runs}
-            found.promotion, found.best = ranking.rate_decision(
-                plan, noise, found.sweep, found.runs, rates
+            planned.promotion, planned.best = ranking.rate_decision(
+                plan, noise, planned.sweep, planned.runs, rates
             )
             return
-        first = plan.different([one for one in found.runs if one.run.seed == block.seeds[0]])
+        first = plan.different([c for c in planned.runs if c.run.seed == block.seeds[0]])
         losses: dict[str, Sequence[float]] = {}
-        for one in first:
-            group = self._seeds(one)
-            losses[one.run.experiment] = plan.losses(group) if plan.finished([one]) else []
+        for configuration in first:
+            group = self._seeds(configuration)
+            finished = plan.finished([configuration])
+            losses[configuration.run.experiment] = plan.losses(group) if finished else []
         if len(losses) == 1 and len(block.seeds) > 1:
             ranking.noise_decision(plan, losses, noise)
-        elif any(one.is_baseline for one in first):
+        elif any(c.is_baseline for c in first):
             ranking.kill_decisions(plan, first)
-        found.promotion = ranking.promoted(plan, noise, block.name, first, losses)
-        found.best = {name: name for name in losses}
+        planned.promotion = ranking.promoted(plan, noise, block.name, first, losses)
+        planned.best = {name: name for name in losses}
         if block.best_of is not None:
             parent = self.planned[block.best_of]
-            groups = {one.run.experiment: self._seeds(one) for one in first}
+            groups = {c.run.experiment: self._seeds(c) for c in first}
             baseline = groups.pop(parent.best.get(parent.baseline, ""), None)
             if baseline is not None and groups:
                 Judge(plan, "1", baseline, groups).interval_decisions(groups)
@@ -356,32 +360,32 @@ class _Blocks:
         groups: dict[str, dict[str, float]] = {}
         for planned in self.planned.values():
             if planned.complete and planned.block.phase == "rank":
-                for one in planned.runs:
-                    for loss in self.plan.losses([one]):
-                        groups.setdefault(one.place(one.run.experiment), {})[one.name] = loss
+                for c in planned.runs:
+                    for loss in self.plan.losses([c]):
+                        groups.setdefault(c.place(c.run.experiment), {})[c.name] = loss
         return repeats.pooled_noise({name: list(group.values()) for name, group in groups.items()})
 
     def judge(self) -> None:
         """Finalists against their baselines, and what short runs told of full ones."""
-        full = [found for found in self.planned.values() if found.block.phase == "full"]
-        for found in full:
-            judge = self._judge(found)
+        full = [p for p in self.planned.values() if p.block.phase == "full"]
+        for planned in full:
+            judge = self._judge(planned)
             if judge:
-                speeds = judge.compare_speeds(found.complete)
-                if found.complete:
+                speeds = judge.compare_speeds(planned.complete)
+                if planned.complete:
                     judge.decide(speeds)
-        ranked = [one for p in self.planned.values() if p.block.phase == "rank" for one in p.runs]
-        for folder in dict.fromkeys(found.block.folder for found in full):
-            some = [found for found in full if found.block.folder == folder]
-            if all(found.complete for found in some):
-                rank_agreement(self.plan, [one for found in some for one in found.runs], ranked)
+        ranked = [c for p in self.planned.values() if p.block.phase == "rank" for c in p.runs]
+        for folder in dict.fromkeys(p.block.folder for p in full):
+            in_folder = [p for p in full if p.block.folder == folder]
+            if all(p.complete for p in in_folder):
+                rank_agreement(self.plan, [c for p in in_folder for c in p.runs], ranked)
 
-    def _judge(self, found: _Planned) -> Judge | None:
+    def _judge(self, planned: _Planned) -> Judge | None:
         """Who is compared in a block of finalists."""
         groups: dict[str, list[Configuration]] = {}
-        for one in found.runs:
-            groups.setdefault(one.run.experiment, []).append(one)
-        baseline = groups.pop(found.sweep.baseline, None)
-        if not found.block.finalists_of or not baseline or not groups:
+        for configuration in planned.runs:
+            groups.setdefault(configuration.run.experiment, []).append(configuration)
+        baseline = groups.pop(planned.sweep.baseline, None)
+        if not planned.block.finalists_of or not baseline or not groups:
             return None
         return Judge(self.plan, "2", baseline, groups)

@@ -30,28 +30,28 @@ def dollars(job: Job, rate: Rate) -> float:
     return seconds(job, rate) / 3600 * (rate.usd_per_hour or 0.0)
 
 
-def table(found: Plan, rate: Rate, spent: Mapping[str, float], budget: float) -> str:
+def table(plan: Plan, rate: Rate, spent: Mapping[str, float], budget: float) -> str:
     """The plan for people: a line a stage with runs, tokens, hours and dollars."""
-    wide = max(15, *map(len, found.stages))
-    lines = [f"{'stage':<{wide}} {'runs':>5} {'done':>5} {'alias':>5} {'tokens to go':>14} "
+    width = max(15, *map(len, plan.stages))
+    lines = [f"{'stage':<{width}} {'runs':>5} {'done':>5} {'alias':>5} {'tokens to go':>14} "
              f"{'hours':>8} {'USD':>8} {'spent':>8}"]  # fmt: skip
-    counted = [job for job in found.jobs if job.kind != "tokens"]
-    for stage in found.stages:
-        jobs = [job for job in counted if job.stage == stage]
-        if not jobs:
+    jobs = [job for job in plan.jobs if job.kind != "tokens"]
+    for stage in plan.stages:
+        stage_jobs = [job for job in jobs if job.stage == stage]
+        if not stage_jobs:
             continue
         lines.append(
-            f"{stage:<{wide}} {len(jobs):>5} {sum(job.done for job in jobs):>5} "
-            f"{sum(job.alias_of is not None for job in jobs):>5} "
-            f"{sum(job.tokens for job in jobs if job.open):>14,} "
-            f"{sum(seconds(job, rate) for job in jobs) / 3600:>8.2f} "
-            f"{sum(dollars(job, rate) for job in jobs):>8.2f} {spent.get(stage, 0.0):>8.2f}"
+            f"{stage:<{width}} {len(stage_jobs):>5} {sum(job.done for job in stage_jobs):>5} "
+            f"{sum(job.alias_of is not None for job in stage_jobs):>5} "
+            f"{sum(job.tokens for job in stage_jobs if job.open):>14,} "
+            f"{sum(seconds(job, rate) for job in stage_jobs) / 3600:>8.2f} "
+            f"{sum(dollars(job, rate) for job in stage_jobs):>8.2f} {spent.get(stage, 0.0):>8.2f}"
         )
-    hours = sum(seconds(job, rate) for job in counted) / 3600
-    usd, all_spent = sum(dollars(job, rate) for job in counted), sum(spent.values())
+    hours = sum(seconds(job, rate) for job in jobs) / 3600
+    usd, total_spent = sum(dollars(job, rate) for job in jobs), sum(spent.values())
     lines.append(
-        f"to go: {hours:.2f} run hours, {usd:.2f} USD; spent {all_spent:.2f} USD; together "
-        f"{all_spent + usd:.2f} of budget_usd {budget:.2f} ({rate.source})"
+        f"to go: {hours:.2f} run hours, {usd:.2f} USD; spent {total_spent:.2f} USD; together "
+        f"{total_spent + usd:.2f} of budget_usd {budget:.2f} ({rate.source})"
     )
-    lines += [f"assumed until it is decided: {what}" for what in found.assumptions]
+    lines += [f"assumed until it is decided: {what}" for what in plan.assumptions]
     return "\n".join(lines)

@@ -50,23 +50,23 @@ def _write(path: Path, template: str, **values: Any) -> Path:
 # ---------------------------------------------------------------------------------------- Slurm
 
 
-def check_slurm(asked: SlurmConfig) -> None:
+def check_slurm(settings: SlurmConfig) -> None:
     """Raises ValueError for a time limit that is not one, or too short."""
-    if seconds(asked.time) < SHORTEST_S:
+    if seconds(settings.time) < SHORTEST_S:
         raise ValueError(
-            f"slurm.time: found {asked.time}, expected at least {SHORTEST_S // 60} minutes: a job "
-            f"is told to save and requeue itself {WARNING_S} s before its end"
+            f"slurm.time: found {settings.time}, expected at least {SHORTEST_S // 60} minutes: a "
+            f"job is told to save and requeue itself {WARNING_S} s before its end"
         )
 
 
 def seconds(time_limit: str) -> int:
     """Seconds of a time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
-    if found is None:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time_limit)
+    if match is None:
         raise ValueError(
             f"slurm.time: found {time_limit!r}, expected D-HH:MM:SS, HH:MM:SS or minutes"
         )
-    days, *parts = found.groups()
+    days, *parts = match.groups()
     numbers = [int(part) for part in parts if part is not None]
     if days is None and len(numbers) < 3:  # without days, one or two numbers begin at minutes
         numbers = [0, *numbers]
@@ -74,12 +74,13 @@ def seconds(time_limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def slurm(asked: SlurmConfig, runs: Runs, name: str, directory: Path) -> Path:
+def slurm(settings: SlurmConfig, runs: Runs, name: str, directory: Path) -> Path:
     """`<directory>/<name>.sbatch`, an array with a task a run. Every path in it is absolute or
     relative to this working directory."""
     return _write(
         directory / f"{name}.sbatch", "array.sbatch",
-        asked=asked, runs=runs, name=name, directory=directory.resolve(), here=str(Path.cwd()),
+        settings=settings, runs=runs, name=name,
+        directory=directory.resolve(), here=str(Path.cwd()),
         command=[sys.executable, str(REPOSITORY / "run_experiment.py")], warning_s=WARNING_S,
     )  # fmt: skip
 
@@ -102,7 +103,7 @@ def check_sky(remote: str | None) -> None:
 
 
 def sky(
-    asked: SkyConfig, runs: Runs, study: str, directory: Path, generated: Collection[Path]
+    settings: SkyConfig, runs: Runs, study: str, directory: Path, generated: Collection[Path]
 ) -> list[Path]:
     """`<directory>/<study>-<run>.yaml` of every run; ValueError for missing data.
 
@@ -115,15 +116,15 @@ def sky(
     for (job, arguments), needed in zip(runs, mounts, strict=True):
         name = f"{study}-{job.name.replace('/', '-')}"
         path = directory / f"{name}.yaml"
-        values = {"asked": asked, "name": name, "arguments": arguments, "mounts": needed}
+        values = {"settings": settings, "name": name, "arguments": arguments, "mounts": needed}
         written.append(_write(path, "managed_job.yaml", **values))
     return written
 
 
-def _mounts(one: Configuration, generated: Collection[Path]) -> Iterator[tuple[str, str]]:
+def _mounts(configuration: Configuration, generated: Collection[Path]) -> Iterator[tuple[str, str]]:
     """(place on the machine, path here) of what the code's directory does not bring along."""
-    tokens, evaluation = one.run.token_dir, one.run.evaluation
-    corpus = data.load(tokens, one.run.model.vocab_size).corpus
+    tokens, evaluation = configuration.run.token_dir, configuration.run.evaluation
+    corpus = data.load(tokens, configuration.run.model.vocab_size).corpus
     needed = [tokens]
     if "smallbench_accuracy" in evaluation.metrics:
         needed.append(Path(evaluation.smallbench_dir))
@@ -132,9 +133,9 @@ def _mounts(one: Configuration, generated: Collection[Path]) -> Iterator[tuple[s
             needed.append(report)
     if evaluation.outside_dir is not None:
         needed.append(Path(evaluation.outside_dir))
-    if one.path in generated or Path.cwd() not in one.path.resolve().parents:
-        needed.append(one.path)
+    if configuration.path in generated or Path.cwd() not in configuration.path.resolve().parents:
+        needed.append(configuration.path)
     for path in needed:
         if not path.exists():
-            raise ValueError(f"{one.path}: {path} does not exist, expected it here")
+            raise ValueError(f"{configuration.path}: {path} does not exist, expected it here")
         yield (str(path) if path.is_absolute() else f"{WORKDIR}/{path}"), str(path)

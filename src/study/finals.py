@@ -44,44 +44,46 @@ class Judge:
 
         None where the sweep measures no latency, and none of an experiment without a finished run.
         """
-        measured, there = self.baseline[0].run.evaluation, True
-        if not measured.latency:
+        evaluation, all_there = self.baseline[0].run.evaluation, True
+        if not evaluation.latency:
             return True
         log_dir, threads = self.plan.study.config.log_dir, self.baseline[0].run.training.threads
         for group in self.chosen.values():
             pair = self._first_finished(group)
             if pair is None and complete:
                 continue
-            theirs, ours = pair or (self.baseline[0].name, group[0].name)  # for the count
-            name = comparison(ours, theirs)
+            baseline_run, run = pair or (self.baseline[0].name, group[0].name)  # for the count
+            name = comparison(run, baseline_run)
             done = name in self.plan.state.latency
-            there &= done
-            arguments = ["--compare", str(Path(log_dir, theirs)), str(Path(log_dir, ours))]
-            arguments += ["--repeats", str(measured.latency_repeats)]
-            arguments += ["--warmup", str(measured.latency_warmup)]
+            all_there &= done
+            arguments = ["--compare", str(Path(log_dir, baseline_run)), str(Path(log_dir, run))]
+            arguments += ["--repeats", str(evaluation.latency_repeats)]
+            arguments += ["--warmup", str(evaluation.latency_warmup)]
             arguments += [] if threads is None else ["--threads", str(threads)]
             self.plan.task(
                 LATENCY, "latency", group[0], name,
                 done=done and complete, assumed=not complete, arguments=tuple(arguments),
             )  # fmt: skip
-        return there
+        return all_there
 
     def _first_finished(self, group: Seeds) -> tuple[str, str] | None:
         """(the baseline's, the group's) first finished run."""
-        theirs, ours = (self.plan.finished(side) for side in (self.baseline, group))
-        return (self.plan.run_of(theirs[0]), self.plan.run_of(ours[0])) if theirs and ours else None
+        baselines, finished = (self.plan.finished(side) for side in (self.baseline, group))
+        if not (baselines and finished):
+            return None
+        return self.plan.run_of(baselines[0]), self.plan.run_of(finished[0])
 
     def _ratios(self, group: Seeds) -> Ratios:
         """Ratio of the interleaved medians by prompt length; {} without them."""
         pair = self._first_finished(group)
-        found = self.plan.state.latency.get(comparison(pair[1], pair[0]) if pair else "")
-        if found is None:
+        result = self.plan.state.latency.get(comparison(pair[1], pair[0]) if pair else "")
+        if result is None:
             return {}
-        rows = {length: found["comparison"][f"l{length}"] for length in LENGTHS}
+        rows = {n: result["comparison"][f"l{n}"] for n in LENGTHS}
         return {n: (row["ratio"], row["ratio_low"], row["ratio_high"]) for n, row in rows.items()}
 
     def _speed_decision(self, name: str, ratios: Ratios) -> None:
-        told = [
+        texts = [
             f"l{length} {_percent(ratio)} ({_percent(low)} to {_percent(high)})"
             for length, (ratio, low, high) in ratios.items()
         ]
@@ -89,7 +91,7 @@ class Judge:
         faster = all(high < 1 for _, _, high in ratios.values())
         self._decide(
             "latency, interleaved in one process",
-            [f"{name} against {self.baseline[0].run.experiment}", *told],
+            [f"{name} against {self.baseline[0].run.experiment}", *texts],
             "slower" if slower else "faster" if faster else "not told apart at every length",
             "ratio of medians at batch 1 with its 95 % interval; the winner rule reads these "
             "ratios.",
@@ -114,18 +116,18 @@ class Judge:
             self._no_winner("no finalist has its seeds computed as the baseline's were.")
             return
         reference = self._measured(self.baseline)
-        found = {name: self._measured(group) for name, group in judged.items()}
+        measured = {name: self._measured(group) for name, group in judged.items()}
         for name, group in judged.items():
             if ratios := self._ratios(group):
-                found[name] = _relative(found[name], reference, ratios)
+                measured[name] = _relative(measured[name], reference, ratios)
                 self._speed_decision(name, ratios)
         ties = {
             frozenset((a, b))
             for a, b in itertools.combinations(judged, 2)
-            if (found_pair := self._interval(judged[a], judged[b])[0]).seeds > 1
-            and not intervals.equivalence(found_pair).told_apart
+            if (interval := self._interval(judged[a], judged[b])[0]).seeds > 1
+            and not intervals.equivalence(interval).told_apart
         }
-        self._winner_decision(reference, found, ties)
+        self._winner_decision(reference, measured, ties)
 
     def _no_winner(self, reason: str) -> None:
         self._decide("winner", [], "no winner", reason)
@@ -145,55 +147,59 @@ class Judge:
         """Whether all seeds pair, where both sides have two: what another program computed differs
         by that as well, and could carry a mean."""
         sides = [self._labelled(group), self._labelled(self.baseline)]
-        found = repeats.pair(*sides)
-        alike = not found.left_out or min(map(len, sides)) < 2
+        pairing = repeats.pair(*sides)
+        alike = not pairing.left_out or min(map(len, sides)) < 2
         if not alike:
-            told = "; ".join(found.left_out)
-            self._decide("every seed computed alike", [name], "out", f"left out: {told}.")
+            reasons = "; ".join(pairing.left_out)
+            self._decide("every seed computed alike", [name], "out", f"left out: {reasons}.")
         return alike
 
     def interval_decisions(self, judged: Mapping[str, Seeds]) -> None:
         """The 95 % interval of each against the baseline, p values after Holm; the noise is that
         of all pairs."""
         groups = [self._labelled(group) for group in (self.baseline, *judged.values())]
-        losses = [{k: self.plan.losses([c], self.key)[0] for k, c in g.items()} for g in groups]
-        self.noise = repeats.paired_noise({str(i): found for i, found in enumerate(losses)})
+        losses = {
+            str(i): {label: self.plan.losses([c], self.key)[0] for label, c in group.items()}
+            for i, group in enumerate(groups)
+        }
+        self.noise = repeats.paired_noise(losses)
         reference = self.baseline[0].run.experiment
-        found = {name: self._interval(group, self.baseline) for name, group in judged.items()}
-        p = {name: one.p for name, (one, _) in found.items() if one.p is not None}
-        adjusted = intervals.holm(p)
-        for name, (interval, left_out) in found.items():
-            says = intervals.equivalence(interval)
+        compared = {name: self._interval(group, self.baseline) for name, group in judged.items()}
+        p_values = {name: i.p for name, (i, _) in compared.items() if i.p is not None}
+        adjusted = intervals.holm(p_values)
+        for name, (interval, left_out) in compared.items():
+            equivalence = intervals.equivalence(interval)
             low, ratio, high = (_percent(value) for value in interval.ratio)
             bounds = f"{low} to {high}" + ("" if interval.seeds > 1 else ", document noise only")
-            told = f"{says.statement} {interval.seeds} seeds, {interval.documents} documents"
+            text = f"{equivalence.statement} {interval.seeds} seeds, {interval.documents} documents"
             if name in adjusted:
-                told += f"; p {p[name]:.4f}, {adjusted[name]:.4f} after Holm"
+                text += f"; p {p_values[name]:.4f}, {adjusted[name]:.4f} after Holm"
                 if self.noise is not None:
-                    told += f"; seed noise {self.noise.sd:.4f} from all pairs ({self.noise.df} df)"
-            results = [self.plan.result(o) or {} for o in (*judged[name], *self.baseline)]
+                    text += f"; seed noise {self.noise.sd:.4f} from all pairs ({self.noise.df} df)"
+            results = [self.plan.result(c) or {} for c in (*judged[name], *self.baseline)]
             kinds = sorted({r["processors"] for r in results if r.get("processors")})
             if len(kinds) > 1:
-                told += f"; computed on {len(kinds)} kinds of processor ({', '.join(kinds)}), "
-                told += "whose rounding is part of the differences"
+                text += f"; computed on {len(kinds)} kinds of processor ({', '.join(kinds)}), "
+                text += "whose rounding is part of the differences"
             if left_out:
-                told += f"; left out: {'; '.join(left_out)}"
+                text += f"; left out: {'; '.join(left_out)}"
             self._decide(
                 "95 % interval and equivalence at +-1 %",
-                [f"{name} against {reference}: PPL {ratio} ({bounds})"], says.verdict, f"{told}.",
+                [f"{name} against {reference}: PPL {ratio} ({bounds})"],
+                equivalence.verdict, f"{text}.",
             )  # fmt: skip
 
     def _winner_decision(
         self,
         reference: decisions.Measured,
-        found: Mapping[str, decisions.Measured],
+        measured: Mapping[str, decisions.Measured],
         ties: set[frozenset[str]],
     ) -> None:
-        result = decisions.winner(reference, list(found.values()), ties=ties)
+        result = decisions.winner(reference, list(measured.values()), ties=ties)
         for verdict in result.candidates:
             self._decide(
                 ">= 5 % lower PPL, latency and memory not above the baseline's",
-                [f"{verdict.name}: {mean_text(found[verdict.name].log_perplexities)} nats"
+                [f"{verdict.name}: {mean_text(measured[verdict.name].log_perplexities)} nats"
                  f" against {mean_text(reference.log_perplexities)}"],
                 "qualifies" if verdict.qualifies_strict
                 else "qualifies within the 3 % margin" if verdict.qualifies_margin
@@ -237,30 +243,30 @@ class Judge:
     def _labelled(self, group: Seeds) -> dict[repeats.Label, Configuration]:
         """The finished ones by seed and by the program that computed them."""
         return {
-            (one.run.seed, run_identity.computed_as(self.plan.result(one) or {})): one
-            for one in group
-            if self.plan.losses([one], self.key)
+            (c.run.seed, run_identity.computed_as(self.plan.result(c) or {})): c
+            for c in group
+            if self.plan.losses([c], self.key)
         }
 
     def _interval(self, ours: Seeds, theirs: Seeds) -> tuple[intervals.Interval, tuple[str, ...]]:
         """Over documents and the pairs of runs that differ in the configuration alone; over seeds
         without documents. Also what was left out."""
-        found = repeats.pair(self._labelled(ours), self._labelled(theirs))
-        if not found.pairs:  # unpaired means, and nothing follows from them
+        pairing = repeats.pair(self._labelled(ours), self._labelled(theirs))
+        if not pairing.pairs:  # unpaired means, and nothing follows from them
             means = [np.mean(self.plan.losses(side, self.key)) for side in (ours, theirs)]
             gap = float(means[0] - means[1])
-            return intervals.Interval(gap, -math.inf, math.inf, None, 0, 0), found.left_out
-        sides = list(zip(*found.pairs, strict=True))
+            return intervals.Interval(gap, -math.inf, math.inf, None, 0, 0), pairing.left_out
+        sides = list(zip(*pairing.pairs, strict=True))
         documents = [
-            [kept for one in side if (kept := self.plan.documents(one, self.split)) is not None]
+            [kept for c in side if (kept := self.plan.documents(c, self.split)) is not None]
             for side in sides
         ]
-        if any(len(kept) < len(found.pairs) for kept in documents):
+        if any(len(kept) < len(pairing.pairs) for kept in documents):
             losses = (self.plan.losses(side, self.key) for side in sides)
-            return intervals.seed_interval(*losses, noise=self.noise), found.left_out
-        a, b = (np.stack([one.nats for one in kept]) for kept in documents)
+            return intervals.seed_interval(*losses, noise=self.noise), pairing.left_out
+        a, b = (np.stack([document.nats for document in kept]) for kept in documents)
         interval = intervals.paired_bootstrap(a, b, documents[0][0].tokens, noise=self.noise)
-        return interval, found.left_out
+        return interval, pairing.left_out
 
 
 def comparison(ours: str, theirs: str) -> str:
@@ -286,28 +292,28 @@ def rank_agreement(
     plan: Plan, full: Sequence[Configuration], ranked: Sequence[Configuration]
 ) -> None:
     """Do short runs and full runs agree on the order? Seed 0 of both, each model once."""
-    by_name = {one.run.experiment: plan.losses([one]) for one in ranked if one.run.seed == 0}
+    by_name = {c.run.experiment: plan.losses([c]) for c in ranked if c.run.seed == 0}
     short: dict[str, dict[int, float]] = {}
     long: dict[str, dict[int, float]] = {}
     stopped = []
-    for one in plan.different([one for one in full if one.run.seed == 0]):
-        name, finished = one.run.experiment, plan.losses([one])
-        before = by_name.get(name)
-        if before and finished:
-            short[name], long[name] = {0: before[0]}, {0: finished[0]}
-        elif finished:
-            stopped.append(f"{name}: stopped -> {finished[0]:.4f}")
+    for configuration in plan.different([c for c in full if c.run.seed == 0]):
+        name, full_losses = configuration.run.experiment, plan.losses([configuration])
+        ranked_losses = by_name.get(name)
+        if ranked_losses and full_losses:
+            short[name], long[name] = {0: ranked_losses[0]}, {0: full_losses[0]}
+        elif full_losses:
+            stopped.append(f"{name}: stopped -> {full_losses[0]:.4f}")
     if len(short) < 2:
         return
-    found = rankings.rank_agreement(short, long)
-    rho = "too few runs" if found.spearman is None else f"{found.spearman:.2f}"
-    chance = "" if found.p is None else f" (p {found.p:.3f} by chance)"
+    agreement = rankings.rank_agreement(short, long)
+    rho = "too few runs" if agreement.spearman is None else f"{agreement.spearman:.2f}"
+    chance = "" if agreement.p is None else f" (p {agreement.p:.3f} by chance)"
     plan.decide(
         "2", "short against full ranking",
         [*(f"{name}: {short[name][0]:.4f} -> {long[name][0]:.4f}" for name in short), *stopped],
-        "same leader" if found.top1_same else "another leader",
-        f"Spearman {rho}{chance} over {found.n} experiments, dev loss of seed 0; finishing the "
-        f"short runs' best alone would have cost {found.top1_regret:.4f} nats.",
+        "same leader" if agreement.top1_same else "another leader",
+        f"Spearman {rho}{chance} over {agreement.n} experiments, dev loss of seed 0; finishing the "
+        f"short runs' best alone would have cost {agreement.top1_regret:.4f} nats.",
     )  # fmt: skip
 
 

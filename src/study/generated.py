@@ -38,8 +38,8 @@ def experiment(raw: Raw, name: str) -> dict[str, Any]:
         training["learning_rate"] = float(name.removeprefix(f"{own_name}-lr"))
     elif "learning_rate" in (raw.get("training") or {}):
         training.setdefault("learning_rate", raw["training"]["learning_rate"])
-    found = {**shared, **model_keys(entry), "name": name}
-    return {**found, "training": training} if training else found
+    content = {**shared, **model_keys(entry), "name": name}
+    return {**content, "training": training} if training else content
 
 
 def of_entries(raw: Raw, baseline: str, entries: Sequence[Raw]) -> dict[str, Any]:
@@ -74,8 +74,8 @@ def on_model_of(glu: Raw, entry: Raw, leader: Configuration) -> dict[str, Any]:
 def factorised(entry: Raw, leader: Configuration, share: float) -> dict[str, Any]:
     """The leader's width, heads and expansion with a table V x E and a projection E x d_model that
     hold about `share` of all parameters."""
-    model, asked = leader.allocation.model, leader.run.model
-    width = share * asked.total_params / (model.vocab_size + model.d_model)
+    model, request = leader.allocation.model, leader.run.model
+    width = share * request.total_params / (model.vocab_size + model.d_model)
     rank = max(8, 8 * round(width / 8))
     kept = {key: value for key, value in entry.items() if key != "embedding_ratio"}
     name = f"rank{rank}-{entry['name']}"

@@ -200,15 +200,15 @@ class Plan:
         a job that runs alone waits.
         """
         waiting = {job.name for job in self.jobs if job.open}
-        found: list[Job] = []
+        ready: list[Job] = []
         for job in self.jobs:
             if not job.open or job.assumed:
                 continue
             if job.alone:
-                return found or ([] if running or job.name in failed else [job])
+                return ready or ([] if running or job.name in failed else [job])
             if job.name not in running and job.name not in failed and job.after not in waiting:
-                found.append(job)
-        return found
+                ready.append(job)
+        return ready
 
     # ------------------------------------------------------------------------------- questions
 
@@ -216,37 +216,37 @@ class Plan:
         """The sweep of a file or of generated values, with what the study and a block set."""
         return source.sweep((*self.study.overrides, *overrides), phase)
 
-    def run_of(self, one: Configuration) -> str:
+    def run_of(self, configuration: Configuration) -> str:
         """The run directory that holds its numbers: its own, or its equal's."""
-        return self.aliases.get(one.name, one.name)
+        return self.aliases.get(configuration.name, configuration.name)
 
-    def result(self, one: Configuration) -> Metrics | None:
+    def result(self, configuration: Configuration) -> Metrics | None:
         """metrics.json of it or of its equal; None where it is not there yet."""
-        return self.state.results.get(self.run_of(one))
+        return self.state.results.get(self.run_of(configuration))
 
-    def finished(self, some: Sequence[Configuration]) -> list[Configuration]:
+    def finished(self, configurations: Sequence[Configuration]) -> list[Configuration]:
         """Those that ended neither killed nor diverged."""
-        return [c for c in some if (found := self.result(c)) and found["status"] == "finished"]
+        return [c for c in configurations if (r := self.result(c)) and r["status"] == "finished"]
 
-    def losses(self, some: Sequence[Configuration], key: str = "dev_loss") -> list[float]:
+    def losses(self, configurations: Sequence[Configuration], key: str = "dev_loss") -> list[float]:
         """`key` of the finished ones that measured it."""
-        found = [(self.result(one) or {}).get(key) for one in self.finished(some)]
-        return [float(value) for value in found if value is not None]
+        values = [(self.result(c) or {}).get(key) for c in self.finished(configurations)]
+        return [float(value) for value in values if value is not None]
 
-    def curve(self, one: Configuration) -> kill_rule.Curve:
+    def curve(self, configuration: Configuration) -> kill_rule.Curve:
         """Dev checks of its run."""
-        return self.state.curves.get(self.run_of(one), ())
+        return self.state.curves.get(self.run_of(configuration), ())
 
-    def documents(self, one: Configuration, split: str) -> Documents | None:
+    def documents(self, configuration: Configuration, split: str) -> Documents | None:
         """Per-document losses of its run."""
-        return self.state.documents(self.run_of(one), split)
+        return self.state.documents(self.run_of(configuration), split)
 
-    def different(self, some: Sequence[Configuration]) -> list[Configuration]:
+    def different(self, configurations: Sequence[Configuration]) -> list[Configuration]:
         """One for each run: rounding can make two of a sweep the same model."""
-        kept: dict[str, Configuration] = {}
-        for one in some:
-            kept.setdefault(self.run_of(one), one)
-        return list(kept.values())
+        by_run: dict[str, Configuration] = {}
+        for configuration in configurations:
+            by_run.setdefault(self.run_of(configuration), configuration)
+        return list(by_run.values())
 
     # --------------------------------------------------------------------------------- entries
 
@@ -257,52 +257,55 @@ class Plan:
         return source
 
     def schedule(
-        self, stage: str, some: Sequence[Configuration], own_baseline: bool = True
+        self, stage: str, configurations: Sequence[Configuration], own_baseline: bool = True
     ) -> bool:
-        """Add runs for `some`; True where all of them have a result and none is assumed.
+        """Add their runs; True where all of them have a result and none is assumed.
 
         One that is equal to an earlier one becomes its alias, unless that was killed or diverged
         (here it might not be) or, with `own_baseline`, it is its sweep's baseline: the kill rule
         looks for that run by its name.
         """
-        for one in some:
-            if any(job.name == one.name for job in self.jobs):
+        results = self.state.results
+        for configuration in configurations:
+            name = configuration.name
+            if any(job.name == name for job in self.jobs):
                 continue
-            keeps = own_baseline and one.is_baseline
-            original = self._first_with.setdefault(one.identity, one.name)
-            found, own = self.state.results.get(original), self.state.results.get(one.name)
-            if own is not None:
-                _check_same(one, own, keeps, self.state.threads)
-            usable = found is None or found["status"] == "finished"
-            if original != one.name and usable and own is None and not keeps:
-                self.aliases[one.name] = original
-            rule, training = one.run.kill_rule, one.run.training
-            judged = rule is not None and rule.action == "stop" and not one.is_baseline
+            run, is_baseline = configuration.run, configuration.is_baseline
+            keeps_own_run = own_baseline and is_baseline
+            original = self._first_with.setdefault(configuration.identity, name)
+            original_result, own_result = results.get(original), results.get(name)
+            if own_result is not None:
+                _check_same(configuration, own_result, keeps_own_run, self.state.threads)
+            usable = original_result is None or original_result["status"] == "finished"
+            if original != name and usable and own_result is None and not keeps_own_run:
+                self.aliases[name] = original
+            rule, training = run.kill_rule, run.training
+            judged = rule is not None and rule.action == "stop" and not is_baseline
             self.task(
-                stage, "train", one, one.name,
-                tokens=training.steps * training.step_tokens, done=self.result(one) is not None,
-                alias_of=self.aliases.get(one.name),
-                after=one.place(one.run.baseline_run_name) if judged else None,
+                stage, "train", configuration, name,
+                tokens=training.steps * training.step_tokens,
+                done=self.result(configuration) is not None,
+                alias_of=self.aliases.get(name),
+                after=configuration.place(run.baseline_run_name) if judged else None,
             )  # fmt: skip
-        return self.decided and all(self.result(one) is not None for one in some)
+        return self.decided and all(self.result(c) is not None for c in configurations)
 
     def task(
-        self, stage: str, kind: str, one: Configuration, name: str, *,
-        done: bool, tokens: int = 0, assumed: bool = False, **more: Any,
+        self, stage: str, kind: str, configuration: Configuration, name: str, *,
+        done: bool, tokens: int = 0, assumed: bool = False, **fields: Any,
     ) -> None:  # fmt: skip
-        """Add a job; `more` are further fields of it."""
-        self.jobs.append(
-            Job(
-                stage=stage, kind=kind, name=name, configuration=one, tokens=tokens, done=done,
-                assumed=not done and (assumed or not self.decided), **more,
-            )
-        )  # fmt: skip
+        """Add a job; `fields` are further ones of it."""
+        assumed = not done and (assumed or not self.decided)
+        job = Job(stage=stage, kind=kind, name=name, configuration=configuration, tokens=tokens,
+                  done=done, assumed=assumed, **fields)  # fmt: skip
+        self.jobs.append(job)
 
-    def need_tokens(self, stage: str, one: Configuration) -> None:
+    def need_tokens(self, stage: str, configuration: Configuration) -> None:
         """Add the job that makes its tokens where they are not there."""
-        done, name = one.run.model.vocab_size in self.state.train_tokens, str(one.run.token_dir)
-        if not done and not any(job.name == name for job in self.jobs):
-            self.task(stage, "tokens", one, name, done=False)
+        run, name = configuration.run, str(configuration.run.token_dir)
+        there = run.model.vocab_size in self.state.train_tokens
+        if not there and not any(job.name == name for job in self.jobs):
+            self.task(stage, "tokens", configuration, name, done=False)
 
     def assume(self, what: str) -> None:
         """From here on everything rests on a guess; the first one is told."""
@@ -325,19 +328,19 @@ class Plan:
 
 
 def _check_same(
-    one: Configuration, result: Metrics, is_baseline: bool, threads: int | None
+    configuration: Configuration, result: Metrics, is_baseline: bool, threads: int | None
 ) -> None:
     """Refuse a finished run of this name that was made with another configuration, or on a CPU
     with another number of threads than the study's other runs, which changes its sums."""
     if result["status"] == "failed":
         if is_baseline:
             raise ValueError(
-                f"{one.name}: the baseline diverged ({result.get('reason')}), so nothing can be "
-                "compared with it; lower training.learning_rate and use another log_dir"
+                f"{configuration.name}: the baseline diverged ({result.get('reason')}), so nothing "
+                "can be compared with it; lower training.learning_rate and use another log_dir"
             )
         return
-    training = one.run.training
-    expected = config.to_dict(one.allocation.model)
+    training = configuration.run.training
+    expected = config.to_dict(configuration.allocation.model)
     expected |= {key: getattr(training, key) for key in _TRAINED_WITH}
     if result["status"] == "finished":
         expected["steps"] = training.steps
@@ -348,13 +351,13 @@ def _check_same(
         expected["threads"] = threads
     for key, value in expected.items():
         if result.get(key, value) not in (None, value):
-            asks = one.path if key != "threads" else "every run of this study"
-            found = f"{key} {result[key]}, expected {value}"
+            source = configuration.path if key != "threads" else "every run of this study"
+            difference = f"{key} {result[key]}, expected {value}"
             if key == "training_digest":
-                found = "other training settings (see its config.yaml), expected those"
+                difference = "other training settings (see its config.yaml), expected those"
             raise ValueError(
-                f"{one.name}: found a run with {found} as {asks} asks; use another log_dir, or "
-                "delete that run (and its publication)"
+                f"{configuration.name}: found a run with {difference} as {source} asks; use "
+                "another log_dir, or delete that run (and its publication)"
             )
 
 

@@ -142,7 +142,7 @@ class Supervisor:
         return None
 
     def _all_ended(self) -> bool:
-        started = [c.process for c in self._children.values() if c.process is not None]
+        started = [child.process for child in self._children.values() if child.process is not None]
         return all(process.poll() is not None for process in started)
 
     def _begin(self, child: _Child) -> None:
@@ -162,13 +162,13 @@ class Supervisor:
             return code
         child.process = None
         child.idle = 0 if child.progress() != child.seen else child.idle + 1
-        told = f"exited {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+        text = f"exited {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
         if child.idle > MOST_IDLE_RERUNS:
-            say(name, f"{told} {child.idle} times without a step: given up")
+            say(name, f"{text} {child.idle} times without a step: given up")
             return code if code > 0 else 128 - code
         pause = min(LONGEST_PAUSE_S, self.pause_s * 2 ** max(0, child.idle - 1))
         if not self.stopped:
-            say(name, f"{told}: again in {pause:g} s")
+            say(name, f"{text}: again in {pause:g} s")
         child.not_before = time.monotonic() + pause
         return None
 

@@ -16,21 +16,21 @@ def mean_text(values: Sequence[float]) -> str:
     """Mean +- sd for people; a single value has no sd."""
     if not values:
         return "unknown"
-    found = repeats.mean_sd(values)
-    return f"{found.mean:.4f}" + ("" if found.sd is None else f" +- {found.sd:.4f}")
+    stats = repeats.mean_sd(values)
+    return f"{stats.mean:.4f}" + ("" if stats.sd is None else f" +- {stats.sd:.4f}")
 
 
-def sanity_decisions(plan: Plan, found: Metrics) -> None:
+def sanity_decisions(plan: Plan, result: Metrics) -> None:
     """What phase 0's checks found, and the learning rate that stays."""
-    failed = [name for name, fine in found["checks"].items() if not fine]
+    failed = [name for name, fine in result["checks"].items() if not fine]
     verdict = "passed" if not failed else f"failed: {', '.join(failed)}"
-    plan.decide("0", "sanity", sanity.losses_text(found), verdict, found["reason"])
-    rate, configured = found["suggested_learning_rate"], found["learning_rate"]
+    plan.decide("0", "sanity", sanity.losses_text(result), verdict, result["reason"])
+    rate, configured = result["suggested_learning_rate"], result["learning_rate"]
     near = rate is not None and 0.25 <= configured / rate <= 4
     plan.decide(
-        "0", "learning-rate range test", sanity.rates_text(found),
+        "0", "learning-rate range test", sanity.rates_text(result),
         f"keep {configured:g}" + ("" if near else ", which is far from the suggestion"),
-        found["learning_rate_rule"],
+        result["learning_rate_rule"],
     )  # fmt: skip
 
 
@@ -40,8 +40,8 @@ def noise_decision(
     """One configuration's seeds at the ranking budget."""
     plan.decide(
         "0", "seed noise",
-        [f"{name}: {len(found)} seeds, dev loss {mean_text(found)}"
-         for name, found in losses.items()],
+        [f"{name}: {len(values)} seeds, dev loss {mean_text(values)}"
+         for name, values in losses.items()],
         f"sd {'unknown' if noise is None else f'{noise.sd:.4f} nats'}",
         "seeds at the ranking budget; thin margins are measured against it.",
     )  # fmt: skip
@@ -51,15 +51,15 @@ def promoted(
     plan: Plan,
     noise: repeats.Noise | None,
     block: str,
-    some: Sequence[Configuration],
+    configurations: Sequence[Configuration],
     losses: Mapping[str, Sequence[float]],
 ) -> decisions.Promotion:
     """Who leads, by dev losses of each experiment's seeds; one without any was stopped."""
-    stopped = [name for name, found in losses.items() if not found]
+    stopped = [name for name, values in losses.items() if not values]
     promotion = decisions.promote(losses, noise)
     numbers = [f"{name} {loss:.4f}" for name, loss in promotion.ranking]
     numbers += [f"{name} stopped" for name in stopped]
-    slopes = [f"{one.run.experiment} {_slope(plan.curve(one))}" for one in some]
+    slopes = [f"{c.run.experiment} {_slope(plan.curve(c))}" for c in configurations]
     plan.decide(
         "1", f"lowest dev loss, block {block}", numbers, ", ".join(promotion.promoted),
         promotion.reason,
@@ -72,8 +72,8 @@ def promoted(
 
 
 def _slope(curve: kill_rule.Curve) -> str:
-    found = rankings.log_slope(curve)
-    return "unknown" if found is None else f"{found:+.3f}"
+    slope = rankings.log_slope(curve)
+    return "unknown" if slope is None else f"{slope:+.3f}"
 
 
 # ------------------------------------------------------------------------------ learning rates
@@ -83,7 +83,7 @@ def rate_decision(
     plan: Plan,
     noise: repeats.Noise | None,
     sweep: Sweep,
-    some: Sequence[Configuration],
+    configurations: Sequence[Configuration],
     stated: Mapping[str, float],
 ) -> tuple[decisions.Promotion, dict[str, str]]:
     """The order of the shares at each one's own best rate and at the shared one, with one seed on
@@ -96,22 +96,22 @@ def rate_decision(
     shared: dict[str, list[float]] = {}
     best: dict[str, str] = {}
     numbers = []
-    for name, at in stated.items():
-        alike = [one for one in some if one.run.experiment in sweep.named(name)]
-        tried = {one.run.training.learning_rate: one for one in alike}
-        losses = {rate: loss for rate, one in tried.items() for loss in plan.losses([one])}
-        told, there = "nothing finished", "not tried or not finished"
+    for name, shared_rate in stated.items():
+        runs = [c for c in configurations if c.run.experiment in sweep.named(name)]
+        tried = {c.run.training.learning_rate: c for c in runs}
+        losses = {rate: loss for rate, c in tried.items() for loss in plan.losses([c])}
+        own_text, shared_text = "nothing finished", "not tried or not finished"
         if losses:
             rate = min(losses, key=lambda rate: losses[rate])
             own[name], best[name] = [losses[rate]], tried[rate].run.experiment
-            told = f"{losses[rate]:.4f} at its best, {spelled(rate)}"
+            own_text = f"{losses[rate]:.4f} at its best, {spelled(rate)}"
             if rate == max(tried):
-                told += ", the highest tried: its best may lie above"
+                own_text += ", the highest tried: its best may lie above"
             elif rate == min(tried):
-                told += ", the lowest tried: its best may lie below"
-        if at in losses:
-            shared[name], there = [losses[at]], f"{losses[at]:.4f}"
-        numbers.append(f"{name}: {told}; {there} at the shared {spelled(at)}")
+                own_text += ", the lowest tried: its best may lie below"
+        if shared_rate in losses:
+            shared[name], shared_text = [losses[shared_rate]], f"{losses[shared_rate]:.4f}"
+        numbers.append(f"{name}: {own_text}; {shared_text} at the shared {spelled(shared_rate)}")
     at_best = decisions.promote(own, noise)
     at_shared = decisions.promote(shared, noise) if shared else None
     orders = [[n for n, _ in found.ranking] for found in (at_best, at_shared) if found is not None]
@@ -132,18 +132,16 @@ def rate_decision(
 # --------------------------------------------------------------------------------- kill rule
 
 
-def kill_decisions(plan: Plan, some: Sequence[Configuration]) -> None:
+def kill_decisions(plan: Plan, configurations: Sequence[Configuration]) -> None:
     """Both readings of the kill rule for every experiment, from the curves."""
-    curves = {one.run.experiment: plan.curve(one) for one in some}
-    for one in some:
-        stated, name = one.run.kill_rule, one.run.experiment
-        result = plan.result(one)
+    curves = {c.run.experiment: plan.curve(c) for c in configurations}
+    for configuration in configurations:
+        run, name = configuration.run, configuration.run.experiment
+        result = plan.result(configuration)
         if result is not None and result["status"] == "failed":
             plan.decide("1", "diverged", [name], "out", str(result.get("reason")))
-        elif stated is not None and not one.is_baseline:
-            rule = stated.in_run(one.run.training.tokens)
-            found = kill_rule.verdict(rule, curves[one.run.baseline], curves[name])
-            verdict = f"{found.kind}; to the PRD's letter {found.literal_kind}"
-            plan.decide(
-                "1", "kill rule", [f"{name} against {one.run.baseline}"], verdict, found.reason
-            )
+        elif run.kill_rule is not None and not configuration.is_baseline:
+            rule = run.kill_rule.in_run(run.training.tokens)
+            verdict = kill_rule.verdict(rule, curves[run.baseline], curves[name])
+            text = f"{verdict.kind}; to the PRD's letter {verdict.literal_kind}"
+            plan.decide("1", "kill rule", [f"{name} against {run.baseline}"], text, verdict.reason)

@@ -44,22 +44,22 @@ def load(
     published: str | None = None,
 ) -> Study:
     """A study file and its sweeps; what the command line states wins. Raises ValueError."""
-    asked = load_study(path)
-    moved = device not in (None, asked.device)
-    asked = dataclasses.replace(
-        asked,
-        tokens_per_s=None if moved else asked.tokens_per_s,  # the file's is of its own device
-        log_dir=log_dir or asked.log_dir,
-        device=device or asked.device,
-        published=published or asked.published,
+    settings = load_study(path)
+    moved = device not in (None, settings.device)
+    settings = dataclasses.replace(
+        settings,
+        tokens_per_s=None if moved else settings.tokens_per_s,  # the file's is of its own device
+        log_dir=log_dir or settings.log_dir,
+        device=device or settings.device,
+        published=published or settings.published,
     )
-    every = (*asked.overrides, *overrides)
+    all_overrides = (*settings.overrides, *overrides)
     sources = {
         block.name: Source(Path(block.config), read_yaml(Path(block.config), "an experiment file"))
-        for block in asked.blocks
+        for block in settings.blocks
         if block.config is not None
     }
-    study = Study(file=str(path), config=asked, overrides=every, sources=sources)
+    study = Study(file=str(path), config=settings, overrides=all_overrides, sources=sources)
     study.sweeps()  # refused here if one is not an experiment file
     return study
 
@@ -90,23 +90,23 @@ def run(
         engines.check_sky(remote)
     places = speed.places(study)
     reader = Reader(study, places.threads)
-    found = blocks.plan(study, reader.state())
+    plan = blocks.plan(study, reader.state())
     if engine != "local" and not dry_run:
         make_directory(log_dir)
         with locked(log_dir):
             reader.restore()
-            if (reason := _insane(found, log_dir)) is not None:
+            if (reason := _insane(plan, log_dir)) is not None:
                 raise ValueError(reason)
-            return _write_files(found, engine, remote)
-    rate = reader.rate(found.state)
-    print(costs.table(found, rate, reader.spent(found, rate), study.config.budget_usd))
+            return _write_files(plan, engine, remote)
+    rate = reader.rate(plan.state)
+    print(costs.table(plan, rate, reader.spent(plan, rate), study.config.budget_usd))
     print(f"runs: {places}")
-    following = [f"{job.name} ({job.stage})" for job in found.ready()[: places.jobs]]
+    following = [f"{job.name} ({job.stage})" for job in plan.ready()[: places.jobs]]
     print(f"next: {', '.join(following) or 'nothing'}")
     sys.stdout.flush()
     if dry_run:
         return OK
-    _need_corpus(found)
+    _need_corpus(plan)
     start = start or starter(places.jobs, places.threads)
     make_directory(log_dir)
     with locked(log_dir), Supervisor(start, places.jobs, pause_s) as supervisor:
@@ -115,9 +115,9 @@ def run(
         return _Runner(reader, rate, remote, supervisor).run()
 
 
-def _insane(found: Plan, log_dir: Path) -> str | None:
+def _insane(plan: Plan, log_dir: Path) -> str | None:
     """Why nothing may be trained, where a block's sanity checks have failed."""
-    for directory, checks in found.state.sanity.items():
+    for directory, checks in plan.state.sanity.items():
         if not checks["passed"]:
             return (
                 f"the sanity checks failed ({checks['reason']}): see {log_dir}/{directory}/"
@@ -126,11 +126,11 @@ def _insane(found: Plan, log_dir: Path) -> str | None:
     return None
 
 
-def _write_files(found: Plan, engine: str, remote: str | None) -> int:
+def _write_files(plan: Plan, engine: str, remote: str | None) -> int:
     """Files for another scheduler, of every run that may begin now; it runs, we plan again."""
-    study, jobs = found.study, found.ready()
+    study, jobs = plan.study, plan.ready()
     if not jobs:
-        print("complete" if found.complete else "nothing can begin")
+        print("complete" if plan.complete else "nothing can begin")
         return OK
     if jobs[0].alone:
         raise ValueError(
@@ -138,7 +138,7 @@ def _write_files(found: Plan, engine: str, remote: str | None) -> int:
             "without --engine, here"
         )
     for job in jobs:
-        _write_sweep(found, job)
+        _write_sweep(plan, job)
     runs = [(job, run_arguments(study, job, remote)) for job in jobs]
     name, directory = Path(study.file).stem, Path(LAUNCH)
     if engine == "slurm":
@@ -147,7 +147,7 @@ def _write_files(found: Plan, engine: str, remote: str | None) -> int:
             f"wrote {script}, {len(runs)} runs; submit it with: sbatch {shlex.quote(str(script))}"
         )
     else:
-        for path in engines.sky(study.config.sky, runs, name, directory, found.sweeps):
+        for path in engines.sky(study.config.sky, runs, name, directory, plan.sweeps):
             print(f"wrote {path}; start it with: sky jobs launch --yes --detach-run {path}")
     print("run the same command again when they have ended: it writes what comes next")
     return OK
@@ -169,17 +169,17 @@ class _Runner:
     def run(self) -> int:
         """Returns the study's exit code; the supervisor's context stops what still runs then."""
         while True:
-            found = blocks.plan(self.study, self.reader.state())
-            self.rate = self.reader.rate(found.state, self.rate)
-            spent = self.reader.spent(found, self.rate)
-            self._tell_progress(found, sum(spent.values()))
-            write_json(self.log_dir / "study.json", summary(found, spent))
-            if (reason := _insane(found, self.log_dir)) is not None:
+            plan = blocks.plan(self.study, self.reader.state())
+            self.rate = self.reader.rate(plan.state, self.rate)
+            spent = self.reader.spent(plan, self.rate)
+            self._tell_progress(plan, sum(spent.values()))
+            write_json(self.log_dir / "study.json", summary(plan, spent))
+            if (reason := _insane(plan, self.log_dir)) is not None:
                 print(reason, file=sys.stderr)
                 return OUR_FAULT
-            too_dear = self._start_ready(found, sum(spent.values()))
+            too_dear = self._start_ready(plan, sum(spent.values()))
             if not self.supervisor.names or self.supervisor.stopped:
-                return self._end(found, spent, too_dear)
+                return self._end(plan, spent, too_dear)
             if (ended := self.supervisor.first_ended()) is None:
                 return TRY_AGAIN
             name, code = ended
@@ -187,9 +187,9 @@ class _Runner:
                 say(name, f"failed: exit code {code}")
                 self.failed[name] = code
 
-    def _start_ready(self, found: Plan, spent: float) -> Job | None:
+    def _start_ready(self, plan: Plan, spent: float) -> Job | None:
         """Start what may begin; returns the first job that the budget does not allow."""
-        for job in found.ready(self.supervisor.names, self.failed):
+        for job in plan.ready(self.supervisor.names, self.failed):
             if not self.supervisor.has_room:
                 break
             # What runs counts with its whole estimate, and once more with what it has used.
@@ -197,7 +197,7 @@ class _Runner:
             promised = sum(costs.dollars(other, self.rate) for other in running)
             if spent + promised + costs.dollars(job, self.rate) > self.study.config.budget_usd:
                 return job
-            _write_sweep(found, job)
+            _write_sweep(plan, job)
             if job.name in self.begun:
                 raise RuntimeError(
                     f"{job.name}: its command ended with 0 and left no result that the study can "
@@ -209,33 +209,32 @@ class _Runner:
             self.supervisor.add(job.name, line, partial(progress_of, self.log_dir / job.name))
         return None
 
-    def _tell_progress(self, found: Plan, spent: float) -> None:
-        done = sum(not job.open for job in found.jobs)
+    def _tell_progress(self, plan: Plan, spent: float) -> None:
+        done = sum(not job.open for job in plan.jobs)
         if done != self.told:
             self.told = done
-            hours = sum(costs.seconds(job, self.rate) for job in found.jobs) / 3600
+            hours = sum(costs.seconds(job, self.rate) for job in plan.jobs) / 3600
             print(
-                f"--- {done} of {len(found.jobs)} steps done, {spent:.2f} USD spent, about "
+                f"--- {done} of {len(plan.jobs)} steps done, {spent:.2f} USD spent, about "
                 f"{hours:.2f} hours of runs to go",
                 flush=True,
             )
 
-    def _end(self, found: Plan, spent: Mapping[str, float], too_dear: Job | None) -> int:
+    def _end(self, plan: Plan, spent: Mapping[str, float], too_dear: Job | None) -> int:
         """Nothing runs and nothing can begin: why, and the exit code."""
         if self.supervisor.stopped or TRY_AGAIN in self.failed.values():
             return TRY_AGAIN
         if self.failed:
             return max(self.failed.values())
         if too_dear is not None:
-            asked = self.study.config
             raise ValueError(
                 f"stopped before {too_dear.name}: {sum(spent.values()):.2f} USD are spent and it "
                 f"would take about {costs.dollars(too_dear, self.rate):.2f}, but budget_usd in "
-                f"{self.study.file} is {asked.budget_usd:g}; raise it and run the same command "
-                "to go on"
+                f"{self.study.file} is {self.study.config.budget_usd:g}; raise it and run the same "
+                "command to go on"
             )
-        assert found.complete, "nothing runs, nothing can begin and something is open"
-        for decision in found.decisions:
+        assert plan.complete, "nothing runs, nothing can begin and something is open"
+        for decision in plan.decisions:
             print(f"{decision['phase']:>3} {decision['rule']}: {decision['verdict']}")
         print(f"complete; {sum(spent.values()):.2f} USD")
         return OK
@@ -243,42 +242,44 @@ class _Runner:
 
 def command(study: Study, job: Job, remote: str | None = None) -> list[str]:
     """The command line of one job: what an intern would type."""
-    asked = study.config
+    settings = study.config
     if job.kind == "tokens":
         script = str(REPOSITORY / "scripts" / "preprocess_lm.py")
-        return [sys.executable, script, "--input", str(asked.corpus), "--vocab_size",
+        return [sys.executable, script, "--input", str(settings.corpus), "--vocab_size",
                 str(job.run.model.vocab_size), "--output", str(Path(job.name).parent)]  # fmt: skip
     if job.kind == "latency":
         return [sys.executable, "-m", "src.evaluation.latency", *job.arguments, "--device",
-                asked.device, "--output", str(Path(asked.log_dir, job.name))]  # fmt: skip
+                settings.device, "--output", str(Path(settings.log_dir, job.name))]  # fmt: skip
     script = str(REPOSITORY / "run_experiment.py")
     return [sys.executable, script, *run_arguments(study, job, remote)]
 
 
 def run_arguments(study: Study, job: Job, remote: str | None = None) -> list[str]:
     """What run_experiment.py is given for a run or a check."""
-    asked, one = study.config, job.configuration
-    line = ["--config", str(one.path), "--exp", one.run.experiment, "--phase"]
-    line += ["sanity"] if job.kind == "sanity" else [one.run.phase, "--seed", str(one.run.seed)]
-    line += ["--log_dir", str(Path(asked.log_dir, one.folder)), "--device", asked.device]
-    line += [w for override in (*study.overrides, *one.overrides) for w in ("--set", override)]
+    settings, run, configuration = study.config, job.run, job.configuration
+    line = ["--config", str(configuration.path), "--exp", run.experiment, "--phase"]
+    line += ["sanity"] if job.kind == "sanity" else [run.phase, "--seed", str(run.seed)]
+    line += ["--log_dir", str(Path(settings.log_dir, configuration.folder))]
+    line += ["--device", settings.device]
+    for override in (*study.overrides, *configuration.overrides):
+        line += ["--set", override]
     return line if remote is None else [*line, "--remote", remote]
 
 
-def _write_sweep(found: Plan, job: Job) -> None:
+def _write_sweep(plan: Plan, job: Job) -> None:
     """The job's sweep file, where the study has made it."""
     path = job.configuration.path
-    if path in found.sweeps:
+    if path in plan.sweeps:
         make_directory(path.parent)
-        text = yaml.safe_dump(json.loads(json.dumps(found.sweeps[path])), sort_keys=False)
+        text = yaml.safe_dump(json.loads(json.dumps(plan.sweeps[path])), sort_keys=False)
         write_atomic(path, f"# Made by the study; do not edit.\n{text}".encode())
 
 
-def _need_corpus(found: Plan) -> None:
-    missing = [job.name for job in found.jobs if job.kind == "tokens"]
-    if missing and found.study.config.corpus is None:
+def _need_corpus(plan: Plan) -> None:
+    missing = [job.name for job in plan.jobs if job.kind == "tokens"]
+    if missing and plan.study.config.corpus is None:
         raise ValueError(
-            f"{found.study.file}: corpus: found null, expected the corpus directory from which the "
+            f"{plan.study.file}: corpus: found null, expected the corpus directory from which the "
             f"missing tokens {', '.join(missing)} can be made (or make them with "
             "scripts/preprocess_lm.py)"
         )
@@ -287,25 +288,24 @@ def _need_corpus(found: Plan) -> None:
 # --------------------------------------------------------------------------------------- study.json
 
 
-def summary(found: Plan, spent: Mapping[str, float]) -> dict[str, Any]:
+def summary(plan: Plan, spent: Mapping[str, float]) -> dict[str, Any]:
     """study.json: decisions, aliases, runs and costs. No clocks, no paths of this machine."""
-    asked, total = found.study.config, sum(spent.values())
-    runbook = runbook_spent(found.state)
+    settings, total = plan.study.config, sum(spent.values())
+    runbook = runbook_spent(plan.state)
     stages = "; ".join(f"{stage}: {usd:.4f} USD" for stage, usd in spent.items())
     return {
         "schema": SCHEMA,
-        "study": Path(found.study.file).name,
-        "complete": found.complete,
-        "winner": found.winner,
+        "study": Path(plan.study.file).name,
+        "complete": plan.complete,
+        "winner": plan.winner,
         "decisions": [
-            *found.decisions,
-            _cost_decision("study", total, asked.budget_usd, stages),
-            _cost_decision(
-                "whole runbook", runbook, asked.runbook_budget_usd, "every run of the log directory"
-            ),
+            *plan.decisions,
+            _cost_decision("study", total, settings.budget_usd, stages),
+            _cost_decision("whole runbook", runbook, settings.runbook_budget_usd,
+                           "every run of the log directory"),
         ],
-        "sweeps": sorted({job.configuration.path.name for job in found.jobs}),
-        "aliases": [_alias(job.configuration, job.alias_of) for job in found.jobs if job.alias_of],
+        "sweeps": sorted({job.configuration.path.name for job in plan.jobs}),
+        "aliases": [_alias(job.configuration, job.alias_of) for job in plan.jobs if job.alias_of],
         "runs": [
             {
                 "stage": job.stage,
@@ -315,28 +315,28 @@ def summary(found: Plan, spent: Mapping[str, float]) -> dict[str, Any]:
                 "state": "alias" if job.alias_of else "done" if job.done
                 else "assumed" if job.assumed else "to do",
             }
-            for job in found.jobs
+            for job in plan.jobs
             if job.kind != "tokens"
         ],
         "costs": {
             "stages_usd": dict(spent),
             "total_usd": total,
-            "budget_usd": asked.budget_usd,
+            "budget_usd": settings.budget_usd,
             "runbook_usd": runbook,
-            "runbook_budget_usd": asked.runbook_budget_usd,
+            "runbook_budget_usd": settings.runbook_budget_usd,
         },
     }  # fmt: skip
 
 
-def _alias(one: Configuration, original: str) -> dict[str, Any]:
+def _alias(configuration: Configuration, original: str) -> dict[str, Any]:
     """The keys of metrics.json by which it differs from the run that stands for it."""
-    run = one.run
+    run = configuration.run
     return {
-        "run": one.name,
+        "run": configuration.name,
         "alias_of": original,
         "experiment": run.experiment,
-        "sweep": one.path.name,
-        "baseline": one.is_baseline,
+        "sweep": configuration.path.name,
+        "baseline": configuration.is_baseline,
         "baseline_name": run.baseline,
         EMBEDDING_RATIO.asked: run.model.embedding_ratio,
         GLU_EXPANSION.asked: run.model.glu_expansion,

@@ -23,76 +23,77 @@ from src.storage.run_dir import locked, write_json
 def check_all(contexts: Sequence[RunContext]) -> int:
     """The checks of every experiment, printed; the exit code. Raises as `check` does."""
     passed = True
-    for one in contexts:
-        found = check(one)
-        print(report(found), flush=True)
-        passed &= found["passed"]
+    for context in contexts:
+        result = check(context)
+        print(report(result), flush=True)
+        passed &= result["passed"]
     return OK if passed else OUR_FAULT
 
 
-def check(asked: RunContext) -> dict[str, Any]:
+def check(context: RunContext) -> dict[str, Any]:
     """All checks of one experiment; returns (and writes) sanity.json's content.
 
     A finished check is read back, not repeated. Raises Held where another process is at it,
     Preempted after a signal, ValueError for finished checks of another configuration.
     """
-    training, model = asked.run.training, asked.allocation.model
-    directory = asked.log_dir / f"{asked.run.experiment}-sanity"
+    training, model = context.run.training, context.allocation.model
+    directory = context.log_dir / f"{context.run.experiment}-sanity"
     directory.mkdir(parents=True, exist_ok=True)
     done = directory / "sanity.json"
     digest = config.digest({"model": config.to_dict(model), "training": config.to_dict(training)})
     with locked(directory):
         if done.is_file():
-            found = read_json(done)
-            if found.get("config_digest", digest) != digest:
+            result = read_json(done)
+            if result.get("config_digest", digest) != digest:
                 raise ValueError(
                     f"{done}: found the checks of another model or training configuration, "
                     f"expected those of this one; use another log_dir, or delete {directory}"
                 )
-            return found
+            return result
         from src.compute import compute_config
         from src.study import sanity_training
 
         machine = compute_config.choose(
-            training, model, asked.log_dir, asked.device, directory.name
+            training, model, context.log_dir, context.device, directory.name
         )
-        found = {"experiment": asked.run.experiment, "config_digest": digest}
-        found |= sanity_training.measure(asked, machine, directory, digest)
-        price = costs.price_per_hour(found["device"], found["device_name"])
-        found["cost_usd"] = None if price is None else found["wall_seconds"] / 3600 * price
-        write_json(done, found)
+        result = {"experiment": context.run.experiment, "config_digest": digest}
+        result |= sanity_training.measure(context, machine, directory, digest)
+        price = costs.price_per_hour(result["device"], result["device_name"])
+        result["cost_usd"] = None if price is None else result["wall_seconds"] / 3600 * price
+        write_json(done, result)
         shutil.rmtree(directory / "ramp", ignore_errors=True)
-        return found
+        return result
 
 
-def losses_text(found: Mapping[str, Any]) -> list[str]:
+def losses_text(result: Mapping[str, Any]) -> list[str]:
     """The losses of an untrained model and of a memorised batch, for people."""
-    memorised = found["overfit_loss"]
+    memorised = result["overfit_loss"]
     last = "not a number" if memorised is None else f"{memorised:.3f}"
     return [
-        f"initial loss {found['initial_loss']:.3f} (ln V {found['ln_vocab']:.3f})",
-        f"{found['overfit_tokens']} tokens to loss {last} in {found['overfit_steps']} steps",
+        f"initial loss {result['initial_loss']:.3f} (ln V {result['ln_vocab']:.3f})",
+        f"{result['overfit_tokens']} tokens to loss {last} in {result['overfit_steps']} steps",
     ]
 
 
-def rates_text(found: Mapping[str, Any]) -> list[str]:
+def rates_text(result: Mapping[str, Any]) -> list[str]:
     """The suggested learning rate and the configured one, for people."""
-    rate = found["suggested_learning_rate"]
+    rate = result["suggested_learning_rate"]
     suggested = "none" if rate is None else f"{rate:.2g}"
-    return [f"suggested {suggested}", f"configured {found['learning_rate']:g}"]
+    return [f"suggested {suggested}", f"configured {result['learning_rate']:g}"]
 
 
-def report(found: Mapping[str, Any]) -> str:
+def report(result: Mapping[str, Any]) -> str:
     """The findings for people, parameters by block among them."""
-    total, share = found[TOTAL_PARAMS.built], found[EMBEDDING_RATIO.built]
+    total, share = result[TOTAL_PARAMS.built], result[EMBEDDING_RATIO.built]
     return "\n".join(
         [
-            *(f"{found['experiment']}: {'ok  ' if fine else 'FAIL'} {name}"
-              for name, fine in found["checks"].items()),
+            *(f"{result['experiment']}: {'ok  ' if fine else 'FAIL'} {name}"
+              for name, fine in result["checks"].items()),
             *(f"  {block:<11} {count:>12,} {count / total:>8.2%}"
-              for block, count in found["params"].items()),
+              for block, count in result["params"].items()),
             f"  {'total':<11} {total:>12,}, {EMBEDDING_RATIO.built} {share:.4f}",
-            f"  loss: {'; '.join(losses_text(found))}",
-            f"  learning rate: {', '.join(rates_text(found))}; rule: {found['learning_rate_rule']}",
+            f"  loss: {'; '.join(losses_text(result))}",
+            f"  learning rate: {', '.join(rates_text(result))}; "
+            f"rule: {result['learning_rate_rule']}",
         ]
     )  # fmt: skip

@@ -150,8 +150,8 @@ def resumable(
     from `directory`, where losses and state are saved every `checkpoint_minutes` and on a signal
     (then it raises Preempted)."""
     losses: list[float] = []
-    if found := checkpoint.load_latest(directory, digests=digests):
-        state, _ = found
+    if latest := checkpoint.load_latest(directory, digests=digests):
+        state, _ = latest
         stepper.load_state(state)
         losses += state["losses"]
     saved = time.perf_counter()
@@ -173,23 +173,23 @@ def resumable(
 
 
 def measure(
-    asked: RunContext, machine: Machine, directory: Path, config_digest: str
+    context: RunContext, machine: Machine, directory: Path, config_digest: str
 ) -> dict[str, Any]:
     """All checks of one experiment, as sanity.json has them; the ramp's files are left in
     `directory`. Raises Preempted after a signal, with the ramp's state saved."""
-    run, training, allocation = asked.run, asked.run.training, asked.allocation
-    windows, begun = training_windows(asked.data, training), time.perf_counter()
+    run, training, allocation = context.run, context.run.training, context.allocation
+    windows, begun = training_windows(context.data, training), time.perf_counter()
     first = torch.from_numpy(windows.batch(0))
     sequences = min(len(first), math.ceil(OVERFIT_TOKENS / training.seq_len))
     stepper = fresh_stepper(run, allocation, machine)
-    at_first, params = initial_loss(stepper, first), blocks(stepper.model)
+    first_loss, params = initial_loss(stepper, first), blocks(stepper.model)
     loss, steps = overfit(stepper, first[:sequences], directory.name)
 
     memorised, stepper = time.perf_counter(), fresh_stepper(run, allocation, machine)
     digests = {
         "config": config_digest,
-        "tokenizer": asked.data.tokenizer_sha256,
-        "data": asked.data.sha256,
+        "tokenizer": context.data.tokenizer_sha256,
+        "data": context.data.sha256,
     }
     with Preemption() as stop:
         step = resumable(stepper, windows, directory / "ramp", digests, stop)
@@ -202,14 +202,14 @@ def measure(
     draw(rows, suggested, training.learning_rate, directory / "learning_rates.png")
     ln_vocab = math.log(run.model.vocab_size)
     checks = {
-        "initial loss near ln V": abs(at_first - ln_vocab) <= INITIAL_TOLERANCE,
+        "initial loss near ln V": abs(first_loss - ln_vocab) <= INITIAL_TOLERANCE,
         "overfits": loss < OVERFIT_LOSS,  # NaN is not
         "parameters as planned": params == config.to_dict(allocation.params),
     }
     return {
         "checks": checks,
         "passed": all(checks.values()),
-        "initial_loss": at_first,
+        "initial_loss": first_loss,
         "ln_vocab": ln_vocab,
         "overfit_loss": loss if math.isfinite(loss) else None,
         "overfit_steps": steps,

@@ -6,7 +6,6 @@ once, kept by the runs in the log directory's choices.json, and checked by the p
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pickle
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +41,29 @@ class Places:
         return f"{self.jobs} at a time, threads of each: {self.threads} ({self.source})"
 
 
-def settle(asked: int | str, cores: int, gpus: int, known: tuple[int, str] | None) -> Places:
+def settle(asked: int | str, cores: int, gpus: int, settled: tuple[int, str] | None) -> Places:
     """The places of `jobs: <asked>`. known: threads that are settled already, and by what.
 
     auto is a run a GPU, or on a CPU a run a core: two runs of one thread each make about twice
     the tokens/s of one run with two threads (results/LOG.md).
     """
     if asked == "auto":
-        most = MOST_CPU_JOBS if known is None else cores
-        jobs = gpus or max(1, min(most, cores // (known[0] if known else 1)))
+        most = MOST_CPU_JOBS if settled is None else cores
+        jobs = gpus or max(1, min(most, cores // (settled[0] if settled else 1)))
         source = "a run a GPU" if gpus else f"{cores} cores"
     else:
         jobs, source = int(asked), "jobs of the study file"
-    threads, why = known or (max(1, cores // jobs), f"{cores} cores in equal parts")
+    threads, threads_source = settled or (max(1, cores // jobs), f"{cores} cores in equal parts")
     if not gpus and jobs * threads > cores:
-        why += f"; more than the {cores} cores, so that runs wait for each other"
-    return Places(jobs=jobs, threads=threads, source=f"{source}; {why}")
+        threads_source += f"; more than the {cores} cores, so that runs wait for each other"
+    return Places(jobs=jobs, threads=threads, source=f"{source}; {threads_source}")
 
 
 def places(study: Study) -> Places:
     """What this machine has room for."""
-    asked = study.config
-    gpus = 0 if asked.device == "cpu" else 1 if ":" in asked.device else cores.visible_gpus()
-    return settle(asked.jobs, cores.available_cores(), gpus, known_threads(study))
+    settings = study.config
+    gpus = 0 if settings.device == "cpu" else 1 if ":" in settings.device else cores.visible_gpus()
+    return settle(settings.jobs, cores.available_cores(), gpus, known_threads(study))
 
 
 def known_threads(study: Study) -> tuple[int, str] | None:
@@ -76,9 +75,9 @@ def known_threads(study: Study) -> tuple[int, str] | None:
     for chosen in choices.stored(Path(study.config.log_dir)).values():
         if "threads" in chosen:
             return int(chosen["threads"]), "choices.json of the log directory"
-    wished = os.environ.get("OMP_NUM_THREADS", "")
-    if wished.isdecimal() and int(wished) > 0:
-        return int(wished), "OMP_NUM_THREADS"
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    if requested.isdecimal() and int(requested) > 0:
+        return int(requested), "OMP_NUM_THREADS"
     return None
 
 
@@ -90,41 +89,41 @@ def probe(study: Study, threads: int | None) -> dict[str, Any]:
     random tokens in a process of its own, because the study never loads torch; leaves no choice
     behind. Raises ValueError with the child's last words where the device cannot do it.
     """
-    one = study.baseline()
-    training = one.run.training
-    training = dataclasses.replace(training, threads=threads or training.threads)
-    one = dataclasses.replace(one, run=dataclasses.replace(one.run, training=training))
+    configuration = study.baseline()
+    run, training = configuration.run, configuration.run.training
+    training = replace(training, threads=threads or training.threads)
+    configuration = replace(configuration, run=replace(run, training=training))
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             bound([sys.executable, "-m", "src.study.speed"]), capture_output=True,
-            input=pickle.dumps((one, study.config.device, Path(folder))),
+            input=pickle.dumps((configuration, study.config.device, Path(folder))),
             env=cores.shared(1, threads), cwd=REPOSITORY,
         )  # fmt: skip
     if done.returncode:
-        told = done.stderr.decode().strip().splitlines() or [f"exit code {done.returncode}"]
+        lines = done.stderr.decode().strip().splitlines() or [f"exit code {done.returncode}"]
         raise ValueError(
-            f"{study.file}: device {study.config.device}: the speed probe failed: {told[-1]}"
+            f"{study.file}: device {study.config.device}: the speed probe failed: {lines[-1]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure(one: Configuration, device: str, log_dir: Path) -> dict[str, Any]:
+def _measure(configuration: Configuration, device: str, log_dir: Path) -> dict[str, Any]:
     import torch
 
     from src.compute import compute_config, runtime
     from src.study.sanity_training import fresh_stepper, train_once
     from src.training_step import compile_blocks
 
-    training, model = one.run.training, one.allocation.model
-    chosen = compute_config.choose(training, model, log_dir, device)
-    stepper = fresh_stepper(one.run, one.allocation, chosen)
-    compile_blocks(stepper.model, chosen)
-    sequences = max(chosen.micro_batch, min(training.batch_size, STEP_TOKENS // training.seq_len))
+    training, model = configuration.run.training, configuration.allocation.model
+    machine = compute_config.choose(training, model, log_dir, device)
+    stepper = fresh_stepper(configuration.run, configuration.allocation, machine)
+    compile_blocks(stepper.model, machine)
+    sequences = max(machine.micro_batch, min(training.batch_size, STEP_TOKENS // training.seq_len))
     generator = torch.Generator().manual_seed(0)
     shape = (sequences, training.seq_len + 1)
     batch = torch.randint(model.vocab_size, shape, generator=generator)
     seconds = []
-    with Progress(f"{one.run.experiment}: speed", STEPS + 1, "steps") as progress:
+    with Progress(f"{configuration.run.experiment}: speed", STEPS + 1, "steps") as progress:
         for _ in range(STEPS + 1):  # the first one compiles what is compiled
             begun = time.perf_counter()
             train_once(stepper, batch, 1e-4)  # returns a float, so the device has finished
@@ -132,8 +131,8 @@ def _measure(one: Configuration, device: str, log_dir: Path) -> dict[str, Any]:
             progress.advance()
     return {
         "tokens_per_s": sequences * training.seq_len / statistics.median(seconds[1:]),
-        "device": chosen.device.type,
-        "device_name": runtime.device_name(chosen.device),
+        "device": machine.device.type,
+        "device_name": runtime.device_name(machine.device),
     }
 
 

@@ -40,14 +40,14 @@ class Reader:
 
     def state(self) -> State:
         """The log directory now."""
-        found = {
+        files = {
             name: path
             for path, name in self._files("*/metrics.json", published="runs")
             if path.parent == self.log_dir / name or not _begun(self.log_dir / name)
         }
-        metrics = {name: read_json(path) for name, path in found.items()}
+        metrics = {name: read_json(path) for name, path in files.items()}
         # What was tuned, or is not a run of ours, costs money and judges nothing.
-        runs = {name: one for name, one in metrics.items() if one.get("phase") in config.PHASES}
+        runs = {name: m for name, m in metrics.items() if m.get("phase") in config.PHASES}
         failed = {
             name: {"status": "failed", "reason": read_json(path).get("message")}
             for path, name in self._files("*/failure.json")
@@ -55,8 +55,8 @@ class Reader:
         }
         return State(
             results={**failed, **runs},
-            beside={name: one for name, one in metrics.items() if name not in runs},
-            curves={name: _curve(found[name].parent, one) for name, one in runs.items()},
+            beside={name: m for name, m in metrics.items() if name not in runs},
+            curves={name: _curve(files[name].parent, m) for name, m in runs.items()},
             documents=self.documents,
             train_tokens=self._train_tokens(),
             sanity={name: read_json(path)
@@ -70,12 +70,12 @@ class Reader:
         """Files and the names of their directories below the log directory, whose own come first,
         or below `published` of the publication."""
         roots = [self.log_dir] + ([] if self.published is None else [self.published / published])
-        found: dict[Path, Path] = {}
+        files: dict[Path, Path] = {}
         for root in roots:
             for folder in self._folders:
                 for path in sorted((root / folder).glob(pattern)):
-                    found.setdefault(path.relative_to(root), path)
-        return [(path, place.parent.as_posix()) for place, path in found.items()]
+                    files.setdefault(path.relative_to(root), path)
+        return [(path, relative.parent.as_posix()) for relative, path in files.items()]
 
     def restore(self) -> list[str]:
         """Put published runs into the log directory where they were not begun; their names."""
@@ -104,11 +104,11 @@ class Reader:
         return documents.read(run, split)
 
     def _train_tokens(self) -> dict[int, int]:
-        found = {}
+        tokens = {}
         for path in sorted(Path(self.baseline.run.data.dir).glob("v*/meta.json")):
             meta = read_json(path)
-            found[int(meta["vocab_size"])] = int(meta["splits"]["train"]["tokens"])
-        return found
+            tokens[int(meta["vocab_size"])] = int(meta["splits"]["train"]["tokens"])
+        return tokens
 
     # ---------------------------------------------------------------------------- time and money
 
@@ -128,25 +128,25 @@ class Reader:
 
     def _probed(self) -> Rate:
         """The stated speed, or a probe's; a probe also says which device is to be paid for."""
-        asked = self.study.config
-        found: dict[str, Any] = {"device": "cpu", "device_name": "the CPU"}
-        if asked.tokens_per_s is None or asked.device != "cpu":
-            found = speed.probe(self.study, self.threads)
-        tokens_per_s = asked.tokens_per_s or found["tokens_per_s"]
+        settings = self.study.config
+        probed: dict[str, Any] = {"device": "cpu", "device_name": "the CPU"}
+        if settings.tokens_per_s is None or settings.device != "cpu":
+            probed = speed.probe(self.study, self.threads)
+        tokens_per_s = settings.tokens_per_s or probed["tokens_per_s"]
         return Rate(
             flops_per_s=tokens_per_s * self.baseline.flops_per_token,
             overhead_s=0.0,
-            usd_per_hour=costs.price_per_hour(found["device"], found["device_name"]),
-            source=f"{'probed' if asked.tokens_per_s is None else 'stated'} {tokens_per_s:,.0f} "
-            f"tokens/s of {self.baseline.run.experiment} on {found['device_name']}, evaluation "
+            usd_per_hour=costs.price_per_hour(probed["device"], probed["device_name"]),
+            source=f"{'probed' if settings.tokens_per_s is None else 'stated'} {tokens_per_s:,.0f} "
+            f"tokens/s of {self.baseline.run.experiment} on {probed['device_name']}, evaluation "
             "not counted",
         )
 
-    def spent(self, found: Plan, rate: Rate) -> dict[str, float]:
+    def spent(self, plan: Plan, rate: Rate) -> dict[str, float]:
         """Dollars by stage: finished runs, the checks, and what unfinished runs have used."""
         totals: dict[str, float] = {}
-        for job in found.jobs:
-            cost = 0.0 if job.alias_of else self._cost(job, found.state, rate)
+        for job in plan.jobs:
+            cost = 0.0 if job.alias_of else self._cost(job, plan.state, rate)
             totals[job.stage] = totals.get(job.stage, 0.0) + cost
         return totals
 
@@ -164,8 +164,8 @@ class Reader:
 
 def runbook_spent(state: State) -> float:
     """Dollars of everything in the log directory, tuning and runs by hand included."""
-    every = (*state.results.values(), *state.beside.values(), *state.sanity.values())
-    return sum(float(found.get("cost_usd") or 0.0) for found in every)
+    results = (*state.results.values(), *state.beside.values(), *state.sanity.values())
+    return sum(float(result.get("cost_usd") or 0.0) for result in results)
 
 
 def diverged(path: Path) -> bool:

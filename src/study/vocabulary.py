@@ -18,33 +18,33 @@ def byte_budgets(
     state: State, reference: Configuration, variants: Sequence[Variant]
 ) -> dict[int, int]:
     """Ranking tokens of each other vocabulary that hold as many bytes as the study's own."""
-    own, known = reference.run.model.vocab_size, state.train_tokens
-    ours = known.get(own)
+    own_vocabulary, train_tokens = reference.run.model.vocab_size, state.train_tokens
+    own_tokens = train_tokens.get(own_vocabulary)
     return {
-        vocab: round(reference.run.training.tokens * known[vocab] / ours)
+        vocab: round(reference.run.training.tokens * train_tokens[vocab] / own_tokens)
         for vocab, _ in variants
-        if vocab != own and ours and known.get(vocab)
+        if vocab != own_vocabulary and own_tokens and train_tokens.get(vocab)
     }
 
 
 def shift_decisions(
     plan: Plan,
-    some: Sequence[Configuration],
+    configurations: Sequence[Configuration],
     baseline: Sequence[Configuration],
     seeds: int,
 ) -> None:
     """The best share of each variant, and whether it moves. baseline: seeds of the study's own
     baseline, whose spread is the noise."""
     noise = repeats.pooled_noise({"": plan.losses(baseline, "dev_bits_per_byte")})
-    bits = _bits_per_byte(plan, some)
-    layers = {one.run.experiment: one.allocation.model.n_layers for one in some}
-    found: dict[str, Bits] = {}
-    for label in dict.fromkeys(map(_label, some)):
-        alike = plan.different([one for one in some if _label(one) == label])
-        names = dict.fromkeys(one.run.experiment for one in alike)
+    bits = _bits_per_byte(plan, configurations)
+    layers = {c.run.experiment: c.allocation.model.n_layers for c in configurations}
+    by_variant: dict[str, Bits] = {}
+    for label in dict.fromkeys(map(_label, configurations)):
+        same_variant = plan.different([c for c in configurations if _label(c) == label])
+        names = dict.fromkeys(c.run.experiment for c in same_variant)
         measured = {name: bits[name] for name in names if name in bits}
         # by the experiment of the share sweep that it was made from
-        found[label] = {name.rpartition("-v")[0]: values for name, values in measured.items()}
+        by_variant[label] = {name.rpartition("-v")[0]: values for name, values in measured.items()}
         if not measured:
             plan.decide("1b", f"best share, {label}", [], "none", "no configuration has a result.")
             continue
@@ -59,36 +59,38 @@ def shift_decisions(
             for name, value in promotion.ranking
         ]
         plan.decide("1b", f"best share, {label}", numbers, verdict, promotion.reason)
-    _shift_decision(plan, found, _label(baseline[0]), noise, seeds)
+    _shift_decision(plan, by_variant, _label(baseline[0]), noise, seeds)
 
 
-def _label(one: Configuration) -> str:
-    model = one.run.model
+def _label(configuration: Configuration) -> str:
+    model = configuration.run.model
     return f"{model.vocab_size} {'tied' if model.tie_embeddings else 'untied'}"
 
 
 def _shift_decision(
-    plan: Plan, found: Mapping[str, Bits], own: str, noise: repeats.Noise | None, seeds: int
+    plan: Plan, by_variant: Mapping[str, Bits], own: str, noise: repeats.Noise | None, seeds: int
 ) -> None:
     """Each vocabulary and head against the study's own: a shift, none, or not decided."""
-    reference = own if own in found else next(iter(found))
+    reference = own if own in by_variant else next(iter(by_variant))
     shifts = {
-        other: shift(found[reference], found[other], noise) for other in found if other != reference
+        other: shift(by_variant[reference], bits, noise)
+        for other, bits in by_variant.items()
+        if other != reference
     }
-    verdicts = [verdict for verdict, _ in shifts.values()]
+    verdicts = [shifted for shifted, _ in shifts.values()]
 
-    def said(verdict: str) -> str:
-        return ", ".join(name for name, found in shifts.items() if found[0] == verdict)
+    def variants_with(wanted: str) -> str:
+        return ", ".join(name for name, (shifted, _) in shifts.items() if shifted == wanted)
 
-    decided = "no shift" if "no shift" in verdicts else "not decided"
+    verdict = "no shift" if "no shift" in verdicts else "not decided"
     if "shift" in verdicts:
-        decided = f"shift at {said('shift')}"
-    if "not decided" in verdicts and decided != "not decided":
-        decided += f"; not decided for {said('not decided')}"
+        verdict = f"shift at {variants_with('shift')}"
+    if "not decided" in verdicts and verdict != "not decided":
+        verdict += f"; not decided for {variants_with('not decided')}"
     plan.decide(
         "1b", "shift of the best share",
-        [f"{other} against {reference}: {', '.join(found)}" for other, found in shifts.items()],
-        decided,
+        [f"{other} against {reference}: {', '.join(pair)}" for other, pair in shifts.items()],
+        verdict,
         "lowest dev bits per byte over the shares that both have, on equal documents and equal "
         "training bytes; claimed only where both have two shares in common and each a leader "
         f"beyond the seed noise; {'one seed' if seeds == 1 else f'{seeds} seeds'} a configuration.",
@@ -117,16 +119,16 @@ def shift(ours: Bits, theirs: Bits, noise: repeats.Noise | None) -> tuple[str, s
     return "shift", f"{leaders[1]} leads instead of {leaders[0]}"
 
 
-def _bits_per_byte(plan: Plan, some: Sequence[Configuration]) -> dict[str, list[float]]:
+def _bits_per_byte(plan: Plan, configurations: Sequence[Configuration]) -> dict[str, list[float]]:
     """Dev bits per byte of each experiment's finished seeds, over the documents that all of them
     scored where they kept them."""
-    done = plan.finished(some)
-    kept = [plan.documents(one, "validation") for one in done]
-    count = min((0 if found is None else len(found.nats) for found in kept), default=0)
+    finished = plan.finished(configurations)
+    documents = [plan.documents(c, "validation") for c in finished]
+    count = min((0 if losses is None else len(losses.nats) for losses in documents), default=0)
     bits: dict[str, list[float]] = {}
-    for one, found in zip(done, kept, strict=True):
-        value = float((plan.result(one) or {})["dev_bits_per_byte"])
-        if found is not None and count:
-            value = float(np.sum(found.nats[:count]) / math.log(2) / np.sum(found.bytes[:count]))
-        bits.setdefault(one.run.experiment, []).append(value)
+    for configuration, losses in zip(finished, documents, strict=True):
+        value = float((plan.result(configuration) or {})["dev_bits_per_byte"])
+        if losses is not None and count:
+            value = float(np.sum(losses.nats[:count]) / math.log(2) / np.sum(losses.bytes[:count]))
+        bits.setdefault(configuration.run.experiment, []).append(value)
     return bits
