@@ -1,4 +1,4 @@
-"""The PRD's experiment files, and requests for shapes with what holds for every answer."""
+"""The PRD's experiment files, and requests for shapes with what holds for every allocation."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def request(**values: object) -> ModelRequest:
     return ModelRequest(**{"embedding_ratio": 0.35, **values})  # type: ignore[arg-type]
 
 
-def one(asked: ModelRequest) -> Allocation:
-    return allocate({"x": asked})["x"]
+def one(request: ModelRequest) -> Allocation:
+    return allocate({"x": request})["x"]
 
 
 def shipped(name: str) -> Sweep:
@@ -68,9 +68,9 @@ def shapes_of(sweep: Sweep) -> dict[str, Allocation]:
     return allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline)
 
 
-def integers(found: Allocation) -> tuple[int, int, str, int]:
-    m = found.model
-    return m.d_model, m.n_layers, f"{m.n_heads}x{m.head_dim}", m.d_ff
+def integers(allocation: Allocation) -> tuple[int, int, str, int]:
+    model = allocation.model
+    return model.d_model, model.n_layers, f"{model.n_heads}x{model.head_dim}", model.d_ff
 
 
 def built_params(config: ModelConfig) -> int:
@@ -79,26 +79,26 @@ def built_params(config: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assert_sound(answer: Allocation) -> None:
-    """What holds for every answer, whatever was asked."""
-    asked, model = answer.request, answer.model
-    assert abs(answer.params.total / asked.total_params - 1) <= WIDE.total
-    if asked.embedding_ratio is not None:
-        assert abs(answer.params.share - asked.embedding_ratio) <= WIDE.share
-    glu = 0.20 if asked.d_model and asked.n_heads else WIDE.glu
-    assert abs(model.d_ff / model.d_model / asked.glu_expansion - 1) <= glu
+def assert_sound(allocation: Allocation) -> None:
+    """What holds for every allocation, whatever was asked."""
+    request, model = allocation.request, allocation.model
+    assert abs(allocation.params.total / request.total_params - 1) <= WIDE.total
+    if request.embedding_ratio is not None:
+        assert abs(allocation.params.share - request.embedding_ratio) <= WIDE.share
+    glu = 0.20 if request.d_model and request.n_heads else WIDE.glu
+    assert abs(model.d_ff / model.d_model / request.glu_expansion - 1) <= glu
     assert model.d_model % 8 == 0 and model.d_ff % 8 == 0 and model.n_layers >= 1
-    assert model.n_layers <= 128 and model.n_heads >= (1 if asked.n_heads else 2)
-    if asked.head_dim is None:
-        assert model.head_dim in ((16, 32, 64) if asked.total_params < 3_000_000 else (32, 64))
+    assert model.n_layers <= 128 and model.n_heads >= (1 if request.n_heads else 2)
+    if request.head_dim is None:
+        assert model.head_dim in ((16, 32, 64) if request.total_params < 3_000_000 else (32, 64))
     width = model.n_heads * model.head_dim
-    if asked.allocate == "attention":
+    if request.allocate == "attention":
         assert model.n_heads >= 4
-    elif asked.n_heads is None or asked.head_dim is None:
+    elif request.n_heads is None or request.head_dim is None:
         assert abs(width / model.d_model - 1) <= WIDEST.attention + 1e-9
-    assert (model.vocab_size, model.embedding_dim) == (asked.vocab_size, asked.embedding_dim)
-    assert (model.tie_embeddings, model.qk_norm) == (asked.tie_embeddings, asked.qk_norm)
-    assert answer.params == count_params(model)
+    assert (model.vocab_size, model.embedding_dim) == (request.vocab_size, request.embedding_dim)
+    assert (model.tie_embeddings, model.qk_norm) == (request.tie_embeddings, request.qk_norm)
+    assert allocation.params == count_params(model)
 
 
 def way_out(message: str) -> dict[str, dict[str, object]]:

@@ -35,24 +35,24 @@ def glu_group(*expansions: float, **values: object) -> dict[str, ModelRequest]:
     return {f"glu{g:g}": request(glu_expansion=g, **values) for g in expansions}
 
 
-# ------------------------------------------------------------------------------------ PRD's cells
+# ------------------------------------------------------------------------------------ PRD's shapes
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
-def test_every_prd_cell_is_within_the_strict_tolerances(sweep):
-    answers = shapes_of(shipped(sweep))
-    assert list(answers) == list(shipped(sweep).names)
-    for answer in answers.values():
-        assert_sound(answer)
-        assert answer.total_error <= 0.005
-        assert answer.share_error <= 0.0125
-        assert answer.glu_error <= 0.05
-        assert built_params(answer.model) == answer.params.total
+def test_every_prd_shape_is_within_the_strict_tolerances(sweep):
+    shapes = shapes_of(shipped(sweep))
+    assert list(shapes) == list(shipped(sweep).names)
+    for shape in shapes.values():
+        assert_sound(shape)
+        assert shape.total_error <= 0.005
+        assert shape.share_error <= 0.0125
+        assert shape.glu_error <= 0.05
+        assert built_params(shape.model) == shape.params.total
 
 
 def test_the_prd_sweeps_keep_the_integers_that_are_published():
-    found = {n: integers(a) for sweep in SWEEPS for n, a in shapes_of(shipped(sweep)).items()}
-    assert found == {
+    shapes = {n: integers(a) for sweep in SWEEPS for n, a in shapes_of(shipped(sweep)).items()}
+    assert shapes == {
         "emb25": (160, 24, "5x32", 432),
         "emb35": (224, 11, "7x32", 568),
         "emb45": (280, 6, "8x32", 744),
@@ -64,9 +64,9 @@ def test_the_prd_sweeps_keep_the_integers_that_are_published():
 
 
 def test_the_depth_control_stands_at_the_width_and_depth_of_its_sweep():
-    found = shapes_of(shipped("depth_control"))
-    assert {(a.model.d_model, a.model.n_layers) for a in found.values()} == {(224, 9)}
-    assert [a.model.n_heads for a in found.values()] == [16, 12, 11, 5]
+    shapes = shapes_of(shipped("depth_control"))
+    assert {(shape.model.d_model, shape.model.n_layers) for shape in shapes.values()} == {(224, 9)}
+    assert [shape.model.n_heads for shape in shapes.values()] == [16, 12, 11, 5]
 
 
 def test_the_glu_sweep_changes_depth_and_ffn_alone():
@@ -77,11 +77,11 @@ def test_the_glu_sweep_changes_depth_and_ffn_alone():
     assert [m.d_ff for m in models] == sorted(m.d_ff for m in models)
 
 
-def test_cells_of_another_vocabulary_or_share_may_differ():
-    asked = {"a": request(), "b": request(embedding_ratio=0.25), "c": request(glu_expansion=2.66)}
-    answers = allocate(asked, "a")
-    assert answers["a"].model.d_model == answers["c"].model.d_model
-    assert answers["b"].model.d_model < answers["a"].model.d_model
+def test_experiments_of_another_vocabulary_or_share_may_differ():
+    others = {"b": request(embedding_ratio=0.25), "c": request(glu_expansion=2.66)}
+    shapes = allocate({"a": request(), **others}, "a")
+    assert shapes["a"].model.d_model == shapes["c"].model.d_model
+    assert shapes["b"].model.d_model < shapes["a"].model.d_model
 
 
 # ------------------------------------------------------------------- one experiment beside others
@@ -89,39 +89,39 @@ def test_cells_of_another_vocabulary_or_share_may_differ():
 
 def test_an_experiment_that_is_added_leaves_the_others_as_they_were():
     sweep = shipped("glu_expansion")
-    asked = {run.experiment: run.model for run in sweep.runs}
-    before = allocate(asked, sweep.baseline)
+    requests = {run.experiment: run.model for run in sweep.runs}
+    before = allocate(requests, sweep.baseline)
     for added in (1.5, 5.0, 6.0, 8.0, 12.0):
-        with_it = allocate({**asked, "more": request(glu_expansion=added)}, sweep.baseline)
+        with_it = allocate({**requests, "more": request(glu_expansion=added)}, sweep.baseline)
         assert {name: with_it[name] for name in before} == before
         assert not any("without" in note for note in allocation_table.notes(with_it, "glu4x"))
 
 
 def test_where_the_others_must_move_each_is_named_with_its_shape_before():
-    found = allocate(glu_group(2.0, 4.0, 23.0), "glu4")
-    assert found["glu4"].model.d_model != 224  # GLU 23 has no shape there
-    notes = [n for n in allocation_table.notes(found, "glu4") if "without glu23 it would" in n]
+    shapes = allocate(glu_group(2.0, 4.0, 23.0), "glu4")
+    assert shapes["glu4"].model.d_model != 224  # GLU 23 has no shape there
+    notes = [n for n in allocation_table.notes(shapes, "glu4") if "without glu23 it would" in n]
     assert [note.partition(":")[0] for note in notes] == ["glu2", "glu4"]
     assert all("would be d_model 224" in note for note in notes)
 
 
 def test_an_anchor_without_a_shape_of_its_own_is_no_reason_to_refuse_its_sweep():
-    asked = glu_group(
+    requests = glu_group(
         2.0, 4.0, allocate="attention", total_params=400_000, vocab_size=1_024,
         embedding_ratio=0.25, head_dim=32,
     )  # fmt: skip
     with pytest.raises(ValueError):
-        one(asked["glu2"])
-    notes = allocation_table.notes(allocate(asked, "glu2"), "glu2")
+        one(requests["glu2"])
+    notes = allocation_table.notes(allocate(requests, "glu2"), "glu2")
     assert not any("without" in note for note in notes)
 
 
 def test_a_group_without_the_baseline_stands_at_its_first_experiments_shape():
     small = {f"small-{n}": r for n, r in glu_group(2.0, 4.0, vocab_size=8_000).items()}
-    asked = {**glu_group(2.0, 4.0), **small}
-    found = allocate(asked, "glu4")
-    assert found["small-glu2"] == one(asked["small-glu2"])
-    assert found["glu4"] == one(asked["glu4"])
+    requests = {**glu_group(2.0, 4.0), **small}
+    shapes = allocate(requests, "glu4")
+    assert shapes["small-glu2"] == one(requests["small-glu2"])
+    assert shapes["glu4"] == one(requests["glu4"])
     with pytest.raises(AssertionError, match="baseline"):
         allocate(glu_group(2.0, 4.0))
 
@@ -134,21 +134,20 @@ def test_a_glu_sweep_can_inherit_the_leaders_width_and_heads(leader, d_model, n_
     raw = yaml.safe_load((ROOT / "configs" / "glu_expansion.yaml").read_text())
     raw["model"] |= {"embedding_ratio": share, "d_model": d_model, "n_heads": n_heads}
     raw["experiments"].append({"name": "same", "glu_expansion": leading.request.glu_expansion})
-    found = shapes_of(sweep_from(raw, Path("made.yaml")))
-    for answer in found.values():
-        assert (answer.model.d_model, answer.model.n_heads) == (d_model, n_heads)
-        assert_sound(answer)
-    assert found["same"].model == leading.model  # emb25: 24 layers at 8/3
+    shapes = shapes_of(sweep_from(raw, Path("made.yaml")))
+    for shape in shapes.values():
+        assert (shape.model.d_model, shape.model.n_heads) == (d_model, n_heads)
+        assert_sound(shape)
+    assert shapes["same"].model == leading.model  # emb25: 24 layers at 8/3
     without_share = {k: v for k, v in raw["model"].items() if k != "embedding_ratio"}
     again = shapes_of(sweep_from({**raw, "model": without_share}, Path("made.yaml")))
-    assert {n: a.model for n, a in again.items()} == {n: a.model for n, a in found.items()}
+    assert {n: a.model for n, a in again.items()} == {n: a.model for n, a in shapes.items()}
 
 
 def test_expansions_that_few_layers_cannot_tell_apart_are_said():
-    found = allocate(
-        glu_group(2.0, 2.66, 3.0, embedding_ratio=0.45, d_model=280, n_heads=8), "glu2"
-    )
-    notes = allocation_table.notes(found, "glu2")
+    requests = glu_group(2.0, 2.66, 3.0, embedding_ratio=0.45, d_model=280, n_heads=8)
+    shapes = allocate(requests, "glu2")
+    notes = allocation_table.notes(shapes, "glu2")
     assert [n.partition(" are nearly one model")[0] for n in notes if "nearly" in n] == [
         "glu2.66 and glu3"
     ]
@@ -165,18 +164,18 @@ def test_heads_and_head_size_are_kept_where_they_are_stated():
 
 
 def test_attention_can_absorb_the_budget():
-    asked = {f"g{g}": request(glu_expansion=g, allocate="attention") for g in (2.0, 2.66, 3.0, 4.0)}
-    answers = allocate(asked, "g4.0")
-    models = [answer.model for answer in answers.values()]
+    requests = glu_group(2.0, 2.66, 3.0, 4.0, allocate="attention")
+    shapes = allocate(requests, "glu4")
+    models = [shape.model for shape in shapes.values()]
     assert len({(m.d_model, m.n_layers, m.head_dim) for m in models}) == 1
     heads = [m.n_heads for m in models]
     assert heads == sorted(heads, reverse=True) and len(set(heads)) == len(heads)
     assert min(heads) >= 4
-    by_depth = allocate({n: replace(r, allocate="depth") for n, r in asked.items()}, "g4.0")
-    assert models[0].n_layers == by_depth["g4.0"].model.n_layers
-    for answer in answers.values():
-        assert_sound(answer)
-        assert built_params(answer.model) == answer.params.total
+    by_depth = allocate({n: replace(r, allocate="depth") for n, r in requests.items()}, "glu4")
+    assert models[0].n_layers == by_depth["glu4"].model.n_layers
+    for shape in shapes.values():
+        assert_sound(shape)
+        assert built_params(shape.model) == shape.params.total
 
 
 def test_forced_depth_and_width_are_kept():
@@ -190,8 +189,8 @@ def test_forced_depth_and_width_are_kept():
 
 
 def test_a_factorised_table_counts_table_and_projection_as_embedding():
-    answer = one(request(embedding_dim=128, embedding_ratio=None))
-    model, params = answer.model, answer.params
+    shape = one(request(embedding_dim=128, embedding_ratio=None))
+    model, params = shape.model, shape.params
     assert params.embedding == 16_000 * 128 and params.projection == 128 * model.d_model
     assert params.share == (params.embedding + params.projection) / params.total
     assert built_params(model) == params.total
@@ -215,7 +214,7 @@ def test_the_closed_form_is_the_built_models_count(qk_norm, tied, rank):
     )  # fmt: skip
     model = Transformer(config)
     params = count_params(config)
-    found = dict.fromkeys(("embedding", "projection", "attention", "ffn", "norm"), 0)
+    counts = dict.fromkeys(("embedding", "projection", "attention", "ffn", "norm"), 0)
     for name, parameter in model.named_parameters():
         block = (
             "norm" if "norm" in name
@@ -224,9 +223,9 @@ def test_the_closed_form_is_the_built_models_count(qk_norm, tied, rank):
             else "attention" if ".attention." in name
             else "ffn"
         )  # fmt: skip
-        found[block] += parameter.numel()
-    assert found == {name: getattr(params, name) for name in found}
-    assert sum(found.values()) == params.total
+        counts[block] += parameter.numel()
+    assert counts == {name: getattr(params, name) for name in counts}
+    assert sum(counts.values()) == params.total
 
 
 def test_flops_count_each_multiplied_weight_and_the_attention():
@@ -242,13 +241,13 @@ def test_flops_count_each_multiplied_weight_and_the_attention():
 # --------------------------------------------------------------------------------------- refusals
 
 
-def test_cells_without_a_common_frame_are_refused_with_a_way_out():
-    cells = {"wide": request(glu_expansion=23.0, n_layers=2), "usual": request(n_layers=2)}
+def test_experiments_without_a_common_frame_are_refused_with_a_way_out():
+    requests = {"wide": request(glu_expansion=23.0, n_layers=2), "usual": request(n_layers=2)}
     with pytest.raises(ValueError) as caught:
-        allocate(cells, "usual")
+        allocate(requests, "usual")
     changes = way_out(str(caught.value))
-    assert changes.keys() == cells.keys()
-    assert allocate({name: replace(r, **changes[name]) for name, r in cells.items()}, "usual")
+    assert changes.keys() == requests.keys()
+    assert allocate({name: replace(r, **changes[name]) for name, r in requests.items()}, "usual")
 
 
 def test_a_refusal_says_what_was_asked_and_what_came_nearest():
@@ -270,12 +269,12 @@ def test_a_share_that_several_vocabularies_cannot_have_is_refused_once_with_yaml
     changes = way_out(str(caught.value))
     assert changes.keys() == {"v1024", "v2048"}
     assert all(keys.keys() == {"d_model", "embedding_ratio"} for keys in changes.values())
-    found = str(caught.value).split(" (by default ")
-    assert "0.35" not in found[0] and "embedding_ratio 0.35" in found[1]  # nobody wrote it
+    parts = str(caught.value).split(" (by default ")
+    assert "0.35" not in parts[0] and "embedding_ratio 0.35" in parts[1]  # nobody wrote it
     entries = [{**entry, **changes.get(entry["name"], {})} for entry in raw["experiments"]]
-    for name, answer in shapes_of(sweep_from({**raw, "experiments": entries}, Path("x"))).items():
-        assert 2 <= answer.model.n_layers <= 64
-        assert answer.model.d_model == changes.get(name, {}).get("d_model", answer.model.d_model)
+    for name, shape in shapes_of(sweep_from({**raw, "experiments": entries}, Path("x"))).items():
+        assert 2 <= shape.model.n_layers <= 64
+        assert shape.model.d_model == changes.get(name, {}).get("d_model", shape.model.d_model)
 
 
 def test_absurd_shapes_are_refused_or_said():
@@ -339,22 +338,20 @@ def test_the_dry_run_ends_its_table_with_what_to_know_of_it(dry_run, tmp_path):
 
 def test_the_dry_run_for_machines_has_exactly_the_documented_keys(dry_run):
     printed = dry_run(ROOT / "configs" / "glu_expansion.yaml", "--json")
-    cells = [json.loads(line) for line in printed.splitlines()]
-    assert [cell["name"] for cell in cells] == ["glu2x", "glu266x", "glu3x", "glu4x"]
-    ask = {"total_params", "embedding_ratio", "glu_expansion"}
-    for cell in cells:
-        assert set(cell) == {"name", "asked", "built", "model", "params"}
-        assert set(cell["asked"]) == {f"{key}_asked" for key in ask}
-        assert set(cell["built"]) == {f"{key}_built" for key in ask}
-        assert set(cell["model"]) == {
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert [row["name"] for row in rows] == ["glu2x", "glu266x", "glu3x", "glu4x"]
+    quantities = {"total_params", "embedding_ratio", "glu_expansion"}
+    for row in rows:
+        assert set(row) == {"name", "asked", "built", "model", "params"}
+        assert set(row["asked"]) == {f"{key}_asked" for key in quantities}
+        assert set(row["built"]) == {f"{key}_built" for key in quantities}
+        assert set(row["model"]) == {
             "vocab_size", "d_model", "n_layers", "n_heads", "head_dim", "d_ff", "embedding_dim",
             "tie_embeddings", "qk_norm",
         }  # fmt: skip
-        assert set(cell["params"]) == {"embedding", "projection", "attention", "ffn", "norm"}
-        assert sum(cell["params"].values()) == cell["built"]["total_params_built"]
-        assert (
-            cell["model"]["d_ff"] / cell["model"]["d_model"] == cell["built"]["glu_expansion_built"]
-        )
-        built = built_params(ModelConfig(**cell["model"]))
-        assert built == cell["built"]["total_params_built"]
-    assert [cell["asked"]["glu_expansion_asked"] for cell in cells] == [2.0, 2.66, 3.0, 4.0]
+        assert set(row["params"]) == {"embedding", "projection", "attention", "ffn", "norm"}
+        assert sum(row["params"].values()) == row["built"]["total_params_built"]
+        assert row["model"]["d_ff"] / row["model"]["d_model"] == row["built"]["glu_expansion_built"]
+        built = built_params(ModelConfig(**row["model"]))
+        assert built == row["built"]["total_params_built"]
+    assert [row["asked"]["glu_expansion_asked"] for row in rows] == [2.0, 2.66, 3.0, 4.0]

@@ -1,4 +1,4 @@
-"""The search over shapes: properties of every answer, and brute force finds nothing better."""
+"""The search over shapes: properties of every allocation, and brute force finds nothing better."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ REQUESTS = st.builds(
 )
 
 
-def check_answer_or_way_out(asked: ModelRequest) -> None:
+def check_shape_or_way_out(request: ModelRequest) -> None:
     try:
-        answer = one(asked)
+        shape = one(request)
     except ValueError as error:
         changes = way_out(str(error))["x"]
-        assert_sound(one(replace(asked, **changes)))  # type: ignore[arg-type]
+        assert_sound(one(replace(request, **changes)))  # type: ignore[arg-type]
     else:
-        assert_sound(answer)
-        assert built_params(answer.model) == answer.params.total or answer.model.n_layers > 60
+        assert_sound(shape)
+        assert built_params(shape.model) == shape.params.total or shape.model.n_layers > 60
 
 
 @settings(max_examples=20)
 @given(asked=REQUESTS)
-def test_an_answer_is_within_tolerance_and_a_refusal_names_a_way_out(asked):
-    check_answer_or_way_out(asked)
+def test_a_shape_is_within_tolerance_and_a_refusal_names_a_way_out(asked):
+    check_shape_or_way_out(asked)
 
 
 @settings(max_examples=15)
@@ -57,57 +57,58 @@ def test_an_answer_is_within_tolerance_and_a_refusal_names_a_way_out(asked):
 )
 def test_the_same_holds_for_forced_shapes(asked, force, size):
     value = 8 * size if force in ("d_model", "embedding_dim") else size
-    check_answer_or_way_out(replace(asked, **{force: value}))
+    check_shape_or_way_out(replace(asked, **{force: value}))
 
 
 @settings(max_examples=8)
 @given(asked=REQUESTS, factors=st.sets(st.sampled_from([1.5, 2.0, 2.66, 3.0, 4.0]), min_size=2))
-def test_cells_of_one_sweep_share_their_frame_or_are_refused(asked, factors):
-    cells = {f"g{f}": replace(asked, glu_expansion=f) for f in factors}
-    first = next(iter(cells))
+def test_experiments_of_one_sweep_share_their_frame_or_are_refused(asked, factors):
+    requests = {f"g{f}": replace(asked, glu_expansion=f) for f in factors}
+    first = next(iter(requests))
     try:
-        answers = allocate(cells, first)
+        shapes = allocate(requests, first)
     except ValueError as error:
         changes = way_out(str(error))
-        assert changes.keys() == cells.keys()
-        assert allocate({name: replace(r, **changes[name]) for name, r in cells.items()}, first)  # type: ignore[arg-type]
+        assert changes.keys() == requests.keys()
+        assert allocate({name: replace(r, **changes[name]) for name, r in requests.items()}, first)  # type: ignore[arg-type]
         return
-    assert len({(a.model.d_model, a.model.head_dim) for a in answers.values()}) == 1
+    assert len({(a.model.d_model, a.model.head_dim) for a in shapes.values()}) == 1
     fixed = "n_heads" if asked.allocate == "depth" else "n_layers"
-    assert len({getattr(a.model, fixed) for a in answers.values()}) == 1
-    for answer in answers.values():
-        assert_sound(answer)
+    assert len({getattr(a.model, fixed) for a in shapes.values()}) == 1
+    for shape in shapes.values():
+        assert_sound(shape)
 
 
-def brute_force(asked: ModelRequest) -> float | None:
+def brute_force(request: ModelRequest) -> float | None:
     """The smallest GLU error of all multiples of 8, or None: the search told by its definition."""
-    tables = 1 if asked.tie_embeddings else 2
-    dims = (16, 32, 64) if asked.total_params < 3_000_000 else (32, 64)
-    column = tables * asked.vocab_size
-    top = asked.total_params * 1.01
+    embedding_ratio = request.embedding_ratio
+    tables = 1 if request.tie_embeddings else 2
+    dims = (16, 32, 64) if request.total_params < 3_000_000 else (32, 64)
+    column = tables * request.vocab_size
+    top = request.total_params * 1.01
     for share, glu, attention in ((0.0125, 0.05, 0.10), (0.015, 0.12, 0.10), (0.015, 0.12, 0.15)):
         best = math.inf
         # Smaller tables have a smaller share; with larger ones not even one layer is left.
-        first = max(8, int((asked.embedding_ratio - share) * 0.99 * asked.total_params / column))
+        first = max(8, int((embedding_ratio - share) * 0.99 * request.total_params / column))
         for d in range(first // 8 * 8 or 8, int(math.sqrt(top / 3)) + 8, 8):
-            if column * d > top * (asked.embedding_ratio + share):
+            if column * d > top * (embedding_ratio + share):
                 break
             for head_dim in dims:
                 for heads in range(2, 2 * d // head_dim + 2):
                     a = heads * head_dim
                     if abs(a / d - 1) > attention + 1e-9:
                         continue
-                    qk = 2 * head_dim if asked.qk_norm else 0
+                    qk = 2 * head_dim if request.qk_norm else 0
                     for layers in range(1, 129):
                         rest = column * d + d + layers * (4 * d * a + 2 * d + qk)
-                        for d_ff in range(8, int(asked.glu_expansion * d * (1.01 + glu)) + 9, 8):
+                        for d_ff in range(8, int(request.glu_expansion * d * (1.01 + glu)) + 9, 8):
                             total = rest + layers * 3 * d * d_ff
                             if total > top:
                                 break
-                            error = abs(d_ff / d / asked.glu_expansion - 1)
+                            error = abs(d_ff / d / request.glu_expansion - 1)
                             if (
-                                abs(total / asked.total_params - 1) <= 0.005 + 1e-9
-                                and abs(column * d / total - asked.embedding_ratio) <= share + 1e-9
+                                abs(total / request.total_params - 1) <= 0.005 + 1e-9
+                                and abs(column * d / total - embedding_ratio) <= share + 1e-9
                                 and error <= glu + 1e-9
                             ):
                                 best = min(best, error)
@@ -144,15 +145,15 @@ SEARCHED = st.builds(
 )
 
 
-def assert_equals_brute_force(asked: ModelRequest) -> bool:
+def assert_equals_brute_force(request: ModelRequest) -> bool:
     """Whether the request is feasible, which the allocator and brute force agree about."""
-    best = brute_force(asked)
+    best = brute_force(request)
     try:
-        found = one(asked)
+        shape = one(request)
     except ValueError:
         assert best is None, f"refused, but a GLU error of {best} is possible"
         return False
-    assert best is not None and found.glu_error == best
+    assert best is not None and shape.glu_error == best
     return True
 
 
@@ -173,7 +174,7 @@ def test_the_search_finds_what_brute_force_finds(asked):
     ],
 )  # fmt: skip
 def test_shapes_that_lie_far_from_the_asked_expansion_are_found(values, shape):
-    found = one(request(**values))
-    assert shape is None or integers(found) == shape
-    assert_sound(found)
-    assert assert_equals_brute_force(found.request)
+    allocation = one(request(**values))
+    assert shape is None or integers(allocation) == shape
+    assert_sound(allocation)
+    assert assert_equals_brute_force(allocation.request)

@@ -179,8 +179,8 @@ def test_the_digest_ignores_cosmetic_keys_alone(load):
 
 def test_merge_keys_are_read_as_yaml_defines_them():
     merged = "x: &x {a: 1, b: 1}\ny: &y {b: 2}\nz: {<<: [*y, *x], c: 3}\nu: {<<: *x, a: 4}"
-    found = parse_yaml(merged, "a file")
-    assert found["z"] == {"a": 1, "b": 2, "c": 3} and found["u"] == {"a": 4, "b": 1}
+    content = parse_yaml(merged, "a file")
+    assert content["z"] == {"a": 1, "b": 2, "c": 3} and content["u"] == {"a": 4, "b": 1}
 
 
 def test_a_name_that_only_begins_like_a_missing_value_is_fine(load):
@@ -199,5 +199,5 @@ def test_ranking_runs_measure_dev_perplexity_unless_told_otherwise(tmp_path: Pat
     rank = load_sweep(path, phase="rank").run("a", 0).evaluation
     assert (rank.test, rank.latency, rank.outside_dir) == (False, False, None)
     assert rank.metrics == ("perplexity",)
-    told = load_sweep(path, ["evaluation.latency=true"], "rank").run("a", 0).evaluation
-    assert told.latency and not told.test
+    forced = load_sweep(path, ["evaluation.latency=true"], "rank").run("a", 0).evaluation
+    assert forced.latency and not forced.test

@@ -207,12 +207,12 @@ FULL = {
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths of every value below a mapping, mappings and lists included."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    found = []
+    paths = []
     for key, value in items:
-        found.append((*path, key))
+        paths.append((*path, key))
         if isinstance(value, dict | list):
-            found += places(value, (*path, key))
-    return found
+            paths += places(value, (*path, key))
+    return paths
 
 
 VALUES = st.one_of(

@@ -82,13 +82,14 @@ def test_no_baseline_at_this_point_is_no_verdict() -> None:
 def test_a_hole_in_a_curve_ends_the_streak(whose: str) -> None:
     """Nobody knows that the run was worse in a hole, and the rule says "at every check"."""
 
-    def found(checks: int) -> Verdict:
-        base, run = flat(30.0, checks), flat(31.0, checks)
-        (base if whose == "baseline" else run).remove((4 * EVERY, 30.0 + (whose == "run")))
-        return verdict(RULE, base, run)
+    def verdict_after(checks: int) -> Verdict:
+        baseline, run = flat(30.0, checks), flat(31.0, checks)
+        (baseline if whose == "baseline" else run).remove((4 * EVERY, 30.0 + (whose == "run")))
+        return verdict(RULE, baseline, run)
 
-    assert found(8).kind == "keep" and "a hole (1 checks" in found(8).reason
-    assert found(9).tokens == 9 * EVERY  # 1.25M .. 2.25M
+    assert verdict_after(8).kind == "keep"
+    assert "a hole (1 checks" in verdict_after(8).reason
+    assert verdict_after(9).tokens == 9 * EVERY  # 1.25M .. 2.25M
 
 
 @pytest.mark.parametrize(

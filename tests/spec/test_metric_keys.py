@@ -34,6 +34,6 @@ def test_the_page_is_made_from_the_list():
 
 
 def test_a_key_outside_the_list_is_kept_and_a_missing_one_is_null():
-    found = metric_keys.complete({"run": "a", "of_tomorrow": 1})
-    assert found["of_tomorrow"] == 1 and found["dev_loss"] is None
-    assert set(found) == {*metric_keys.STORED, "of_tomorrow"}
+    metrics = metric_keys.complete({"run": "a", "of_tomorrow": 1})
+    assert metrics["of_tomorrow"] == 1 and metrics["dev_loss"] is None
+    assert set(metrics) == {*metric_keys.STORED, "of_tomorrow"}

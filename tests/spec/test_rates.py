@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from run_experiment import main
-from src.spec.config import Sweep, load_sweep
+from src.spec.config import load_sweep
 from src.spec.rates import spelled
 
 SWEEP = """\
@@ -17,16 +17,6 @@ experiments:
   - {name: b, embedding_ratio: 0.45, training: {weight_decay: 0.2}}
 training: {tokens: 524_288, batch_size: 16, learning_rate: [2e-3, 4e-3, 0.016]}
 """
-
-
-@pytest.fixture
-def load(tmp_path):
-    def read(text: str, *overrides: str, phase: str = "full") -> Sweep:
-        path = tmp_path / "sweep.yaml"
-        path.write_text(text, encoding="utf-8")
-        return load_sweep(path, overrides, phase)
-
-    return read
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from src.models.transformer import Transformer
-from src.spec.allocation import Allocation, allocate
-from src.spec.config import load_sweep
-from tests import ROOT
+from src.spec.allocation import Allocation
+from tests.spec import shapes_of, shipped
 
 SWEEPS = ("frontier", "factorised", "depth_control", "transfer_100m")
 MINIATURES = ("miniature_frontier", "miniature_factorised", "miniature_depth_control",
@@ -18,58 +17,56 @@ MINIATURES = ("miniature_frontier", "miniature_factorised", "miniature_depth_con
 
 
 def built(name: str) -> list[Allocation]:
-    sweep = load_sweep(ROOT / "configs" / f"{name}.yaml")
-    return list(
-        allocate({run.experiment: run.model for run in sweep.runs}, sweep.baseline).values()
-    )
+    return list(shapes_of(shipped(name)).values())
 
 
 @pytest.mark.parametrize("name", SWEEPS + MINIATURES)
 def test_every_configuration_meets_its_request_and_the_built_model_its_count(name):
-    answers = built(name)
-    for answer in answers:
-        assert answer.total_error <= 0.005 and answer.share_error <= 0.0125
-        assert answer.glu_error <= 0.07
+    allocations = built(name)
+    for allocation in allocations:
+        assert allocation.total_error <= 0.005 and allocation.share_error <= 0.0125
+        assert allocation.glu_error <= 0.07
         with torch.device("meta"):
-            model = Transformer(answer.model)
-        assert sum(p.numel() for p in model.parameters()) == answer.params.total
+            model = Transformer(allocation.model)
+        assert sum(p.numel() for p in model.parameters()) == allocation.params.total
     # One head dimension a sweep: no difference between configurations hides there.
-    assert len({answer.model.head_dim for answer in answers}) == 1
+    assert len({allocation.model.head_dim for allocation in allocations}) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "unit", "head_dim"), [("frontier", 640, 32), ("miniature_frontier", 320, 16)]
 )
 def test_the_frontier_is_an_exact_grid_from_25_to_50_percent(name, unit, head_dim):
-    answers = sorted(built(name), key=lambda answer: answer.model.d_model)
-    assert [a.model.d_model for a in answers] == [unit * s // 100 for s in (25, 30, 35, 40, 45, 50)]
-    assert {a.model.head_dim for a in answers} == {head_dim}
-    for answer in answers:
-        model, asked = answer.model, answer.request
-        exact = model.vocab_size * model.d_model / asked.total_params
-        assert exact == model.d_model / unit == asked.embedding_ratio
+    allocations = sorted(built(name), key=lambda allocation: allocation.model.d_model)
+    widths = [unit * share // 100 for share in (25, 30, 35, 40, 45, 50)]
+    assert [a.model.d_model for a in allocations] == widths
+    assert {a.model.head_dim for a in allocations} == {head_dim}
+    for allocation in allocations:
+        model, request = allocation.model, allocation.request
+        exact = model.vocab_size * model.d_model / request.total_params
+        assert exact == model.d_model / unit == request.embedding_ratio
         assert abs(model.n_heads * head_dim / model.d_model - 1) <= 0.10 + 1e-9
-    depths = [a.model.n_layers for a in answers]
+    depths = [a.model.n_layers for a in allocations]
     assert depths == [26, 17, 11, 8, 6, 4]  # the confound: depth is a function of share
 
 
 @pytest.mark.parametrize("name", ["factorised", "miniature_factorised"])
 def test_the_factorised_sweep_moves_share_at_one_width_and_nearly_one_depth(name):
-    answers = sorted(built(name), key=lambda answer: answer.params.share)
-    shares = [a.params.share for a in answers]
-    assert len(answers) == 6 and shares[0] < 0.11 and shares[-1] >= 0.35
-    assert len({(a.model.d_model, a.model.n_heads) for a in answers}) == 1
-    assert {a.model.n_layers for a in answers} <= {9, 10, 11, 12}
-    for answer in answers:
-        model = answer.model
-        assert answer.params.embedding == model.vocab_size * model.embedding_dim
-        assert answer.params.projection == model.embedding_dim * model.d_model
+    allocations = sorted(built(name), key=lambda allocation: allocation.params.share)
+    shares = [a.params.share for a in allocations]
+    assert len(allocations) == 6 and shares[0] < 0.11 and shares[-1] >= 0.35
+    assert len({(a.model.d_model, a.model.n_heads) for a in allocations}) == 1
+    assert {a.model.n_layers for a in allocations} <= {9, 10, 11, 12}
+    for allocation in allocations:
+        model = allocation.model
+        assert allocation.params.embedding == model.vocab_size * model.embedding_dim
+        assert allocation.params.projection == model.embedding_dim * model.d_model
 
 
 @pytest.mark.parametrize("name", ["depth_control", "miniature_depth_control"])
 def test_depth_control_trades_ffn_for_attention_alone(name):
-    answers = built(name)
-    models = [a.model for a in answers]
+    allocations = built(name)
+    models = [a.model for a in allocations]
     assert len({(m.d_model, m.n_layers, m.head_dim) for m in models}) == 1
     assert [m.d_ff for m in models] == sorted(m.d_ff for m in models)
     assert [m.n_heads for m in models] == sorted((m.n_heads for m in models), reverse=True)
@@ -78,22 +75,20 @@ def test_depth_control_trades_ffn_for_attention_alone(name):
 
 def test_the_transfer_keeps_the_study_s_depths_at_ten_times_its_size():
     small = {round(a.params.share, 2): a.model.n_layers for a in built("frontier")}
-    sweep = load_sweep(ROOT / "configs" / "transfer_100m.yaml")
+    sweep = shipped("transfer_100m")
     assert sweep.seeds == (0, 1) and len(sweep.runs) == 2
-    for answer in built("transfer_100m"):
-        near = min(small, key=lambda share: abs(share - answer.params.share))
-        assert abs(math.log(answer.model.n_layers / small[near])) < 0.11
-        assert answer.request.vocab_size <= 65_535  # tokens are two bytes
+    for allocation in built("transfer_100m"):
+        near = min(small, key=lambda share: abs(share - allocation.params.share))
+        assert abs(math.log(allocation.model.n_layers / small[near])) < 0.11
+        assert allocation.request.vocab_size <= 65_535  # tokens are two bytes
 
 
 def test_full_sweeps_share_tokens_batch_and_length():
-    runs = [
-        run for name in SWEEPS[:3] for run in load_sweep(ROOT / "configs" / f"{name}.yaml").runs
-    ]
+    runs = [run for name in SWEEPS[:3] for run in shipped(name).runs]
     assert {(r.training.tokens, r.training.batch_size, r.training.seq_len) for r in runs} == {
         (50_000_000, 64, 512)
     }
-    runs = [run for name in MINIATURES for run in load_sweep(ROOT / f"configs/{name}.yaml").runs]
+    runs = [run for name in MINIATURES for run in shipped(name).runs]
     assert {(r.training.tokens, r.training.batch_size, r.training.seq_len) for r in runs} == {
         (524_288, 16, 128)
     }

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from src.study import runner as study
+from src.study import runner
 from src.study.plan import Study
 from tests import ROOT
 
@@ -11,4 +11,4 @@ from tests import ROOT
 def prd(monkeypatch: pytest.MonkeyPatch) -> Study:
     """The shipped study at 10M parameters."""
     monkeypatch.chdir(ROOT)
-    return study.load(Path("configs/study.yaml"))
+    return runner.load(Path("configs/study.yaml"))

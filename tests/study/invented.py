@@ -30,15 +30,15 @@ def comparison(ratio: float) -> dict[str, Any]:
     return {"comparison": {"l128": row, "l512": row}}
 
 
-def changed(asked: Study, block: str, **keys: Any) -> Study:
+def changed(study: Study, name: str, **keys: Any) -> Study:
     """The study with a block changed."""
-    assert any(one.name == block for one in asked.config.blocks)
-    blocks = [replace(one, **keys) if one.name == block else one for one in asked.config.blocks]
-    return replace(asked, config=replace(asked.config, blocks=tuple(blocks)))
+    assert any(block.name == name for block in study.config.blocks)
+    blocks = [replace(b, **keys) if b.name == name else b for b in study.config.blocks]
+    return replace(study, config=replace(study.config, blocks=tuple(blocks)))
 
 
-def finalists(asked: Study, count: int) -> Study:
-    return changed(asked, "finals", finalists=count)
+def finalists(study: Study, count: int) -> Study:
+    return changed(study, "finals", finalists=count)
 
 
 SANE = {
@@ -49,7 +49,7 @@ SANE = {
 
 
 def simulate(
-    asked: Study,
+    study: Study,
     loss: Losses,
     *,
     extra: Callable[[Job], dict[str, Any]] = lambda job: {},
@@ -66,7 +66,7 @@ def simulate(
     order: list[str] = []
     state = State(results=results, curves=curves, documents=documents, train_tokens=tokens,
                   sanity=checks, latency=compared)  # fmt: skip
-    while ready := (plan := blocks.plan(asked, state)).ready():
+    while ready := (plan := blocks.plan(study, state)).ready():
         if any(job.alone for job in ready):  # tokens and comparisons of speed
             assert len(ready) == 1 and not plan.ready({"something runs"})
         order += [job.name for job in ready]

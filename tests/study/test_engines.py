@@ -33,8 +33,8 @@ LONGER = ("training.tokens=51200", "training.eval_every_tokens=12800",
 
 
 def rows(run: Path) -> int:
-    record = run / "metrics.jsonl"
-    return record.read_bytes().count(b"\n") if record.exists() else 0
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 STUDY = "device: cpu\nblocks: [{{name: a, config: {sweep}, experiments: [{names}]}}]\n{more}\n"
@@ -59,9 +59,9 @@ def launch(*arguments: Any) -> subprocess.Popen[str]:
 
 def said(process: subprocess.Popen[str], code: int) -> str:
     """What a process says until it ends, with this exit code."""
-    words, _ = process.communicate(timeout=180)
-    assert process.returncode == code, words
-    return words
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == code, output
+    return output
 
 
 def study(here: Path, *arguments: Any, code: int = 0) -> str:
@@ -96,10 +96,10 @@ def test_an_interrupted_run_ends_bitwise_as_an_uninterrupted_one(tiny_sweep, tmp
     until(lambda: json.loads(lock.read_text() or "null") not in (stopped, None))
     until(lambda: rows(logs / "base") > 90)
     first.send_signal(signal.SIGTERM)
-    words = said(first, 75)
-    assert "base: exited 75: again in 1 s" in words and "idle: failed: exit code 78" in words
-    words = said(launch(file, "--log_dir", logs), 78)
-    assert words.count("begun with another config") == 1, words
+    output = said(first, 75)
+    assert "base: exited 75: again in 1 s" in output and "idle: failed: exit code 78" in output
+    output = said(launch(file, "--log_dir", logs), 78)
+    assert output.count("begun with another config") == 1, output
     assert differences(logs / "base", reference) == []
 
 
@@ -124,8 +124,8 @@ def test_wrong_requests_are_refused_and_nothing_is_written(
 ):
     file, here = written(tmp_path, tiny_sweep, more=more), tmp_path / "here"
     here.mkdir()
-    words = study(here, file, *arguments, code=78)
-    assert says in words and "SECRET" not in words
+    output = study(here, file, *arguments, code=78)
+    assert says in output and "SECRET" not in output
     assert list(here.iterdir()) == []
 
 
@@ -143,16 +143,16 @@ def test_time_limits_as_sbatch_reads_them(limit, seconds):
 
 def slurm_script(file: Path, here: Path) -> Path:
     """What --engine slurm writes, with logs and files below `here`."""
-    words = study(here, file, "--engine", "slurm", "--log_dir", here / "logs")
-    assert "submit it with: sbatch" in words
+    output = study(here, file, "--engine", "slurm", "--log_dir", here / "logs")
+    assert "submit it with: sbatch" in output
     return here / "launch" / "tiny.sbatch"
 
 
 def as_slurm_task(script: Path, number: int) -> subprocess.CompletedProcess[str]:
     """The script under bash, as slurmd starts it; `python -m tests.slurm` has the real Slurm. What
-    it asks of scontrol stands in its directory's `asked`."""
+    it asks of scontrol stands in its directory's `requeued`."""
     scontrol = script.parent / "scontrol"
-    scontrol.write_text(f'#!/bin/bash\necho "$@" >> "{script.parent}/asked"\nexit 1\n')
+    scontrol.write_text(f'#!/bin/bash\necho "$@" >> "{script.parent}/requeued"\nexit 1\n')
     scontrol.chmod(0o755)
     environment = {
         **os.environ, "SLURM_ARRAY_TASK_ID": str(number), "SLURM_JOB_ID": "7",
@@ -169,21 +169,21 @@ def test_the_batch_script_asks_for_what_a_run_needs_and_queues_75_alone_again(ti
     stated = "slurm: {gpu: a100:1, cpus: 2, time: '30', at_once: 2, options: [--partition=spot]}"
     (tmp_path / "my jobs").mkdir()
     script = slurm_script(written(tmp_path, tiny_sweep, "all", stated), tmp_path / "my jobs")
-    asked = [line[8:] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
+    options = [line[8:] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
     for line in (
         "--array=0-2%2", "--requeue", "--signal=B:TERM@120", "--open-mode=append", "--time=30",
         "--gres=gpu:a100:1", "--cpus-per-task=2", "--partition=spot",
     ):  # fmt: skip
-        assert line in asked
-    logs, asked = script.parents[1] / "logs", script.parent / "asked"
+        assert line in options
+    logs, requeued = script.parents[1] / "logs", script.parent / "requeued"
     with RunDir.open(logs, "deep"):
         held = as_slurm_task(script, 1)
     assert held.returncode == 75 and "is held by" in held.stderr
-    assert asked.read_text() == "requeue Incomplete 7_1\n"  # 7 would be all tasks of the array
+    assert requeued.read_text() == "requeue Incomplete 7_1\n"  # 7 would be all tasks of the array
     (logs / "deep" / "config.yaml").write_text("config_digest: of another config\n")
     assert as_slurm_task(script, 1).returncode == 78
     assert as_slurm_task(script, 3).returncode == 78
-    assert asked.read_text() == "requeue Incomplete 7_1\n"
+    assert requeued.read_text() == "requeue Incomplete 7_1\n"
 
 
 # --------------------------------------------------------------------------------------- SkyPilot
@@ -256,8 +256,8 @@ def test_only_where_the_tokens_are_and_the_code_is(checkout, tmp_path, monkeypat
     (checkout / "configs" / "bare.yaml").write_text(SWEEP.format(tokens=tmp_path / "nowhere"))
     file = written(checkout, "configs/bare.yaml", name="bare")
     monkeypatch.setattr(engines, "REPOSITORY", checkout)
-    words = study(checkout, file, "--engine", "sky", "--remote", "s3://b/p", code=78)
-    assert "start this command once without --engine" in words
+    output = study(checkout, file, "--engine", "sky", "--remote", "s3://b/p", code=78)
+    assert "start this command once without --engine" in output
 
 
 class Machine:
@@ -311,11 +311,11 @@ def test_setup_installs_into_the_first_python_that_is_new_enough(checkout, tmp_p
     else it is asked."""
     (file,) = sky_files(checkout, "s3://bucket/prefix")
     task = yaml.safe_load(file.read_text())
-    told = tmp_path / "told"
-    for name, answer in (("python3.13", "exit 1"), ("python3.12", f'exec "{sys.executable}" "$@"')):
+    calls = tmp_path / "calls"
+    for name, action in (("python3.13", "exit 1"), ("python3.12", f'exec "{sys.executable}" "$@"')):
         invented = tmp_path / name
         invented.write_text(
-            f'#!/bin/bash\nif [ "$1" = -c ]; then {answer}; fi\necho "${{0##*/}} $*" >> {told}\n'
+            f'#!/bin/bash\nif [ "$1" = -c ]; then {action}; fi\necho "${{0##*/}} $*" >> {calls}\n'
             'if [ "$2" = venv ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi\n'
         )
         invented.chmod(0o755)
@@ -325,7 +325,7 @@ def test_setup_installs_into_the_first_python_that_is_new_enough(checkout, tmp_p
         again = environment | {"TORCH_INDEX": index}
         subprocess.run(["bash", "-c", task["setup"]], cwd=tmp_path, env=again, check=True)
     installed = "python -m pip install -q -r requirements.txt"
-    assert told.read_text().splitlines() == [
+    assert calls.read_text().splitlines() == [
         "python3.12 -m venv .venv", installed,
         "python -m pip install -q torch==9.9 --index-url https://index", installed,
     ]  # fmt: skip

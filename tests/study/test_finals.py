@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from src.storage.documents import Documents
-from src.study import blocks
-from src.study import runner as study
+from src.study import blocks, runner
 from src.study.plan import Job, Plan, Study
 from tests.study.invented import by_share, finalists, only, readings, row, rows, simulate
 
@@ -28,17 +27,17 @@ def documents(run: str, split: str) -> Documents:
     return Documents(nats=nats + 0.01 * seed, tokens=tokens, bytes=tokens * 4)
 
 
-def follow(asked: Study, **stated: Any) -> tuple[Plan, list[str]]:
+def follow(study: Study, **results: Any) -> tuple[Plan, list[str]]:
     """With one finalist."""
-    return simulate(finalists(asked, 1), loss, **stated)
+    return simulate(finalists(study, 1), loss, **results)
 
 
 def test_a_clear_winner_wins_with_interval_and_holm(prd: Study) -> None:
     plan, _ = follow(prd, documents=documents)
     assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
-    says = row(plan, "equivalence")
-    assert says["verdict"] == "different" and "after Holm" in says["reason"]
-    assert "3 seeds, 200 documents" in says["reason"]
+    decision = row(plan, "equivalence")
+    assert decision["verdict"] == "different" and "after Holm" in decision["reason"]
+    assert "3 seeds, 200 documents" in decision["reason"]
     assert row(plan, "short against full")["verdict"] == "same leader"
     assert plan.winner is not None and plan.winner["strict"] == plan.winner["margin"]
     (judged,) = plan.winner["candidates"]
@@ -50,11 +49,10 @@ def test_runs_computed_otherwise_are_no_pairs(prd: Study) -> None:
 
     moved = only("emb35-seed1", "emb35-seed2", compute_digest="elsewhere")
     plan, _ = follow(prd, extra=moved, documents=documents)
-    says = row(plan, "equivalence")
-    assert says["verdict"] == "no verdict" and "document noise only" in says["numbers"]
-    assert (
-        "seed 1 (compute alike): the other side's run of this seed was computed" in says["reason"]
-    )
+    decision = row(plan, "equivalence")
+    assert decision["verdict"] == "no verdict" and "document noise only" in decision["numbers"]
+    unpaired = "seed 1 (compute alike): the other side's run of this seed was computed"
+    assert unpaired in decision["reason"]
     assert "seed 1 (compute alike)" in row(plan, "every seed computed alike")["reason"]
     assert row(plan, "winner")["verdict"] == "no winner" and plan.winner is None
 
@@ -81,9 +79,9 @@ def test_seeds_of_another_processor_pair_and_that_is_said(prd: Study) -> None:
         }
 
     plan, _ = follow(prd, extra=extra, documents=documents)
-    says = row(plan, "equivalence")
-    assert says["verdict"] != "no verdict" and "left out" not in says["reason"]
-    assert "2 kinds of processor (AMD EPYC AVX2, AMD EPYC AVX512)" in says["reason"]
+    decision = row(plan, "equivalence")
+    assert decision["verdict"] != "no verdict" and "left out" not in decision["reason"]
+    assert "2 kinds of processor (AMD EPYC AVX2, AMD EPYC AVX512)" in decision["reason"]
 
 
 def test_no_winner_is_a_result(prd: Study) -> None:
@@ -103,11 +101,11 @@ def test_speed_is_compared_in_one_process_and_decides_instead_of_the_runs_own(pr
     plan, order = follow(prd, extra=slow_hour, speed=0.9)
     assert order[-1] == "latency/glu2x-emb25-against-emb35.json"
     assert row(plan, "winner")["verdict"] == readings("glu2x-emb25")
-    says = row(plan, "interleaved")
-    assert says["verdict"] == "faster"
-    assert "l128 -10.00 % (-11.00 % to -9.00 %)" in says["numbers"]
+    decision = row(plan, "interleaved")
+    assert decision["verdict"] == "faster"
+    assert "l128 -10.00 % (-11.00 % to -9.00 %)" in decision["numbers"]
     (job,) = (job for job in plan.jobs if job.kind == "latency")
-    line = study.command(prd, job)
+    line = runner.command(prd, job)
     assert line[line.index("--compare") + 1 :][:2] == ["logs/emb35", "logs/glu2x-emb25"]
     assert line[line.index("--repeats") + 1] == "200"
 
@@ -126,12 +124,11 @@ def test_a_finalist_with_a_stopped_seed_is_not_judged_on_the_others(
     assert order[-1] == f"latency/glu2x-emb25{compared}-against-emb35.json"
 
 
-def test_every_cell_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
+def test_every_configuration_at_the_full_budget_ranks_the_short_runs(prd: Study) -> None:
     plan, order = simulate(prd, by_share)
-    assert (
-        "emb45" not in order and "over 3 experiments" in row(plan, "short against full")["reason"]
-    )
-    whole = study.load(Path("configs/english_study.yaml"), ["data.dir=data/lm_tokenized"], "logs")
+    assert "emb45" not in order
+    assert "over 3 experiments" in row(plan, "short against full")["reason"]
+    whole = runner.load(Path("configs/english_study.yaml"), ["data.dir=data/lm_tokenized"], "logs")
     plan, order = simulate(whole, by_share)
     full = {"emb25", "emb35", "emb45", *(f"glu{f}-emb25" for f in ("2x", "266x", "3x", "4x"))}
     assert full <= set(order) | set(plan.aliases)

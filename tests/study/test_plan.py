@@ -12,8 +12,7 @@ import pytest
 
 from src.spec import config, run_identity
 from src.storage.documents import Documents
-from src.study import blocks, costs
-from src.study import runner as study
+from src.study import blocks, costs, runner
 from src.study.plan import Job, Plan, State, Study, allocate
 from tests import ROOT
 from tests.study.invented import (
@@ -56,7 +55,7 @@ def test_the_glu_sweep_is_made_of_the_share_that_leads(prd: Study) -> None:
     assert {run.model.embedding_ratio for run in sweep.runs} == {0.25}
     assert sorted({run.model.glu_expansion for run in sweep.runs}) == [2.0, 2.66, 3.0, 4.0]
     leader = allocate(config.load_sweep(prd.sources["share"].path))["emb25"].model
-    models = [found.model for found in allocate(sweep).values()]
+    models = [allocation.model for allocation in allocate(sweep).values()]
     for key in ("d_model", "n_heads", "head_dim"):
         assert {getattr(model, key) for model in models} == {getattr(leader, key)}
     assert len({model.n_layers for model in models}) > 1  # depth is what pays for the expansion
@@ -71,7 +70,7 @@ def test_the_glu_sweep_is_made_of_the_share_that_leads(prd: Study) -> None:
     assert order.index("glu4x-emb25-rank") < order.index("glu2x-emb25-rank")
 
 
-def test_identical_cells_are_trained_once_but_never_a_sweeps_baseline(prd: Study) -> None:
+def test_identical_configurations_are_trained_once_but_never_a_sweeps_baseline(prd: Study) -> None:
     plan, order = simulate(prd, gains(emb35=0.2))
     assert plan.aliases["glu266x-rank"] == "emb35-rank"  # the same integers at 35 %
     assert "glu266x-rank" not in order and "glu4x-rank" in order
@@ -117,9 +116,9 @@ def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
         return [(t, 100.0 + b) for t, b in zip(checks, bad, strict=True)]
 
     plan, _ = simulate(prd, by_share, curve=curve)
-    (found,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
-    assert found["verdict"] == "keep; to the PRD's letter kill"
-    assert "1,250,000" in found["reason"]
+    (decision,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
+    assert decision["verdict"] == "keep; to the PRD's letter kill"
+    assert "1,250,000" in decision["reason"]
 
 
 def test_runs_under_a_rule_that_only_records_wait_for_no_baseline(prd: Study) -> None:
@@ -181,12 +180,10 @@ def test_no_shift_is_claimed_from_a_variant_with_one_share(prd: Study) -> None:
         return planted_bits(lambda j: 0.05 * ("emb45" in j.name))(job) | alone
 
     plan, _ = simulate(prd, gains(emb45=0.2), extra=extra)
-    told = row(plan, "shift of the best share")
-    assert told["verdict"] == "no shift; not decided for 8000 tied"
-    assert (
-        "8000 tied against 16000 tied: not decided, one share, emb35, is in common"
-        in (told["numbers"])
-    )
+    decision = row(plan, "shift of the best share")
+    assert decision["verdict"] == "no shift; not decided for 8000 tied"
+    undecided = "8000 tied against 16000 tied: not decided, one share, emb35, is in common"
+    assert undecided in decision["numbers"]
     assert row(plan, "best share, 8000 tied")["verdict"].startswith("not decided")
     assert row(plan, "best share, 8000 untied")["verdict"] == "emb45-v8k-untied"
 
@@ -207,20 +204,20 @@ def test_a_shift_needs_two_leaders_beyond_the_noise(prd: Study) -> None:
     assert "emb35 and emb45 are not separable" in close["numbers"]
 
 
-def with_rates(asked: Study, follows: str = "share") -> Study:
+def with_rates(study: Study, follows: str = "share") -> Study:
     """The shares at three rates each; later blocks follow the block `follows`."""
     for name, key in (("glu", "leader_of"), ("vocabulary", "grid_of")):
-        asked = changed(asked, name, **{key: follows})
-    asked = changed(asked, "finals", finalists_of=(follows, "glu"))
-    (share,) = (one for one in asked.config.blocks if one.name == "share")
+        study = changed(study, name, **{key: follows})
+    study = changed(study, "finals", finalists_of=(follows, "glu"))
+    (share,) = (block for block in study.config.blocks if block.name == "share")
     rates = replace(share, name="rates", overrides=("training.learning_rate=[2e-3, 4e-3, 8e-3]",))
-    found: list[Any] = []
-    for one in asked.config.blocks:
-        found += [one, rates] if one is share else [one]
+    extended: list[Any] = []
+    for block in study.config.blocks:
+        extended += [block, rates] if block is share else [block]
     return replace(
-        asked,
-        config=replace(asked.config, blocks=tuple(found)),
-        sources={**asked.sources, "rates": asked.sources["share"]},
+        study,
+        config=replace(study.config, blocks=tuple(extended)),
+        sources={**study.sources, "rates": study.sources["share"]},
     )
 
 
@@ -240,15 +237,13 @@ def test_shares_are_ranked_at_their_own_best_rate_and_at_the_shared_one(prd: Stu
     plan, order = simulate(with_rates(prd), by_rate)
     assert plan.aliases["emb35-lr4e-3-rank"] == "emb35-rank"  # trained once
     assert {"emb25-lr2e-3-rank", "emb45-lr8e-3-rank"} <= set(order)
-    told = row(plan, "at each one's own best rate")
-    assert told["verdict"] == "own best: emb25; shared: emb45"
-    assert (
-        "emb25: 4.5000 at its best, 2e-3, the lowest tried: its best may lie below; 5.1000"
-        in (told["numbers"])
-    )
-    assert "emb45: 4.8000 at its best, 8e-3, the highest tried" in told["numbers"]
-    assert "emb35: 5.0000 at its best, 4e-3; 5.0000 at the shared 4e-3" in told["numbers"]
-    assert "another order" in told["reason"]
+    decision = row(plan, "at each one's own best rate")
+    assert decision["verdict"] == "own best: emb25; shared: emb45"
+    lowest = "emb25: 4.5000 at its best, 2e-3, the lowest tried: its best may lie below; 5.1000"
+    assert lowest in decision["numbers"]
+    assert "emb45: 4.8000 at its best, 8e-3, the highest tried" in decision["numbers"]
+    assert "emb35: 5.0000 at its best, 4e-3; 5.0000 at the shared 4e-3" in decision["numbers"]
+    assert "another order" in decision["reason"]
     assert "glu4x-emb45-rank" in order and not any("glu4x-emb25" in name for name in order)
     assert plan.complete and "emb45" in order
 
@@ -256,9 +251,8 @@ def test_shares_are_ranked_at_their_own_best_rate_and_at_the_shared_one(prd: Stu
 def test_later_stages_train_at_each_ones_own_best_rate_where_the_study_says_so(prd: Study) -> None:
     plan, order = simulate(with_rates(prd, "rates"), by_rate)
     made = plan.sweeps[Path("logs/configs/glu-emb25-lr2e-3.yaml")]
-    assert {r.training.learning_rate for r in config.sweep_from(made, Path("made.yaml")).runs} == {
-        2e-3
-    }
+    made_runs = config.sweep_from(made, Path("made.yaml")).runs
+    assert {run.training.learning_rate for run in made_runs} == {2e-3}
     assert {"emb35-lr4e-3", "emb25-lr2e-3"} <= set(order)  # baseline and leader at full budget
     assert not {"emb35", "emb25", "emb45"} & set(order)
     grid = plan.sweeps[Path("logs/configs/vocabulary.yaml")]["experiments"]
@@ -270,11 +264,11 @@ def test_later_stages_train_at_each_ones_own_best_rate_where_the_study_says_so(p
 def test_a_rate_that_diverges_is_no_best_rate(prd: Study) -> None:
     failed = only("emb45-lr8e-3-rank", "emb25-lr2e-3-rank", status="failed")
     plan, _ = simulate(with_rates(prd), by_rate, extra=failed)
-    told = row(plan, "at each one's own best rate")
-    assert "emb45: 4.9000 at its best, 4e-3; 4.9000" in told["numbers"]
+    decision = row(plan, "at each one's own best rate")
+    assert "emb45: 4.9000 at its best, 4e-3; 4.9000" in decision["numbers"]
 
 
-def test_more_seeds_a_vocabulary_cell_pool_and_reuse_the_noise_floor(prd: Study) -> None:
+def test_more_seeds_of_a_vocabulary_pool_and_reuse_the_seed_noise(prd: Study) -> None:
     plan, order = simulate(changed(prd, "vocabulary", seeds=(0, 1)), gains(emb35=0.2))
     assert plan.aliases["emb35-v16k-tied-rank-seed1"] == "emb35-rank-seed1"
     assert "emb35-v8k-tied-rank-seed1" in order
@@ -290,26 +284,26 @@ def test_what_may_run_at_the_same_time(prd: Study) -> None:
     def names(plan: Plan, *running: str) -> list[str]:
         return [job.name for job in plan.ready(running)]
 
-    def asked(**known: Any) -> Plan:
+    def plan_of(**known: Any) -> Plan:
         return blocks.plan(prd, State(**known))
 
     tokens, checked = {16_000: 2_500_000, 8_000: 2_750_000}, {"emb35-sanity": SANE}
-    assert [j.kind for j in asked().ready()] == ["tokens"]
-    assert asked(train_tokens=tokens).ready()[0].kind == "sanity"
-    begun = asked(train_tokens=tokens, sanity=checked)
+    assert [j.kind for j in plan_of().ready()] == ["tokens"]
+    assert plan_of(train_tokens=tokens).ready()[0].kind == "sanity"
+    begun = plan_of(train_tokens=tokens, sanity=checked)
     seeds = ["emb35-rank", *(f"emb35-rank-seed{k}" for k in range(1, 5))]
     assert names(begun) == seeds  # the shares wait for their baseline's curve
     assert names(begun, "emb35-rank") == seeds[1:]
-    there = {"emb35-rank": {"status": "finished", "dev_loss": 5.0}}
-    shares = asked(train_tokens=tokens, sanity=checked, results=there)
+    results = {"emb35-rank": {"status": "finished", "dev_loss": 5.0}}
+    shares = plan_of(train_tokens=tokens, sanity=checked, results=results)
     assert names(shares) == [*seeds[1:], "emb25-rank", "emb45-rank"]
     # All shares are there, the noise is not: nobody knows yet whether a margin is thin.
-    there |= {f"emb{share}-rank": {"status": "finished", "dev_loss": 4.9} for share in (25, 45)}
-    waiting = asked(train_tokens=tokens, sanity=checked, results=there)
+    results |= {f"emb{share}-rank": {"status": "finished", "dev_loss": 4.9} for share in (25, 45)}
+    waiting = plan_of(train_tokens=tokens, sanity=checked, results=results)
     assert names(waiting) == seeds[1:] and not rows(waiting, "lowest dev loss")
 
 
-def test_a_diverged_cell_is_a_result_and_a_diverged_baseline_an_end(prd: Study) -> None:
+def test_a_diverged_configuration_is_a_result_and_a_diverged_baseline_an_end(prd: Study) -> None:
     diverged = {"status": "failed", "reason": "NaN"}
     plan, _ = simulate(prd, by_share, extra=only("emb45-rank", **diverged))
     assert plan.complete and row(plan, "diverged")["verdict"] == "out"
@@ -343,9 +337,9 @@ def test_estimates_count_only_what_is_left(prd: Study) -> None:
     assert costs.dollars(job, RATE) == pytest.approx(costs.seconds(job, RATE) / 1000)
     assert costs.seconds(replace(job, done=True), RATE) == 0
     assert costs.seconds(replace(job, alias_of="emb35-rank"), RATE) == 0
-    told = costs.table(plan, RATE, {"sanity": 1.25}, 50.0)
-    assert "budget_usd 50.00" in told and "spent 1.25 USD" in told and "assumed" in told
-    assert all(f"\n{stage}" in told for stage in plan.stages)
+    table = costs.table(plan, RATE, {"sanity": 1.25}, 50.0)
+    assert "budget_usd 50.00" in table and "spent 1.25 USD" in table and "assumed" in table
+    assert all(f"\n{stage}" in table for stage in plan.stages)
 
 
 BLOCK = "{name: a, config: configs/embed_ratio.yaml}"
@@ -381,4 +375,4 @@ def test_a_wrong_study_file_is_refused_in_one_sentence(
     monkeypatch.chdir(ROOT)
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(ValueError, match=says):
-        study.load(tmp_path / "study.yaml")
+        runner.load(tmp_path / "study.yaml")

@@ -17,8 +17,7 @@ import pytest
 from src.compute import cores
 from src.storage import choices
 from src.storage.run_dir import RunDir
-from src.study import processes, speed
-from src.study import runner as study
+from src.study import processes, runner, speed
 from src.study.processes import Supervisor, bound, progress_of, starter
 from src.study.speed import settle
 from tests import ROOT, python
@@ -29,7 +28,7 @@ def codes(
     *scripts: str, at_once: int = 2, progress: Callable[[], object] = time.monotonic
 ) -> dict[str, int]:
     """Exit codes of bash scripts, named a, b, c ... and run in that order."""
-    found: dict[str, int] = {}
+    exit_codes: dict[str, int] = {}
     waiting = list(zip("abcdef", scripts, strict=False))
     with Supervisor(subprocess.Popen, at_once, pause_s=0.0) as supervisor:
         while waiting or supervisor.names:
@@ -38,8 +37,8 @@ def codes(
                 supervisor.add(name, ["bash", "-c", script], progress)
             ended = supervisor.first_ended()
             assert ended is not None
-            found[ended[0]] = ended[1]
-    return found
+            exit_codes[ended[0]] = ended[1]
+    return exit_codes
 
 
 def test_75_and_a_death_by_a_signal_are_run_again_until_they_finish(tmp_path: Path) -> None:
@@ -52,8 +51,8 @@ def test_75_and_a_death_by_a_signal_are_run_again_until_they_finish(tmp_path: Pa
 @pytest.mark.parametrize("code", [78, 70, 74])
 def test_any_other_failure_is_final_and_the_others_go_on(tmp_path: Path, code: int) -> None:
     tries, done = tmp_path / "tries", tmp_path / "done"
-    found = codes(f"echo >> {tries}; exit {code}", f"sleep 0.2; touch {done}", at_once=1)
-    assert found == {"a": code, "b": 0}
+    exit_codes = codes(f"echo >> {tries}; exit {code}", f"sleep 0.2; touch {done}", at_once=1)
+    assert exit_codes == {"a": code, "b": 0}
     assert tries.read_text() == "\n" and done.exists()
 
 
@@ -61,8 +60,8 @@ def test_any_other_failure_is_final_and_the_others_go_on(tmp_path: Path, code: i
 def test_without_progress_it_is_given_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], script: str, code: int
 ) -> None:
-    found = codes(f"echo >> {tmp_path}/tries; {script}", progress=lambda: 1)
-    assert found == {"a": code} and "given up" in capsys.readouterr().err
+    exit_codes = codes(f"echo >> {tmp_path}/tries; {script}", progress=lambda: 1)
+    assert exit_codes == {"a": code} and "given up" in capsys.readouterr().err
     assert len((tmp_path / "tries").read_text()) == 1 + processes.MOST_IDLE_RERUNS
 
 
@@ -76,8 +75,8 @@ def test_pauses_grow_while_nothing_moves(
     with Supervisor(lambda line: Ended(75), 1) as supervisor:
         supervisor.add("a", [], lambda: 1)
         assert supervisor.first_ended() == ("a", 75)
-    told = re.findall(r"again in (\d+) s", capsys.readouterr().err)
-    assert told == ["1", "2", "4", "8", "16", "32", "60", "60", "60", "60"]
+    pauses = re.findall(r"again in (\d+) s", capsys.readouterr().err)
+    assert pauses == ["1", "2", "4", "8", "16", "32", "60", "60", "60", "60"]
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -135,7 +134,7 @@ def test_a_run_that_another_process_has_is_waited_for(tiny_sweep: Path, tmp_path
     block = f"{{name: a, config: {tiny_sweep}, experiments: [base]}}"
     file = tmp_path / "study.yaml"
     file.write_text(f"device: cpu\ntokens_per_s: 9\nblocks: [{block}]\n")
-    asked = study.load(file, log_dir=str(tmp_path / "logs"))
+    study = runner.load(file, log_dir=str(tmp_path / "logs"))
     codes: list[int] = []
 
     def start(line: Sequence[str]) -> Ended:
@@ -147,7 +146,7 @@ def test_a_run_that_another_process_has_is_waited_for(tiny_sweep: Path, tmp_path
         return Ended(codes[-1])
 
     with RunDir.open(tmp_path / "logs", "base") as owner:
-        assert study.run(asked, start=start, pause_s=0.0) == 0
+        assert runner.run(study, start=start, pause_s=0.0) == 0
     assert codes == [75, 0]
 
 
@@ -228,9 +227,10 @@ def test_how_many_runs_stand_side_by_side(
     known: tuple[int, str] | None,
     expected: tuple[int, int],
 ) -> None:
-    found = settle(asked, cores, gpus, known)
-    assert (found.jobs, found.threads) == expected
-    assert ("wait for each other" in str(found)) == (not gpus and expected[0] * expected[1] > cores)
+    places = settle(asked, cores, gpus, known)
+    assert (places.jobs, places.threads) == expected
+    overbooked = not gpus and places.jobs * places.threads > cores
+    assert ("wait for each other" in str(places)) == overbooked
 
 
 def test_a_place_for_each_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,13 +245,13 @@ def test_threads_are_what_is_stated_else_what_was_used_else_the_environments(
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     logs = str(tmp_path / "logs")
-    asked = study.load(Path("configs/study.yaml"), log_dir=logs)
-    assert speed.known_threads(asked) is None
+    study = runner.load(Path("configs/study.yaml"), log_dir=logs)
+    assert speed.known_threads(study) is None
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert speed.known_threads(asked) == (3, "OMP_NUM_THREADS")
+    assert speed.known_threads(study) == (3, "OMP_NUM_THREADS")
     choices.get(Path(logs), "a CPU", lambda: {"threads": 2})  # by a run before
-    assert speed.known_threads(asked) == (2, "choices.json of the log directory")
-    stated = study.load(Path("configs/study.yaml"), ["training.threads=1"], logs)
+    assert speed.known_threads(study) == (2, "choices.json of the log directory")
+    stated = runner.load(Path("configs/study.yaml"), ["training.threads=1"], logs)
     assert speed.known_threads(stated) == (1, "training.threads")
 
 
@@ -260,11 +260,11 @@ def test_the_probe_times_a_real_run_and_says_what_is_wrong(
 ) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(f"device: cpu\nblocks: [{{name: a, config: {tiny_sweep}}}]\n")
-    asked = study.load(file, log_dir=str(tmp_path / "logs"))
-    found = speed.probe(asked, 1)
-    assert found["tokens_per_s"] > 0 and found["device"] == "cpu" and found["device_name"]
+    study = runner.load(file, log_dir=str(tmp_path / "logs"))
+    speeds = speed.probe(study, 1)
+    assert speeds["tokens_per_s"] > 0 and speeds["device"] == "cpu" and speeds["device_name"]
     assert not (tmp_path / "logs").exists()  # what the child chose is not the runs' choice
     failing = ["bash", "-c", "echo 'a line before'; echo 'no such device' >&2; exit 78"]
     monkeypatch.setattr(speed, "bound", lambda line: failing)
     with pytest.raises(ValueError, match="device cpu: the speed probe failed: no such device"):
-        speed.probe(asked, 1)
+        speed.probe(study, 1)

@@ -25,7 +25,7 @@ from src.study.plan import allocate
 from tests import python
 
 
-def asked(sweep_file: Path, name: str, log_dir: Path) -> RunContext:
+def context(sweep_file: Path, name: str, log_dir: Path) -> RunContext:
     sweep = config.load_sweep(sweep_file, (), "rank")
     where: dict[str, Any] = {"log_dir": log_dir, "device": "cpu", "remote": None}
     return preflight.check(sweep.run(name, 0), sweep, allocate(sweep), **where)
@@ -42,8 +42,8 @@ def logistic(rate: float, middle: float = 4e-3) -> float:
 
 def test_the_suggestion_is_where_the_loss_falls_fastest() -> None:
     for middle in (1e-3, 4e-3, 1e-2):
-        found = sanity_training.suggested_rate(curve(lambda rate, m=middle: logistic(rate, m)))
-        assert found is not None and middle <= found <= 2 * middle  # smoothing lags a little
+        suggested = sanity_training.suggested_rate(curve(lambda rate, m=middle: logistic(rate, m)))
+        assert suggested is not None and middle <= suggested <= 2 * middle  # smoothing lags a bit
 
 
 def test_a_later_explosion_changes_nothing() -> None:
@@ -75,22 +75,22 @@ def test_the_phase_checks_and_does_not_check_twice(tiny_sweep: Path, tmp_path: P
             "--log_dir", tmp_path, "--device", "cpu")  # fmt: skip
     done = python(*line)
     assert done.returncode == 0, done.stderr
-    told = done.stdout
+    output = done.stdout
     folder = tmp_path / "base-sanity"
-    found = json.loads((folder / "sanity.json").read_text())
-    assert found["passed"] is True and all(found["checks"].values())
-    assert found["overfit_loss"] < sanity_training.OVERFIT_LOSS and found["overfit_tokens"] == 256
-    assert abs(found["initial_loss"] - math.log(300)) < 0.1
-    assert sum(found["params"].values()) == found["total_params_built"]
-    assert "embedding" in told and f"{found['total_params_built']:,}" in told
+    result = json.loads((folder / "sanity.json").read_text())
+    assert result["passed"] is True and all(result["checks"].values())
+    assert result["overfit_loss"] < sanity_training.OVERFIT_LOSS and result["overfit_tokens"] == 256
+    assert abs(result["initial_loss"] - math.log(300)) < 0.1
+    assert sum(result["params"].values()) == result["total_params_built"]
+    assert "embedding" in output and f"{result['total_params_built']:,}" in output
     ramp = json.loads((folder / "learning_rates.json").read_text())
-    assert ramp["suggested"] == found["suggested_learning_rate"] and ramp["rule"]
+    assert ramp["suggested"] == result["suggested_learning_rate"] and ramp["rule"]
     rates = [row["learning_rate"] for row in ramp["rows"]]
     assert rates == sorted(rates)
     assert (folder / "learning_rates.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["base-sanity"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
-    assert python(*line).stdout == told
+    assert python(*line).stdout == output
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -98,10 +98,10 @@ def test_a_model_that_cannot_learn_fails_the_phase(
     tiny_sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sanity_training, "OVERFIT_STEPS", 20)
-    found = sanity.check(asked(tiny_sweep, "idle", tmp_path))
-    assert found["checks"]["overfits"] is False and found["passed"] is False
-    assert found["checks"]["parameters as planned"] is True
-    assert "FAIL overfits" in sanity.report(found)
+    result = sanity.check(context(tiny_sweep, "idle", tmp_path))
+    assert result["checks"]["overfits"] is False and result["passed"] is False
+    assert result["checks"]["parameters as planned"] is True
+    assert "FAIL overfits" in sanity.report(result)
 
 
 def test_a_ramp_that_was_cut_goes_on_and_finds_the_same(
@@ -109,8 +109,8 @@ def test_a_ramp_that_was_cut_goes_on_and_finds_the_same(
 ) -> None:
     monkeypatch.setattr(sanity_training, "RANGE_STEPS", 20)
     monkeypatch.setattr(sanity_training, "OVERFIT_TOKENS", 64)  # two sequences
-    whole = sanity.check(asked(tiny_sweep, "base", tmp_path / "whole"))
-    cut, train_once = asked(tiny_sweep, "base", tmp_path / "cut"), sanity_training.train_once
+    whole = sanity.check(context(tiny_sweep, "base", tmp_path / "whole"))
+    cut, train_once = context(tiny_sweep, "base", tmp_path / "cut"), sanity_training.train_once
     ramped: list[float] = []
 
     def signalled(stepper: Any, batch: Tensor, rate: float) -> float:
@@ -140,4 +140,4 @@ def test_finished_checks_of_another_configuration_are_refused(
     folder.mkdir()
     (folder / "sanity.json").write_text('{"config_digest": "another", "passed": true}')
     with pytest.raises(ValueError, match=r"sanity.json: found the checks of another"):
-        sanity.check(asked(tiny_sweep, "base", tmp_path))
+        sanity.check(context(tiny_sweep, "base", tmp_path))

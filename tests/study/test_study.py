@@ -17,8 +17,7 @@ import yaml
 
 from src.run import Preempted
 from src.storage.run_dir import read_curve, read_rows
-from src.study import runner as study
-from src.study import sanity_training
+from src.study import runner, sanity_training
 from src.study.processes import Start
 from src.study.state import Reader
 from tests import ROOT, python
@@ -70,9 +69,9 @@ def tiny(tmp_path: Path, token_root: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def write_study(path: Path, **keys: Any) -> None:
     """The study file with further keys, those that it has included."""
-    known = yaml.safe_load(path.read_text()) if path.exists() else {"blocks": BLOCKS}
-    known |= {"device": "cpu", "tokens_per_s": 10_000, **keys}
-    path.write_text(yaml.safe_dump(known))
+    content = yaml.safe_load(path.read_text()) if path.exists() else {"blocks": BLOCKS}
+    content |= {"device": "cpu", "tokens_per_s": 10_000, **keys}
+    path.write_text(yaml.safe_dump(content))
 
 
 def in_process(line: Sequence[str]) -> int:
@@ -105,12 +104,12 @@ def check_the_csv(tiny: Path) -> None:
     """An alias is a row with its original's numbers and no cost, and is not missing."""
     line = ("scripts/aggregate_results.py", "--log_dir", "whole", "--no_figures")
     assert python(*line, cwd=tiny).returncode == 0
-    found: dict[str, dict[str, str]] = {}
+    rows: dict[str, dict[str, str]] = {}
     for name in ("results_summary.csv", "results_details.csv"):
         with (tiny / name).open(newline="") as file:
             for row in csv.DictReader(file):
-                found.setdefault(row["run"], {}).update(row)
-    alias, original = found["e10-v304-tied-rank"], found["e10-rank"]
+                rows.setdefault(row["run"], {}).update(row)
+    alias, original = rows["e10-v304-tied-rank"], rows["e10-rank"]
     assert alias["dev_loss"] == original["dev_loss"] and alias["status"] == "finished"
     assert (alias["cost_usd"], alias["sweep"]) == ("", "vocabulary.yaml")
     assert original["cost_usd"] and "e10-rank" in alias["reason"]
@@ -118,7 +117,7 @@ def check_the_csv(tiny: Path) -> None:
 
 def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) -> None:
     """Cut by a stop of the study between two jobs, and by jobs that are preempted."""
-    assert study.run(study.load(Path("study.yaml"), log_dir="whole"), start=here()) == 0
+    assert runner.run(runner.load(Path("study.yaml"), log_dir="whole"), start=here()) == 0
     whole = timeless(tiny / "whole" / "study.json")
     assert whole["complete"] is True
     assert [d for d in whole["decisions"] if d["rule"] == "winner"]
@@ -143,15 +142,15 @@ def test_a_study_cut_again_and_again_ends_like_an_uninterrupted_one(tiny: Path) 
     codes: list[int] = []
     while not codes or codes[-1] == 75:
         assert len(codes) < 20
-        asked = study.load(Path("study.yaml"), log_dir="cut")
+        study = runner.load(Path("study.yaml"), log_dir="cut")
         try:
-            codes.append(study.run(asked, start=here(cut), pause_s=0.0))
+            codes.append(runner.run(study, start=here(cut), pause_s=0.0))
         except Preempted:
             codes.append(75)
     assert codes[-1] == 0 and len(codes) > 2
     assert timeless(tiny / "cut" / "study.json") == whole
     before = len(done)
-    assert study.run(study.load(Path("study.yaml"), log_dir="cut"), start=here(cut)) == 0
+    assert runner.run(runner.load(Path("study.yaml"), log_dir="cut"), start=here(cut)) == 0
     assert len(done) == before  # nothing left to do
 
 
@@ -163,8 +162,8 @@ def test_a_publication_is_enough_to_go_on_elsewhere(
     folder = [{**BLOCKS[0], "folder": "a"}, {**BLOCKS[1], "folder": "a"}]
     later = {**BLOCKS[2], "folder": "b"}
     write_study(tiny / "study.yaml", blocks=folder, published="published")
-    first = study.load(Path("study.yaml"), log_dir="lost")
-    assert study.run(first, start=here()) == 0
+    first = runner.load(Path("study.yaml"), log_dir="lost")
+    assert runner.run(first, start=here()) == 0
     publish = ("scripts/publish_results.py", "--output", "published", "--log_dir")
     assert python(*publish, "lost", cwd=tiny).returncode == 0
     run = Path("a", "e10-rank")
@@ -180,13 +179,13 @@ def test_a_publication_is_enough_to_go_on_elsewhere(
     capsys.readouterr()
     # A machine on which this run was cut goes on with its own, whatever was published of it.
     (tiny / "cut" / run / "checkpoints").mkdir(parents=True)
-    assert study.run(study.load(Path("study.yaml"), log_dir="cut"), dry_run=True) == 0
+    assert runner.run(runner.load(Path("study.yaml"), log_dir="cut"), dry_run=True) == 0
     assert "next: a/e10-rank" in capsys.readouterr().out
-    second = study.load(Path("study.yaml"), log_dir="new")
-    assert study.run(second, dry_run=True) == 0
+    second = runner.load(Path("study.yaml"), log_dir="new")
+    assert runner.run(second, dry_run=True) == 0
     assert "next: b/e10-rank (share)" in capsys.readouterr().out and not (tiny / "new").exists()
     begun: list[str] = []
-    assert study.run(second, start=recorded(begun)) == 0
+    assert runner.run(second, start=recorded(begun)) == 0
     assert len(begun) == 2 and all("--log_dir new/b" in line for line in begun)
     assert (tiny / "new" / run / "metrics.json").read_bytes() == old_result
     found = Reader(second).documents(str(run), "validation")
@@ -232,8 +231,9 @@ def test_a_killed_study_can_be_started_again_at_once(tiny: Path, token_root: Pat
         until(lambda: (run / "metrics.json").is_file(), second)
     finally:
         second.terminate()
-        told, _ = second.communicate(timeout=120)
-    assert second.returncode == 75 and "to go on: python run_experiment.py --study" in told, told
+        output, _ = second.communicate(timeout=120)
+    assert second.returncode == 75, output
+    assert "to go on: python run_experiment.py --study" in output
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl", "train")]
     assert steps == sorted(set(steps))
 
@@ -242,19 +242,19 @@ def test_the_study_stops_before_the_money_is_spent(tiny: Path) -> None:
     write_study(tiny / "study.yaml", budget_usd=1e-9)
     begun: list[str] = []
     with pytest.raises(ValueError, match="stopped before e10-sanity: .* budget_usd"):
-        study.run(study.load(Path("study.yaml")), start=recorded(begun))
+        runner.run(runner.load(Path("study.yaml")), start=recorded(begun))
     assert len(begun) == 1 and "preprocess_lm" in begun[0]  # making tokens costs nothing
 
 
 def test_an_error_of_a_job_is_the_studys(tiny: Path) -> None:
-    assert study.run(study.load(Path("study.yaml")), start=here(lambda line: 74)) == 74
+    assert runner.run(runner.load(Path("study.yaml")), start=here(lambda line: 74)) == 74
 
 
 def test_failed_checks_end_the_study(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny / "logs" / "e10-sanity").mkdir(parents=True)
     failed = {**SANE, "passed": False, "reason": "it does not overfit"}
     (tiny / "logs" / "e10-sanity" / "sanity.json").write_text(json.dumps(failed))
-    assert study.run(study.load(Path("study.yaml")), start=here()) == 70
+    assert runner.run(runner.load(Path("study.yaml")), start=here()) == 70
     assert "it does not overfit" in capsys.readouterr().err
 
 
@@ -272,7 +272,7 @@ def test_the_command_line_prints_the_plan_and_touches_nothing(tiny: Path) -> Non
 def test_damaged_losses_of_documents_and_failures_are_named(tiny: Path) -> None:
     run = tiny / "logs" / "e10"
     run.mkdir(parents=True)
-    reader = Reader(study.load(Path("study.yaml")))
+    reader = Reader(runner.load(Path("study.yaml")))
     assert reader.documents("e10", "validation") is None
     (run / "documents_test.npz").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match="documents_test.npz: found a damaged file.*metrics.json"):

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from src.spec import config
-from src.study import blocks
-from src.study import runner as study
+from src.study import blocks, runner
 from src.study.plan import Configuration, Job, Plan, State, Study, allocate
 from tests import ROOT
 from tests.study.invented import row, simulate
@@ -29,7 +28,7 @@ RATES = {"emb25": (2, 4, 1), "emb35": (2, 4, 1), "emb45": (2, 4, 8)}
 @pytest.fixture
 def ten(monkeypatch: pytest.MonkeyPatch) -> Study:
     monkeypatch.chdir(ROOT)
-    return study.load(Path("configs/study_10m.yaml"))
+    return runner.load(Path("configs/study_10m.yaml"))
 
 
 def loss(job: Job) -> float:
@@ -47,7 +46,7 @@ def runs(plan: Plan, stage: str) -> list[Configuration]:
 
 def test_the_runs_are_those_that_were_begun_before_it_was_a_file(ten: Study) -> None:
     """Same directory, same configuration: checkpoints of before go on."""
-    asked = {job.name: job.configuration for job in simulate(ten, loss)[0].jobs}
+    planned = {job.name: job.configuration for job in simulate(ten, loss)[0].jobs}
     tried = [f"{name}-lr{rate}e-3" for name, rates in RATES.items() for rate in rates]
     by_hand = [("prd", FLAGS, ["all"], [0]), ("rates", (*FLAGS, *SMALL), tried, [0]),
                ("rates", (*FLAGS, *SMALL), ["emb35-lr4e-3", "emb45-lr8e-3"], [1, 2])]  # fmt: skip
@@ -55,8 +54,9 @@ def test_the_runs_are_those_that_were_begun_before_it_was_a_file(ten: Study) -> 
     for folder, flags, names, seeds in by_hand:
         sweep = config.load_sweep("configs/embed_ratio.yaml", flags, "rank")
         for run in sweep.chosen(names, seeds):
-            found = asked[f"{folder}/{run.run_name}"]
-            assert found.run == run and found.allocation == allocate(sweep)[run.experiment]
+            configuration = planned[f"{folder}/{run.run_name}"]
+            assert configuration.run == run
+            assert configuration.allocation == allocate(sweep)[run.experiment]
             count += 1
     assert count == 3 + 9 + 4
 
@@ -77,8 +77,8 @@ def test_a_fresh_study_counts_every_block_and_runs_nothing_that_is_assumed(ten: 
 def test_later_blocks_follow_the_leader_at_its_own_best_rate(ten: Study) -> None:
     plan, order = simulate(ten, loss)
     assert plan.complete
-    said = row(plan, "at each one's own best rate")
-    assert said["verdict"] == "own best: emb45 or emb35; shared: emb45 or emb35"
+    decision = row(plan, "at each one's own best rate")
+    assert decision["verdict"] == "own best: emb45 or emb35; shared: emb45 or emb35"
     leader = next(c for c in runs(plan, "rates") if c.run.experiment == "emb45-lr8e-3")
     width = (leader.allocation.model.d_model, leader.allocation.model.n_heads)
     glu = runs(plan, "glu")
@@ -131,8 +131,8 @@ def test_shares_meet_over_all_their_seeds(ten: Study) -> None:
 
     plan, _ = simulate(ten, unlucky)
     assert "emb45" in row(plan, "loss, block glu")["numbers"]  # chosen before the seeds
-    told = row(plan, "lowest dev loss, block seeds")
-    assert told["verdict"].startswith("emb25") and "seed" not in told["verdict"]
+    decision = row(plan, "lowest dev loss, block seeds")
+    assert decision["verdict"].startswith("emb25") and "seed" not in decision["verdict"]
     assert row(plan, "finalists, block 20m")["verdict"].startswith("emb25")
 
 
@@ -141,15 +141,14 @@ def test_a_configuration_of_one_seed_ahead_by_chance_is_no_finalist(ten: Study) 
         return loss(job) + (0.0295 if "glu2x" in job.run.experiment else 0.0)
 
     plan, _ = simulate(ten, close)
-    told = row(plan, "finalists, block 20m")
-    assert told["verdict"] == "emb45-lr8e-3" and "by chance" in told["reason"]
+    decision = row(plan, "finalists, block 20m")
+    assert decision["verdict"] == "emb45-lr8e-3" and "by chance" in decision["reason"]
 
 
 def test_a_leading_baseline_is_no_finalist(ten: Study) -> None:
     def home(job: Job) -> float:
-        gap = 0.3 * ("emb35" not in job.run.experiment) - 0.1 * (
-            "emb35-lr4e-3" in job.run.experiment
-        )
+        name = job.run.experiment
+        gap = 0.3 * ("emb35" not in name) - 0.1 * ("emb35-lr4e-3" in name)
         return 5.0 + gap + 0.001 * job.run.seed
 
     plan, _ = simulate(ten, home)
