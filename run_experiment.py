@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.study is not None:
             code = _study(args)
             if code == TRY_AGAIN:
-                words = ["python", "run_experiment.py", *(sys.argv[1:] if argv is None else argv)]
-                print(f"to go on: {shlex.join(words)}", file=sys.stderr)
+                command = ["python", "run_experiment.py", *(sys.argv[1:] if argv is None else argv)]
+                print(f"to go on: {shlex.join(command)}", file=sys.stderr)
             return code
         return _sweep(args)
     except Preempted as signalled:

@@ -56,10 +56,11 @@ def check(
     """`run` with its verified tokens; ValueError, one sentence, for whatever would fail later."""
     _check_machine(run, log_dir, device, remote)
     run_dir.check_log_dir(log_dir)
-    checkpoints = log_dir / run.run_name / "checkpoints"
+    directory = log_dir / run.run_name
     parameters = allocations[run.experiment].params.total
-    if not (log_dir / run.run_name / "metrics.json").is_file():
-        run_dir.check_disk(checkpoints, 12 * parameters)  # weights, two moments; float32
+    if not (directory / "metrics.json").is_file():
+        # Weights and two moments in float32.
+        run_dir.check_disk(directory / "checkpoints", 12 * parameters)
     tokens = data.load(run.token_dir, run.model.vocab_size, run.data.train_tokens)
     training = run.training
     data.Windows(
@@ -70,27 +71,25 @@ def check(
     )
     kill_rule.check_fits(run.kill_rule, training, str(sweep.file), sweep.states_kill_rule)
     costs.check()
-    if "smallbench_accuracy" in run.evaluation.metrics:
+    evaluation = run.evaluation
+    if "smallbench_accuracy" in evaluation.metrics:
+        smallbench_dir = Path(evaluation.smallbench_dir)
         _check_smallbench(
-            run.smallbench_tasks,
-            Path(run.evaluation.smallbench_dir),
-            run.evaluation.smallbench_limit,
-            run.evaluation.blimp_full,
-            tokens.tokenizer_path,
-        )
-        directory = Path(run.evaluation.smallbench_dir)
-        if leakage.contaminated_rows(run.evaluation.leakage, directory, tokens.corpus) is None:
+            run.smallbench_tasks, smallbench_dir, evaluation.smallbench_limit,
+            evaluation.blimp_full, tokens.tokenizer_path,
+        )  # fmt: skip
+        if leakage.contaminated_rows(evaluation.leakage, smallbench_dir, tokens.corpus) is None:
             say(
                 run.run_name,
-                f"no report says which items of {directory} the training text contains: all are "
-                f"asked; python scripts/check_leakage.py --smallbench {directory} --corpus ... "
-                "makes it",
+                f"no report says which items of {smallbench_dir} the training text contains: all "
+                "are asked; python scripts/check_leakage.py --smallbench "
+                f"{smallbench_dir} --corpus ... makes it",
             )
-    if run.evaluation.outside_dir is not None:
-        for name in ("validation", "test") if run.evaluation.test else ("validation",):
-            data.outside_texts(Path(run.evaluation.outside_dir), name)
+    if evaluation.outside_dir is not None:
+        for name in ("validation", "test") if evaluation.test else ("validation",):
+            data.outside_texts(Path(evaluation.outside_dir), name)
     resolved, digest = metrics.resolved(run, allocations, sweep, tokens)
-    begun_with(log_dir / run.run_name, resolved, digest, metrics.older_digest(resolved))
+    begun_with(directory, resolved, digest, metrics.older_digest(resolved))
     return RunContext(
         run=run, sweep=sweep, allocations=allocations, data=tokens,
         log_dir=log_dir, device=device, remote=remote,

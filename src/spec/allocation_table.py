@@ -55,10 +55,10 @@ def print_sweep(
     tokens = flops = 0
     for run in runs:
         model, training = allocations[run.experiment].model, run.training
-        tokens += training.steps * training.step_tokens
-        flops += training.steps * training.step_tokens * flops_per_token(model, training.seq_len)
+        tokens += training.total_tokens
+        flops += training.total_tokens * flops_per_token(model, training.seq_len)
     print(f"\nruns: {len(runs)}, tokens: {tokens:,}, training FLOPs: {flops:.2e}")
-    bounds = costs.floors(flops)
+    bounds = costs.lower_bounds(flops)
     if max((usd for _, _, usd in bounds), default=0.0) < 1:
         print("under 1 USD of training on every device of configs/prices.yaml at half its peak; "
               "small models reach a few per cent of it")  # fmt: skip

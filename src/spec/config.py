@@ -141,6 +141,11 @@ class RunConfig:
         return run_name(self.baseline, self.phase, self.seed)
 
     @property
+    def may_be_killed(self) -> bool:
+        """Whether it has a kill rule that stops it, not one that only records."""
+        return self.kill_rule is not None and self.kill_rule.action == "stop"
+
+    @property
     def smallbench_tasks(self) -> Path:
         """The task list asked for, or the shipped one."""
         path = self.evaluation.smallbench_tasks

@@ -9,7 +9,7 @@ from pathlib import Path
 from src.spec.strict_yaml import build, key, known_keys, mapping, one_of, read_yaml
 
 TABLE = Path(__file__).resolve().parents[2] / "configs" / "prices.yaml"
-UTILISATION = 0.5  # of peak; no run of ours has come near, which makes `floors` lower bounds
+UTILISATION = 0.5  # of peak; no run of ours has come near it, hence lower bounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ def price_per_hour(device_type: str, device_name: str) -> float | None:
     return None
 
 
-def floors(flops: float) -> list[tuple[str, float, float]]:
+def lower_bounds(flops: float) -> list[tuple[str, float, float]]:
     """(device, hours, USD) of `flops` at half of each device's peak: training alone, a lower bound.
 
     Devices without `tflops` in the table are left out. Raises ValueError as `check` does.

@@ -152,7 +152,7 @@ def check_fits(rule: KillRule | None, training: TrainingConfig, file: str, state
             "kill at two checks in a row, however far apart; lower training.eval_every_tokens"
         )
     in_run = rule.in_run(training.tokens)
-    if stated and not can_ever_fire(in_run, training.steps * training.step_tokens, every):
+    if stated and not can_ever_fire(in_run, training.total_tokens, every):
         raise ValueError(
             f"{file}: kill_rule: found a rule that can never fire in {training.tokens:,} tokens "
             f"with dev evaluations every {every:,}; expected window_tokens and grace_tokens that "

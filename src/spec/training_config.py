@@ -51,6 +51,11 @@ class TrainingConfig:
         return math.ceil(self.tokens / self.step_tokens)
 
     @property
+    def total_tokens(self) -> int:
+        """Tokens of all steps: `tokens`, rounded up to whole steps."""
+        return self.steps * self.step_tokens
+
+    @property
     def warmup_steps(self) -> int:
         return math.ceil(self.warmup_fraction * self.steps)
 

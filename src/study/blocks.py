@@ -106,8 +106,7 @@ class _Blocks:
             return
         # Its own run for a baseline that a kill rule looks for by its name; none across
         # vocabularies, whose token perplexities do not compare.
-        rule = runs[0].run.kill_rule
-        needs_baseline = rule is not None and rule.action == "stop" and block.grid_of is None
+        needs_baseline = runs[0].run.may_be_killed and block.grid_of is None
         complete = plan.schedule(block.name, runs, own_baseline=needs_baseline)
         # Until it is known how much seeds differ, nobody knows whether a margin is thin.
         complete &= all(p.complete for p in self.planned.values() if len(p.block.seeds) > 1)
@@ -336,7 +335,7 @@ class _Blocks:
                 plan, noise, planned.sweep, planned.runs, rates
             )
             return
-        first = plan.different([c for c in planned.runs if c.run.seed == block.seeds[0]])
+        first = plan.distinct([c for c in planned.runs if c.run.seed == block.seeds[0]])
         losses: dict[str, Sequence[float]] = {}
         for configuration in first:
             group = self._seeds(configuration)

@@ -296,7 +296,7 @@ def rank_agreement(
     short: dict[str, dict[int, float]] = {}
     long: dict[str, dict[int, float]] = {}
     stopped = []
-    for configuration in plan.different([c for c in full if c.run.seed == 0]):
+    for configuration in plan.distinct([c for c in full if c.run.seed == 0]):
         name, full_losses = configuration.run.experiment, plan.losses([configuration])
         ranked_losses = by_name.get(name)
         if ranked_losses and full_losses:

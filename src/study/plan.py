@@ -64,7 +64,7 @@ class State:
     """What the log directory holds.
 
     results: metrics.json by run; a run that diverged stands as {"status": "failed", ...}.
-    beside: those of tuned runs and others that no plan knows.
+    others: those of tuned runs, and of runs that no plan knows.
     curves: dev checks by run. documents(run, split): its losses, None without them.
     train_tokens: tokens of the train split by vocabulary; absent where they are to be made.
     sanity: sanity.json by directory. latency: comparisons by job. threads: of every run that
@@ -72,7 +72,7 @@ class State:
     """
 
     results: Mapping[str, Metrics] = field(default_factory=dict)
-    beside: Mapping[str, Metrics] = field(default_factory=dict)
+    others: Mapping[str, Metrics] = field(default_factory=dict)
     curves: Mapping[str, kill_rule.Curve] = field(default_factory=dict)
     documents: Callable[[str, str], Documents | None] = lambda run, split: None
     train_tokens: Mapping[int, int] = field(default_factory=dict)
@@ -241,7 +241,7 @@ class Plan:
         """Per-document losses of its run."""
         return self.state.documents(self.run_of(configuration), split)
 
-    def different(self, configurations: Sequence[Configuration]) -> list[Configuration]:
+    def distinct(self, configurations: Sequence[Configuration]) -> list[Configuration]:
         """One for each run: rounding can make two of a sweep the same model."""
         by_run: dict[str, Configuration] = {}
         for configuration in configurations:
@@ -279,14 +279,11 @@ class Plan:
             usable = original_result is None or original_result["status"] == "finished"
             if original != name and usable and own_result is None and not keeps_own_run:
                 self.aliases[name] = original
-            rule, training = run.kill_rule, run.training
-            judged = rule is not None and rule.action == "stop" and not is_baseline
+            needs_curve = run.may_be_killed and not is_baseline
             self.task(
-                stage, "train", configuration, name,
-                tokens=training.steps * training.step_tokens,
-                done=self.result(configuration) is not None,
-                alias_of=self.aliases.get(name),
-                after=configuration.place(run.baseline_run_name) if judged else None,
+                stage, "train", configuration, name, tokens=run.training.total_tokens,
+                done=self.result(configuration) is not None, alias_of=self.aliases.get(name),
+                after=configuration.place(run.baseline_run_name) if needs_curve else None,
             )  # fmt: skip
         return self.decided and all(self.result(c) is not None for c in configurations)
 

@@ -134,7 +134,7 @@ class Supervisor:
         it too often). None once all have ended after a signal."""
         while not (self.stopped and self._all_ended()):
             for name, child in self._children.items():
-                code = self._look(name, child)
+                code = self._poll(name, child)
                 if code is not None and not self.stopped:
                     del self._children[name]
                     return name, code
@@ -151,7 +151,7 @@ class Supervisor:
         if self._signal is not None:  # it came a moment ago
             child.process.send_signal(self._signal)
 
-    def _look(self, name: str, child: _Child) -> int | None:
+    def _poll(self, name: str, child: _Child) -> int | None:
         """The code of a command that has ended for good; starts one whose pause is over."""
         if child.process is None:
             if self.has_room and child.not_before <= time.monotonic():

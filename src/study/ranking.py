@@ -22,7 +22,7 @@ def mean_text(values: Sequence[float]) -> str:
 
 def sanity_decisions(plan: Plan, result: Metrics) -> None:
     """What phase 0's checks found, and the learning rate that stays."""
-    failed = [name for name, fine in result["checks"].items() if not fine]
+    failed = [name for name, passed in result["checks"].items() if not passed]
     verdict = "passed" if not failed else f"failed: {', '.join(failed)}"
     plan.decide("0", "sanity", sanity.losses_text(result), verdict, result["reason"])
     rate, configured = result["suggested_learning_rate"], result["learning_rate"]

@@ -95,7 +95,7 @@ def run(
         make_directory(log_dir)
         with locked(log_dir):
             reader.restore()
-            if (reason := _insane(plan, log_dir)) is not None:
+            if (reason := _failed_checks(plan, log_dir)) is not None:
                 raise ValueError(reason)
             return _write_files(plan, engine, remote)
     rate = reader.rate(plan.state)
@@ -115,7 +115,7 @@ def run(
         return _Runner(reader, rate, remote, supervisor).run()
 
 
-def _insane(plan: Plan, log_dir: Path) -> str | None:
+def _failed_checks(plan: Plan, log_dir: Path) -> str | None:
     """Why nothing may be trained, where a block's sanity checks have failed."""
     for directory, checks in plan.state.sanity.items():
         if not checks["passed"]:
@@ -164,22 +164,23 @@ class _Runner:
         self.rate, self.remote, self.supervisor = rate, remote, supervisor
         self.begun: dict[str, Job] = {}  # ended with 0, or still run
         self.failed: dict[str, int] = {}  # ended for good with another code
-        self.told = -1  # steps done when progress was last printed
+        self.printed = -1  # steps done when progress was last printed
 
     def run(self) -> int:
         """Returns the study's exit code; the supervisor's context stops what still runs then."""
         while True:
             plan = blocks.plan(self.study, self.reader.state())
             self.rate = self.reader.rate(plan.state, self.rate)
-            spent = self.reader.spent(plan, self.rate)
-            self._tell_progress(plan, sum(spent.values()))
-            write_json(self.log_dir / "study.json", summary(plan, spent))
-            if (reason := _insane(plan, self.log_dir)) is not None:
+            by_stage = self.reader.spent(plan, self.rate)
+            spent = sum(by_stage.values())
+            self._print_progress(plan, spent)
+            write_json(self.log_dir / "study.json", summary(plan, by_stage))
+            if (reason := _failed_checks(plan, self.log_dir)) is not None:
                 print(reason, file=sys.stderr)
                 return OUR_FAULT
-            too_dear = self._start_ready(plan, sum(spent.values()))
+            unaffordable = self._start_ready(plan, spent)
             if not self.supervisor.names or self.supervisor.stopped:
-                return self._end(plan, spent, too_dear)
+                return self._end(plan, spent, unaffordable)
             if (ended := self.supervisor.first_ended()) is None:
                 return TRY_AGAIN
             name, code = ended
@@ -209,10 +210,10 @@ class _Runner:
             self.supervisor.add(job.name, line, partial(progress_of, self.log_dir / job.name))
         return None
 
-    def _tell_progress(self, plan: Plan, spent: float) -> None:
+    def _print_progress(self, plan: Plan, spent: float) -> None:
         done = sum(not job.open for job in plan.jobs)
-        if done != self.told:
-            self.told = done
+        if done != self.printed:
+            self.printed = done
             hours = sum(costs.seconds(job, self.rate) for job in plan.jobs) / 3600
             print(
                 f"--- {done} of {len(plan.jobs)} steps done, {spent:.2f} USD spent, about "
@@ -220,23 +221,23 @@ class _Runner:
                 flush=True,
             )
 
-    def _end(self, plan: Plan, spent: Mapping[str, float], too_dear: Job | None) -> int:
+    def _end(self, plan: Plan, spent: float, unaffordable: Job | None) -> int:
         """Nothing runs and nothing can begin: why, and the exit code."""
         if self.supervisor.stopped or TRY_AGAIN in self.failed.values():
             return TRY_AGAIN
         if self.failed:
             return max(self.failed.values())
-        if too_dear is not None:
+        if unaffordable is not None:
+            cost, budget = costs.dollars(unaffordable, self.rate), self.study.config.budget_usd
             raise ValueError(
-                f"stopped before {too_dear.name}: {sum(spent.values()):.2f} USD are spent and it "
-                f"would take about {costs.dollars(too_dear, self.rate):.2f}, but budget_usd in "
-                f"{self.study.file} is {self.study.config.budget_usd:g}; raise it and run the same "
-                "command to go on"
+                f"stopped before {unaffordable.name}: {spent:.2f} USD are spent and it would take "
+                f"about {cost:.2f}, but budget_usd in {self.study.file} is {budget:g}; raise it "
+                "and run the same command to go on"
             )
         assert plan.complete, "nothing runs, nothing can begin and something is open"
         for decision in plan.decisions:
             print(f"{decision['phase']:>3} {decision['rule']}: {decision['verdict']}")
-        print(f"complete; {sum(spent.values()):.2f} USD")
+        print(f"complete; {spent:.2f} USD")
         return OK
 
 

@@ -87,8 +87,8 @@ def report(result: Mapping[str, Any]) -> str:
     total, share = result[TOTAL_PARAMS.built], result[EMBEDDING_RATIO.built]
     return "\n".join(
         [
-            *(f"{result['experiment']}: {'ok  ' if fine else 'FAIL'} {name}"
-              for name, fine in result["checks"].items()),
+            *(f"{result['experiment']}: {'ok  ' if passed else 'FAIL'} {name}"
+              for name, passed in result["checks"].items()),
             *(f"  {block:<11} {count:>12,} {count / total:>8.2%}"
               for block, count in result["params"].items()),
             f"  {'total':<11} {total:>12,}, {EMBEDDING_RATIO.built} {share:.4f}",

@@ -41,18 +41,18 @@ class Places:
         return f"{self.jobs} at a time, threads of each: {self.threads} ({self.source})"
 
 
-def settle(asked: int | str, cores: int, gpus: int, settled: tuple[int, str] | None) -> Places:
-    """The places of `jobs: <asked>`. known: threads that are settled already, and by what.
+def settle(requested: int | str, cores: int, gpus: int, settled: tuple[int, str] | None) -> Places:
+    """The places of `jobs: <requested>`. settled: the threads that are already, and by what.
 
     auto is a run a GPU, or on a CPU a run a core: two runs of one thread each make about twice
     the tokens/s of one run with two threads (results/LOG.md).
     """
-    if asked == "auto":
+    if requested == "auto":
         most = MOST_CPU_JOBS if settled is None else cores
         jobs = gpus or max(1, min(most, cores // (settled[0] if settled else 1)))
         source = "a run a GPU" if gpus else f"{cores} cores"
     else:
-        jobs, source = int(asked), "jobs of the study file"
+        jobs, source = int(requested), "jobs of the study file"
     threads, threads_source = settled or (max(1, cores // jobs), f"{cores} cores in equal parts")
     if not gpus and jobs * threads > cores:
         threads_source += f"; more than the {cores} cores, so that runs wait for each other"

@@ -55,7 +55,7 @@ class Reader:
         }
         return State(
             results={**failed, **runs},
-            beside={name: m for name, m in metrics.items() if name not in runs},
+            others={name: m for name, m in metrics.items() if name not in runs},
             curves={name: _curve(files[name].parent, m) for name, m in runs.items()},
             documents=self.documents,
             train_tokens=self._train_tokens(),
@@ -164,7 +164,7 @@ class Reader:
 
 def runbook_spent(state: State) -> float:
     """Dollars of everything in the log directory, tuning and runs by hand included."""
-    results = (*state.results.values(), *state.beside.values(), *state.sanity.values())
+    results = (*state.results.values(), *state.others.values(), *state.sanity.values())
     return sum(float(result.get("cost_usd") or 0.0) for result in results)
 
 

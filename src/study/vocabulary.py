@@ -40,7 +40,7 @@ def shift_decisions(
     layers = {c.run.experiment: c.allocation.model.n_layers for c in configurations}
     by_variant: dict[str, Bits] = {}
     for label in dict.fromkeys(map(_label, configurations)):
-        same_variant = plan.different([c for c in configurations if _label(c) == label])
+        same_variant = plan.distinct([c for c in configurations if _label(c) == label])
         names = dict.fromkeys(c.run.experiment for c in same_variant)
         measured = {name: bits[name] for name in names if name in bits}
         # by the experiment of the share sweep that it was made from

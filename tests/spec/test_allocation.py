@@ -308,9 +308,9 @@ def test_the_dry_run_prints_the_sweep_by_block_without_torch():
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    table, _, floor = done.stdout.partition("\n\n")
-    assert floor.startswith("runs: 3, tokens: 150,011,904, training FLOPs: ")
-    assert "under 1 USD" in floor
+    table, _, cost = done.stdout.partition("\n\n")
+    assert cost.startswith("runs: 3, tokens: 150,011,904, training FLOPs: ")
+    assert "under 1 USD" in cost
     header, *rows = table.splitlines()
     for column in ("share", "GLU", "embedding", "projection", "attention", "ffn", "norm", "total"):
         assert column in header

@@ -87,13 +87,13 @@ def test_no_table_is_refused(table: Path) -> None:
         costs.check()
 
 
-def test_a_floor_is_flops_at_half_of_peak_at_the_hour_s_price(table: Path) -> None:
+def test_a_lower_bound_is_flops_at_half_of_peak_at_the_hour_s_price(table: Path) -> None:
     table.write_text(
         "devices:\n"
         "  fast: {match: [fast], tflops: 200, usd_per_hour: 2}\n"
         "  slow: {match: [slow], usd_per_hour: 1}\n"
     )
-    assert costs.floors(3.6e17) == [("fast", 1.0, 2.0)]  # 3.6e17 / 1e14 = 3,600 s
+    assert costs.lower_bounds(3.6e17) == [("fast", 1.0, 2.0)]  # 3.6e17 / 1e14 = 3,600 s
 
 
 def test_the_dry_run_of_the_transfer_shows_what_it_costs_at_least(capsys) -> None:

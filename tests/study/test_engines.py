@@ -302,8 +302,8 @@ def test_the_run_section_goes_on_from_the_bucket_on_a_machine_with_an_empty_disk
     said(process, 75)  # which SkyPilot recovers on, and on nothing else
     said(machines[1].start(), 0)
     assert differences(second, reference) == []
-    records = [(run / "metrics.jsonl").read_bytes() for run in (first, second)]
-    assert records[1].startswith(records[0]), "it began again: the clocks of the rows are others"
+    logs = [(run / "metrics.jsonl").read_bytes() for run in (first, second)]
+    assert logs[1].startswith(logs[0]), "it began again: the clocks of the rows are others"
 
 
 def test_setup_installs_into_the_first_python_that_is_new_enough(checkout, tmp_path):
