@@ -106,8 +106,8 @@ class _Blocks:
             return
         # Its own run for a baseline that a kill rule looks for by its name; none across
         # vocabularies, whose token perplexities do not compare.
-        needs_baseline = runs[0].run.may_be_killed and block.grid_of is None
-        complete = plan.schedule(block.name, runs, own_baseline=needs_baseline)
+        own_baseline = runs[0].run.may_be_killed and block.grid_of is None
+        complete = plan.schedule(block.name, runs, own_baseline=own_baseline)
         # Until it is known how much seeds differ, nobody knows whether a margin is thin.
         complete &= all(p.complete for p in self.planned.values() if len(p.block.seeds) > 1)
         planned = _Planned(block, source, sweep, runs, complete)

@@ -42,7 +42,8 @@ class Judge:
     def compare_speeds(self, complete: bool) -> bool:
         """Add a comparison of each finalist with the baseline; True where all are there.
 
-        None where the sweep measures no latency, and none of an experiment without a finished run.
+        No comparison where the sweep measures no latency, nor of an experiment without a finished
+        run.
         """
         evaluation, all_there = self.baseline[0].run.evaluation, True
         if not evaluation.latency:

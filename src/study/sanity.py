@@ -3,7 +3,7 @@
     python run_experiment.py --config configs/embed_ratio.yaml --exp emb35 --phase sanity
 
 Writes <log_dir>/<exp>-sanity/{learning_rates.json, learning_rates.png} and, last, sanity.json. Cut
-in the ramp, it goes on there. torch is imported once the directory is held.
+in the ramp, it goes on there. torch is imported once the directory is locked.
 """
 
 from __future__ import annotations

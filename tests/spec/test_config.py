@@ -12,8 +12,6 @@ from src.spec.config import KillRule, load_sweep
 from src.spec.strict_yaml import parse_yaml
 from tests.spec import EMBED_RATIO, GLU_EXPANSION
 
-# -------------------------------------------------------------------------------------- accepted
-
 
 def test_the_prd_embedding_sweep_is_accepted_as_it_is(load):
     sweep = load(EMBED_RATIO)
@@ -174,9 +172,6 @@ def test_the_digest_ignores_cosmetic_keys_alone(load):
     assert digest() != digest("model.glu_expansion=3")
 
 
-# --------------------------------------------------------------------------------------- refused
-
-
 def test_merge_keys_are_read_as_yaml_defines_them():
     merged = "x: &x {a: 1, b: 1}\ny: &y {b: 2}\nz: {<<: [*y, *x], c: 3}\nu: {<<: *x, a: 4}"
     content = parse_yaml(merged, "a file")
@@ -185,9 +180,6 @@ def test_merge_keys_are_read_as_yaml_defines_them():
 
 def test_a_name_that_only_begins_like_a_missing_value_is_fine(load):
     assert load(EMBED_RATIO.replace("name: emb25", "name: null1")).names[1] == "null1"
-
-
-# ------------------------------------------------------------------------------------- mutations
 
 
 def test_ranking_runs_measure_dev_perplexity_unless_told_otherwise(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from src.spec.config import KillRule, ModelRequest, TrainingConfig, load_sweep
+from src.spec.config import load_sweep
 from tests.spec import EMBED_RATIO
 
 BAD = {
@@ -190,9 +190,6 @@ def test_files_that_cannot_be_read_are_refused(refusal, tmp_path):
         load_sweep(tmp_path / "missing.yaml")
     with pytest.raises(ValueError, match="found a directory"):
         load_sweep(tmp_path)
-
-
-SECTIONS = {"model": ModelRequest, "training": TrainingConfig, "kill_rule": KillRule}
 
 
 FULL = {

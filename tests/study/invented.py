@@ -25,7 +25,7 @@ def measured(job: Job, loss: float, **extra: Any) -> dict[str, Any]:
 
 
 def comparison(ratio: float) -> dict[str, Any]:
-    """What eval_latency --compare leaves, as far as the plan reads it."""
+    """What src.evaluation.latency --compare leaves, as far as the plan reads it."""
     row = {"ratio": ratio, "ratio_low": ratio - 0.01, "ratio_high": ratio + 0.01}
     return {"comparison": {"l128": row, "l512": row}}
 
