@@ -263,11 +263,11 @@ def _natural(request: ModelRequest, d_model: int, n_layers: int) -> bool:
 
 def _fit(request: ModelRequest, frame: _Frame, *tolerances: Tolerance) -> Allocation | None:
     """The best shape at this frame, within the first tolerance that has one."""
-    best = (
+    fits = (
         min(_shapes(request, frame, tolerance), key=lambda a: a.errors, default=None)
         for tolerance in tolerances
     )
-    return next(filter(None, best), None)
+    return next(filter(None, fits), None)
 
 
 def _ranked(request: ModelRequest, tolerance: Tolerance, n_layers: int) -> list[_Frame]:
@@ -362,15 +362,13 @@ def _refusal(refused: Sequence[Mapping[str, ModelRequest]]) -> str:
     messages, changes = [], []
     for group in refused:
         infeasible = {name: r for name, r in group.items() if _solve([r], r) is None}
-        reason = f"no shape of at most {WIDE.layers} layers"
+        why = f"no shape of at most {WIDE.layers} layers"
         if not infeasible:
-            reason = (
-                "each has a shape in a sweep of its own, but no d_model and heads common to all"
-            )
+            why = "each has a shape in a sweep of its own, but no d_model and heads common to all"
         failing = infeasible or group
         first = next(iter(failing.values()))
         messages.append(
-            f"experiments {', '.join(failing)}: {_requested(list(failing.values()))}: {reason} is "
+            f"experiments {', '.join(failing)}: {_requested(list(failing.values()))}: {why} is "
             f"within {WIDE.total:.1%} of the total, {100 * WIDE.share:.1f} points of the share and "
             f"{_tiers(first)[-1].glu:.0%} of the expansion\n{_nearest_shapes(first)}"
         )
