@@ -20,7 +20,7 @@ def chat_template(prompts: Iterable[str]) -> str:
     `prompts` have Alpaca's wording a user's message is only the instruction; otherwise it is the
     whole prompt. There was no system message in training, so the template refuses one.
     """
-    wrapped = all(p.startswith(OPENING) and p.endswith(CLOSING) for p in prompts)
+    wrapped = all(prompt.startswith(OPENING) and prompt.endswith(CLOSING) for prompt in prompts)
     before, after = (json.dumps(text if wrapped else "") for text in (OPENING, CLOSING))
     return (
         "{% for message in messages %}{% if message.role == 'user' %}"

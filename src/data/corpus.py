@@ -27,15 +27,13 @@ from src.storage.files import (
 SPLITS = ("train", "validation", "test")
 # What import_text.py reads.
 KINDS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-
-
 Make = Callable[[Path], dict[str, Any]]
 
 
 def script_parser(docstring: str | None) -> Parser:
     """Of a module that says in its first line what it does and in its third how it is called."""
-    says, _, example, *_ = str(docstring).splitlines()
-    return Parser(says, example=example.strip())
+    summary, _, example, *_ = str(docstring).splitlines()
+    return Parser(summary, example=example.strip())
 
 
 def corpus_parser(docstring: str | None) -> Parser:
@@ -67,7 +65,7 @@ def make_once(
             write_json(partial / "files" / "source.json", source)
             publish(partial / "files", output, "source.json")
     for split, facts in source["splits"].items():
-        counts = (f"{count:,} {what}" for what, count in facts.items() if isinstance(count, int))
+        counts = (f"{count:,} {name}" for name, count in facts.items() if isinstance(count, int))
         print(f"{split}: {', '.join(counts)}")
     return True
 
@@ -93,18 +91,19 @@ def is_finished(output: Path, dataset: str, config: str | None, splits: Iterable
         source = read_json(output / "source.json")
     except FileNotFoundError:
         return False
-    held = source if isinstance(source.get("splits"), dict) else {}
-    if held.get("dataset") != dataset or config not in (None, held.get("config")):
+    if not isinstance(source.get("splits"), dict):
+        source = {}
+    if source.get("dataset") != dataset or config not in (None, source.get("config")):
         raise Refusal(
-            f"{output}: holds {held.get('dataset')}, configuration {held.get('config')}, expected "
-            f"{dataset}, configuration {config or 'of any name'}; choose another --output, or "
-            "--force"
+            f"{output}: holds {source.get('dataset')}, configuration {source.get('config')}, "
+            f"expected {dataset}, configuration {config or 'of any name'}; choose another "
+            "--output, or --force"
         )
-    for split, facts in held["splits"].items():
+    for split, facts in source["splits"].items():
         file = output / f"{split}.jsonl"
         if not file.is_file() or sha256_of(file) != facts["sha256"]:
             raise Refusal(f"{file}: is not what source.json says; --force makes it again")
-    return set(splits) <= held["splits"].keys()
+    return set(splits) <= source["splits"].keys()
 
 
 def write_documents(
@@ -112,7 +111,7 @@ def write_documents(
     folder: Path,
     splits: Iterable[str],
     documents: Iterable[tuple[str, str]],
-    way_out: str = "",
+    hint: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Write pairs of split and text; what source.json says of each split, Refusal for an empty one.
 
@@ -125,22 +124,22 @@ def write_documents(
     }
     blank = 0
     with ExitStack() as stack:
-        out = {split: stack.enter_context(file.open("wb")) for split, file in files.items()}
+        outputs = {split: stack.enter_context(file.open("wb")) for split, file in files.items()}
         for split, text in documents:
             if not text.strip():
                 blank += 1
                 continue
-            out[split].write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+            outputs[split].write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
             facts[split]["documents"] += 1
             facts[split]["bytes"] += len(text.encode())
             facts[split]["words"] += len(text.split())
     if blank:
         say(name, f"left out {blank:,} documents without a visible character")
-    if lacking := [split for split in files if not facts[split]["documents"]]:
-        count = sum(held["documents"] for held in facts.values())
+    if empty := [split for split in files if not facts[split]["documents"]]:
+        count = sum(counts["documents"] for counts in facts.values())
         raise Refusal(
-            f"{name}: found {count:,} documents, none of them for {' and '.join(lacking)}, "
-            f"expected some in every split{way_out}"
+            f"{name}: found {count:,} documents, none of them for {' and '.join(empty)}, "
+            f"expected some in every split{hint}"
         )
     return {split: {**facts[split], "sha256": sha256_of(file)} for split, file in files.items()}
 
@@ -175,9 +174,9 @@ def read_source(corpus: Path, splits: Iterable[str] = SPLITS) -> dict[str, Any]:
             f"{(corpus / 'source.json').absolute()}: found no such file, expected a whole corpus; "
             f"{way_out}"
         ) from None
-    stated = source.get("splits")
+    recorded = source.get("splits")
     for split in splits:
-        facts = stated.get(split) if isinstance(stated, dict) else None
+        facts = recorded.get(split) if isinstance(recorded, dict) else None
         if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
             raise Refusal(
                 f"{corpus / 'source.json'}: splits.{split}.sha256: found none, expected the hash "
@@ -228,19 +227,19 @@ def counted_texts(file: Path, what: str) -> Iterator[str]:
             progress.advance(len(text) / 1e6)
 
 
-def text_of(line: bytes, where: str, column: str = "text", way_out: str = "") -> str:
+def text_of(line: bytes, where: str, column: str = "text", hint: str = "") -> str:
     """The text in a line of JSON, null being an empty one; Refusal for another line."""
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Refusal(f"{where}: found no JSON in UTF-8 ({error}), expected an object") from None
     if not isinstance(row, dict) or column not in row:
-        found = f"the keys {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
-        raise Refusal(f"{where}: found {found}, expected an object with a {column}{way_out}")
+        actual = f"the keys {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
+        raise Refusal(f"{where}: found {actual}, expected an object with a {column}{hint}")
     text = row[column]
     if not isinstance(text, str | None):
-        found = json.dumps(text)[:40]
-        raise Refusal(f"{where}: {column}: found {found}, expected a text{way_out}")
+        actual = json.dumps(text)[:40]
+        raise Refusal(f"{where}: {column}: found {actual}, expected a text{hint}")
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:  # JSON can escape halves of characters

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.corpus import SPLITS, corpus_parser, make_once, write_documents
-from src.data.hub import MIRROR_HELP, find_mirror, load, where
+from src.data.hub import MIRROR_HELP, find_mirror, load, source_name
 from src.spec.command_line import Refusal
 from src.spec.progress import track
 from src.storage.files import read_json
@@ -35,12 +35,12 @@ def main() -> None:
         "wikitext-2-raw-v1, wikitext-103-v1, wikitext-103-raw-v1, or any hub dataset "
         "<owner>/<name>[:<config>] with train, validation, test and a text column",
     )
-    fewer = "fewer than all: a corpus to evaluate on (evaluation.outside_dir), not to train on"
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help=fewer)
+    partial = "fewer than all: a corpus to evaluate on (evaluation.outside_dir), not to train on"
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help=partial)
     parser.add_argument("--mirror", help=MIRROR_HELP)
-    asked = parser.parse_args()
-    mirror = find_mirror(asked.mirror)
-    download(asked.dataset, asked.splits, mirror, asked.output, force=asked.force)
+    args = parser.parse_args()
+    mirror = find_mirror(args.mirror)
+    download(args.dataset, args.splits, mirror, args.output, force=args.force)
 
 
 def parse_dataset(name: str) -> tuple[str, str | None]:
@@ -61,10 +61,12 @@ def download(
 ) -> None:
     """Have the dataset as a corpus directory; nothing half-done is ever visible."""
     path, config = parse_dataset(dataset)
-    splits = [split for split in SPLITS if split in {*splits, *_held(output, path, config)}]
+    stored = _stored_splits(output, path, config)
+    splits = [split for split in SPLITS if split in {*splits, *stored}]
 
     def make(partial: Path) -> dict[str, Any]:
-        print(f"{path}, configuration {config or 'default'}, from {where(mirror)}", flush=True)
+        source = source_name(mirror)
+        print(f"{path}, configuration {config or 'default'}, from {source}", flush=True)
         loaded, origin = load(path, config, splits, mirror, partial / "cache")
 
         def documents() -> Iterator[tuple[str, str]]:
@@ -77,17 +79,17 @@ def download(
 
         return {**origin, "splits": write_documents(path, partial / "files", splits, documents())}
 
-    made = make_once(output, path, config, splits, make, force=force)
-    if made and path == WIKITEXT and config and "raw" not in config:
+    is_new = make_once(output, path, config, splits, make, force=force)
+    if is_new and path == WIKITEXT and config and "raw" not in config:
         print("rare words read <unk>; --dataset wikitext-2-raw-v1 is the text without it")
 
 
-def _held(output: Path, path: str, config: str | None) -> Collection[str]:
+def _stored_splits(output: Path, path: str, config: str | None) -> Collection[str]:
     """Splits of this dataset that were downloaded before: they stay, whatever is asked now."""
     file = output / "source.json"
     source = read_json(file) if file.is_file() else {}
-    same = source.get("dataset") == path and config in (None, source.get("config"))
-    return tuple(source["splits"]) if same else ()
+    same_corpus = source.get("dataset") == path and config in (None, source.get("config"))
+    return tuple(source["splits"]) if same_corpus else ()
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
@@ -97,18 +99,18 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     table keys look like headings too (29 of WikiText-2's 629 train candidates; with this rule the
     splits have the published 600, 60 and 60 articles).
     """
-    parts: list[str] = []
-    for line, following in pairwise(chain(lines, ["no blank line"])):
-        alone = not following.strip() and not (parts and parts[-1].strip())
-        if alone and HEADING.fullmatch(line):
-            yield from joined(parts)
-            parts = []
-        parts.append(line if line.strip() else " \n")
-    yield from joined(parts)
+    article: list[str] = []
+    for line, next_line in pairwise(chain(lines, ["no blank line"])):
+        between_blanks = not next_line.strip() and not (article and article[-1].strip())
+        if between_blanks and HEADING.fullmatch(line):
+            yield from joined(article)
+            article = []
+        article.append(line if line.strip() else " \n")
+    yield from joined(article)
 
 
-def joined(parts: Sequence[str]) -> Iterator[str]:
+def joined(lines: Sequence[str]) -> Iterator[str]:
     """One article, if there is anything in it, without the blank lines around it."""
-    text = "".join(parts)
+    text = "".join(lines)
     if text.strip():
         yield BLANK_LINES_AROUND.sub("", text)

@@ -16,7 +16,7 @@ from typing import Any
 
 from src.data.chat_template import CLOSING, OPENING
 from src.data.corpus import corpus_parser, make_once, write_rows
-from src.data.hub import MIRROR_HELP, find_mirror, load, where
+from src.data.hub import MIRROR_HELP, find_mirror, load, source_name
 from src.data.parquet import Split
 from src.spec.command_line import Refusal
 from src.spec.progress import track
@@ -28,27 +28,27 @@ SPLITS = ("train", "validation")
 
 def main() -> None:
     parser = corpus_parser(__doc__)
-    named = f"<owner>/<name> with a train split (default {DATASET})"
-    parser.add_argument("--dataset", default=DATASET, help=named)
+    dataset_help = f"<owner>/<name> with a train split (default {DATASET})"
+    parser.add_argument("--dataset", default=DATASET, help=dataset_help)
     parser.add_argument("--mirror", help=MIRROR_HELP)
-    asked = parser.parse_args()
-    download(asked.dataset, find_mirror(asked.mirror), asked.output, force=asked.force)
+    args = parser.parse_args()
+    download(args.dataset, find_mirror(args.mirror), args.output, force=args.force)
 
 
 def download(dataset: str, mirror: Path | None, output: Path, *, force: bool = False) -> None:
     """Have the train split as two files of prompts and answers; nothing half-done is visible."""
 
     def make(partial: Path) -> dict[str, Any]:
-        print(f"{dataset} from {where(mirror)}", flush=True)
+        print(f"{dataset} from {source_name(mirror)}", flush=True)
         loaded, origin = load(dataset, None, ["train"], mirror, partial / "cache")
         train = loaded["train"]
-        parts: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+        rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
         for row in track(pairs(dataset, train), str(output), "rows", len(train)):
             if row["prompt"].strip() and row["answer"].strip():
-                parts["validation" if is_held_out(row["prompt"]) else "train"].append(row)
+                rows["validation" if is_held_out(row["prompt"]) else "train"].append(row)
         files = {split: partial / "files" / f"{split}.jsonl" for split in SPLITS}
-        facts = {split: write_rows(file, parts[split]) for split, file in files.items()}
-        if not all(parts.values()):
+        facts = {split: write_rows(file, rows[split]) for split, file in files.items()}
+        if not all(rows.values()):
             raise Refusal(f"{dataset}: found too few rows with a prompt and an answer")
         return {**origin, "splits": facts}
 
@@ -63,8 +63,8 @@ def pairs(dataset: str, split: Split) -> Iterator[dict[str, str]]:
             yield {"prompt": row["prompt"], "answer": row["response"]}
     elif {"instruction", "output"} <= columns:
         for row in split.texts(["instruction", "output", *({"input"} & columns)]):
-            given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
-            prompt = f"{OPENING}{row['instruction']}{given}{CLOSING}"
+            context = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+            prompt = f"{OPENING}{row['instruction']}{context}{CLOSING}"
             yield {"prompt": prompt, "answer": row["output"]}
     else:
         raise Refusal(

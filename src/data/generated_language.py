@@ -69,22 +69,22 @@ def main() -> None:
     parser.add_argument("--documents", type=at_least(10), default=4000, help="of train (4000)")
     parser.add_argument("--lexicon", type=at_least(16), default=96, help="words (96)")
     parser.add_argument("--successors", type=at_least(2), default=8, help="of each word (8)")
-    asked = parser.parse_args()
-    largest = {"seed": 2**32 - 1, "documents": 10_000_000, "lexicon": 4096}
-    largest["successors"] = asked.lexicon // 4
-    for option, most in largest.items():
-        if (value := getattr(asked, option)) > most:
-            raise Refusal(f"--{option}: found {value}, expected at most {most:,}")
-    output: Path = asked.output
-    config = "-".join(f"{option}{getattr(asked, option)}" for option in largest)
+    args = parser.parse_args()
+    limits = {"seed": 2**32 - 1, "documents": 10_000_000, "lexicon": 4096}
+    limits["successors"] = args.lexicon // 4
+    for option, limit in limits.items():
+        if (value := getattr(args, option)) > limit:
+            raise Refusal(f"--{option}: found {value}, expected at most {limit:,}")
+    output: Path = args.output
+    config = "-".join(f"{option}{getattr(args, option)}" for option in limits)
 
     def make(partial: Path) -> dict[str, Any]:
-        rng = np.random.default_rng(asked.seed)
-        language = make_language(rng, asked.lexicon, asked.successors)
+        rng = np.random.default_rng(args.seed)
+        language = make_language(rng, args.lexicon, args.successors)
         files = partial / "files"
         splits = {}
         for split in SPLITS:
-            count = asked.documents // (1 if split == "train" else HELD_OUT_SHARE)
+            count = args.documents // (1 if split == "train" else HELD_OUT_SHARE)
             splits[split] = make_split(language, rng, count, files, split)
         write_probes(language, rng, partial, output)
         arrays = ("successors", "weights", "stationary")
@@ -102,7 +102,7 @@ def main() -> None:
             "entropy_bits_per_byte": language.bits_per_word / (LETTERS + 1),
         }
 
-    make_once(output, DATASET, config, SPLITS, make, force=asked.force)
+    make_once(output, DATASET, config, SPLITS, make, force=args.force)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +137,17 @@ def entropy_bits(probabilities: np.ndarray) -> float:
 
 def make_language(rng: Rng, words: int, successors: int) -> Language:
     """Draw lexicon and successors; word w + 1 is always among w's, so every word is reached."""
-    syllables = [c + v for c in CONSONANTS for v in VOWELS]
+    syllables = [consonant + vowel for consonant in CONSONANTS for vowel in VOWELS]
     numbers = rng.choice(len(syllables) ** 2, size=words, replace=False).tolist()
     lexicon = [syllables[n // len(syllables)] + syllables[n % len(syllables)] for n in numbers]
-    table = np.empty((words, successors), dtype=np.int64)
+    followers = np.empty((words, successors), dtype=np.int64)
     for word in range(words):
-        following = (word + 1) % words
-        others = rng.permutation(np.delete(np.arange(words), following))[: successors - 1]
-        table[word] = rng.permutation(np.append(others, following))
+        certain = (word + 1) % words
+        others = rng.permutation(np.delete(np.arange(words), certain))[: successors - 1]
+        followers[word] = rng.permutation(np.append(others, certain))
     weights = 1 / np.arange(1, successors + 1)
     weights /= weights.sum()
-    return Language(lexicon, table, weights, stationary_distribution(table, weights))
+    return Language(lexicon, followers, weights, stationary_distribution(followers, weights))
 
 
 def stationary_distribution(successors: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -170,8 +170,8 @@ def sample(
     ranks = np.searchsorted(np.cumsum(language.weights)[:-1], steps, side="right")
     drawn = np.empty((documents, words), dtype=np.int64)
     drawn[:, 0] = starts
-    for t in range(1, words):
-        drawn[:, t] = language.successors[drawn[:, t - 1], ranks[:, t - 1]]
+    for position in range(1, words):
+        drawn[:, position] = language.successors[drawn[:, position - 1], ranks[:, position - 1]]
     bits = np.empty((documents, words))
     bits[:, 0] = -np.log2(language.stationary[starts])
     bits[:, 1:] = -np.log2(language.weights[ranks])
@@ -189,14 +189,14 @@ def make_split(
     texts = (language.spell(row[:n].tolist()) for row, n in zip(drawn, lengths, strict=True))
     pairs = ((split, text) for text in texts)
     facts = write_documents(DATASET, folder, [split], pairs)[split]
-    inside = np.arange(longest) < lengths[:, None]
+    in_document = np.arange(longest) < lengths[:, None]
     later_words = facts["words"] - documents
     expected = documents * language.bits_first_word + later_words * language.bits_per_word
     return {
         **facts,
         "entropy_bits": expected,
         "entropy_bits_per_byte": expected / facts["bytes"],
-        "true_bits": float(bits[inside].sum()),
+        "true_bits": float(bits[in_document].sum()),
     }
 
 
@@ -207,8 +207,8 @@ def write_probes(language: Language, rng: Rng, partial: Path, output: Path) -> N
     folder = partial / "smallbench"
     folder.mkdir()
     tasks, facts = [], {}
-    for (task, entry), maker in zip(PROBES.items(), (replaced, next_word), strict=True):
-        rows = probe_rows(language, rng, train, maker)
+    for (task, entry), make_row in zip(PROBES.items(), (replaced, next_word), strict=True):
+        rows = probe_rows(language, rng, train, make_row)
         numbered = ({"_row": number, **row} for number, row in enumerate(rows))
         source = {"path": DATASET, "config": task, "split": "test"}
         tasks.append({"name": task, **source, "n": PROBE_ITEMS, "metrics": ["accuracy"], **entry})
@@ -221,16 +221,16 @@ def write_probes(language: Language, rng: Rng, partial: Path, output: Path) -> N
     (partial / "files" / "smallbench.yaml").write_text(text, encoding="utf-8")
 
 
-Maker = Callable[[Language, Rng, list[int]], dict[str, Any] | None]
+MakeRow = Callable[[Language, Rng, list[int]], dict[str, Any] | None]
 
 
-def probe_rows(language: Language, rng: Rng, train: str, maker: Maker) -> list[dict[str, Any]]:
+def probe_rows(language: Language, rng: Rng, train: str, make_row: MakeRow) -> list[dict[str, Any]]:
     """PROBE_ITEMS rows made of new sentences; those that stand in train are drawn again."""
     rows: list[dict[str, Any]] = []
     for _ in range(1000):  # rounds, far more than any language needs
-        drawn, _bits = sample(language, rng, PROBE_ITEMS, PROBE_WORDS)
+        drawn, _ = sample(language, rng, PROBE_ITEMS, PROBE_WORDS)
         for words in drawn.tolist():
-            row = maker(language, rng, words)
+            row = make_row(language, rng, words)
             if row and not any(text in train for text in row.values() if isinstance(text, str)):
                 rows.append(row)
             if len(rows) == PROBE_ITEMS:
@@ -240,19 +240,19 @@ def probe_rows(language: Language, rng: Rng, train: str, maker: Maker) -> list[d
 
 def replaced(language: Language, rng: Rng, words: list[int]) -> dict[str, Any] | None:
     """Minimal pair: one word gives way to a word that cannot stand after the one before it."""
-    at = int(rng.integers(1, len(words) - 1))
-    other = int(rng.integers(len(language.lexicon)))
-    if language.allows(words[at - 1], other):
+    position = int(rng.integers(1, len(words) - 1))
+    word = int(rng.integers(len(language.lexicon)))
+    if language.allows(words[position - 1], word):
         return None
-    bad = [*words[:at], other, *words[at + 1 :]]
+    bad = [*words[:position], word, *words[position + 1 :]]
     return {"sentence_good": language.spell(words), "sentence_bad": language.spell(bad)}
 
 
 def next_word(language: Language, rng: Rng, words: list[int]) -> dict[str, Any] | None:
     """Multiple choice: only one of the choices can come next."""
-    *start, right = words
+    *start, correct = words
     others = rng.permutation(len(language.lexicon)).tolist()
     wrong = [word for word in others if not language.allows(start[-1], word)][: CHOICES - 1]
     gold = int(rng.integers(CHOICES))
-    choices = [language.lexicon[word] for word in [*wrong[:gold], right, *wrong[gold:]]]
+    choices = [language.lexicon[word] for word in [*wrong[:gold], correct, *wrong[gold:]]]
     return {"text": language.spell(start), "choices": choices, "gold": gold}

@@ -20,7 +20,7 @@ MIRROR_HELP = (
     "a directory laid out like the hub, <owner>/<name>/<config>/<split>-00000-of-00001.parquet "
     "(default: $HUB_MIRROR, else the hub itself)"
 )
-ANSWER_SECONDS = 10
+TIMEOUT_SECONDS = 10
 # The hub converts datasets that are still defined by a Python script to parquet on this branch.
 CONVERTED = "refs/convert/parquet"
 # One of a split's files; old ones end in a hash of their own.
@@ -31,13 +31,14 @@ Configurations = Mapping[str, Mapping[str, Sequence[str]]]  # files by configura
 
 def find_mirror(argument: str | None) -> Path | None:
     """The mirror that `--mirror` or HUB_MIRROR names; Refusal where it is no directory."""
-    named = argument or os.environ.get("HUB_MIRROR")
-    if named and not Path(named).is_dir():
-        raise Refusal(f"{where(Path(named))}: found no such directory, expected {MIRROR_HELP}")
-    return Path(named) if named else None
+    directory = argument or os.environ.get("HUB_MIRROR")
+    mirror = Path(directory) if directory else None
+    if mirror and not mirror.is_dir():
+        raise Refusal(f"{source_name(mirror)}: found no such directory, expected {MIRROR_HELP}")
+    return mirror
 
 
-def where(mirror: Path | None) -> str:
+def source_name(mirror: Path | None) -> str:
     """The source as a user knows it: who named a mirror, and which directory that is from here."""
     if mirror is None:
         return "the hub"
@@ -61,22 +62,22 @@ def load(
         return _load_from_hub(path, config, wanted, cache)
 
 
-def _choose(
-    path: str, config: str | None, wanted: Sequence[str], found: Configurations, place: str
+def _choose_config(
+    path: str, config: str | None, wanted: Sequence[str], configs: Configurations, source: str
 ) -> str:
     """The configuration asked for, the only or the default one; Refusal where that or a split of it
     is not there, or not whole."""
-    shelf = "; ".join(f"{name} ({', '.join(splits)})" for name, splits in found.items())
-    config = config or (next(iter(found)) if len(found) == 1 else "default")
-    if config not in found:
-        raise Refusal(f"{path}: {place} has no configuration {config!r}; it has {shelf}")
-    if missing := [split for split in wanted if split not in found[config]]:
+    available = "; ".join(f"{name} ({', '.join(splits)})" for name, splits in configs.items())
+    config = config or (next(iter(configs)) if len(configs) == 1 else "default")
+    if config not in configs:
+        raise Refusal(f"{path}: {source} has no configuration {config!r}; it has {available}")
+    if missing := [split for split in wanted if split not in configs[config]]:
         raise Refusal(
-            f"{path}, configuration {config}: {place} lacks the split {', '.join(missing)}; "
-            f"complete or not, it has {shelf}"
+            f"{path}, configuration {config}: {source} lacks the split {', '.join(missing)}; "
+            f"complete or not, it has {available}"
         )
     for split in wanted:
-        check_shards(path, found[config][split])
+        check_shards(path, configs[config][split])
     return config
 
 
@@ -85,12 +86,12 @@ def check_shards(path: str, files: Iterable[str]) -> None:
     numbered: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for shard in filter(None, map(SHARD.fullmatch, files)):
         numbered[shard["split"]].append((int(shard["number"]), int(shard["count"])))
-    for split, found in numbered.items():
-        count = max(count for _, count in found)
-        if sorted(found) != [(number, count) for number in range(count)]:
-            names = ", ".join(f"{number:05d}-of-{count:05d}" for number, count in sorted(found)[:8])
+    for split, shards in numbered.items():
+        count = max(count for _, count in shards)
+        if sorted(shards) != [(number, count) for number in range(count)]:
+            names = ", ".join(f"{i:05d}-of-{count:05d}" for i, count in sorted(shards)[:8])
             raise Refusal(
-                f"{path}: {split}: found {len(found)} files ({names}), expected each of "
+                f"{path}: {split}: found {len(shards)} files ({names}), expected each of "
                 f"00000-of-{count:05d} to {count - 1:05d}-of-{count:05d} once; fetch what is "
                 "missing, or remove the files of another version"
             )
@@ -98,14 +99,13 @@ def check_shards(path: str, files: Iterable[str]) -> None:
 
 def _load_mirrored(path: str, config: str | None, wanted: Sequence[str], mirror: Path) -> Loaded:
     """By the layout alone: a README that `datasets` cannot read is no reason to refuse the data."""
-    folder = mirror / path
-    found = {f.name: held for f in sorted(folder.glob("*")) if (held := _mirrored_splits(f))}
-    if not found:
-        raise Refusal(f"{path}: {where(mirror)} does not have this dataset; use another mirror")
-    config = _choose(path, config, wanted, found, where(mirror))
-    files = {split: [Path(file) for file in found[config][split]] for split in wanted}
-    splits = {split: Split(split, files[split]) for split in wanted}
-    return splits, _origin(config, None, _licence(folder))
+    dataset, source = mirror / path, source_name(mirror)
+    configs = {d.name: splits for d in sorted(dataset.glob("*")) if (splits := _mirrored_splits(d))}
+    if not configs:
+        raise Refusal(f"{path}: {source} does not have this dataset; use another mirror")
+    config = _choose_config(path, config, wanted, configs, source)
+    loaded = {split: Split(split, [*map(Path, configs[config][split])]) for split in wanted}
+    return loaded, _origin(config, None, _licence(dataset))
 
 
 def _mirrored_splits(folder: Path) -> dict[str, list[str]]:
@@ -120,9 +120,9 @@ def _mirrored_splits(folder: Path) -> dict[str, list[str]]:
 
 
 def _origin(config: str, revision: str | None, licence: Any) -> dict[str, Any]:
-    stated = licence if isinstance(licence, list) else [licence]
-    named = ", ".join(name for name in stated if isinstance(name, str)) or None
-    return {"config": config, "revision": revision, "mirror": revision is None, "licence": named}
+    licences = licence if isinstance(licence, list) else [licence]
+    names = ", ".join(name for name in licences if isinstance(name, str)) or None
+    return {"config": config, "revision": revision, "mirror": revision is None, "licence": names}
 
 
 def _licence(folder: Path) -> Any:
@@ -130,10 +130,10 @@ def _licence(folder: Path) -> Any:
     try:
         start, header, *_ = (folder / "README.md").read_text(encoding="utf-8").split("---\n")
         # BaseLoader: every scalar is a text, also one that looks like a date
-        stated = None if start else yaml.load(header, yaml.BaseLoader)
+        fields = None if start else yaml.load(header, yaml.BaseLoader)
     except (FileNotFoundError, ValueError, yaml.YAMLError, RecursionError):
         return None
-    return stated.get("license") if isinstance(stated, dict) else None
+    return fields.get("license") if isinstance(fields, dict) else None
 
 
 def _load_from_hub(path: str, config: str | None, wanted: Sequence[str], cache: Path) -> Loaded:
@@ -146,22 +146,22 @@ def _load_from_hub(path: str, config: str | None, wanted: Sequence[str], cache: 
     info = _dataset_info(path)
     revision = str(info.sha)
     try:
-        found = datasets.load_dataset_builder(
+        builder = datasets.load_dataset_builder(
             path, config, revision=revision, cache_dir=str(cache)
-        ).config
+        )
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         revision, configs = _converted_files(path)
     else:
-        config, listed = str(found.name), found.data_files or {}
+        config = str(builder.config.name)
         configs = {
             config: {
                 str(split): [url.partition(f"@{revision}/")[2] for url in urls]
-                for split, urls in listed.items()
+                for split, urls in (builder.config.data_files or {}).items()
             }
         }
-    config = _choose(path, config, wanted, configs, "the hub")
+    config = _choose_config(path, config, wanted, configs, "the hub")
     files = configs[config]
     splits = {split: _fetch(path, config, split, files[split], revision, cache) for split in wanted}
     card = info.card_data.to_dict() if info.card_data else {}
@@ -169,15 +169,15 @@ def _load_from_hub(path: str, config: str | None, wanted: Sequence[str], cache: 
 
 
 def _dataset_info(path: str, revision: str | None = None) -> Any:
-    """The hub's answer; Refusal within seconds where there is no hub: other calls would retry for
-    minutes."""
+    """What the hub knows of a dataset; Refusal within seconds where there is no hub: other calls
+    would retry for minutes."""
     from huggingface_hub import HfApi, errors
 
     hub = HfApi()
     # Its bases are the HTTP library's own error, whichever library this version uses, and OSError.
     transport_errors: Any = errors.HfHubHTTPError.__bases__
     try:
-        return hub.dataset_info(path, revision=revision, timeout=ANSWER_SECONDS)
+        return hub.dataset_info(path, revision=revision, timeout=TIMEOUT_SECONDS)
     except errors.HfHubHTTPError:
         raise  # it answers
     except transport_errors as error:
@@ -206,12 +206,12 @@ def _fetch(
     import datasets
     from huggingface_hub import hf_hub_download
 
-    kept: Any = {"revision": revision, "cache_dir": str(cache)}
+    options: Any = {"revision": revision, "cache_dir": str(cache)}
     if all(name.endswith(".parquet") for name in names):
-        files = [hf_hub_download(path, name, repo_type="dataset", **kept) for name in names]
+        files = [hf_hub_download(path, name, repo_type="dataset", **options) for name in names]
         return Split(split, [Path(file) for file in files])
     file = cache / f"{split}.parquet"
-    datasets.load_dataset(path, config, split=split, **kept).to_parquet(str(file))
+    datasets.load_dataset(path, config, split=split, **options).to_parquet(str(file))
     return Split(split, [file])
 
 

@@ -33,7 +33,7 @@ from src.spec.progress import say, track
 from src.storage.files import sha256_of
 
 COLUMN_HINT = "; name what holds the texts with --text_column"
-MORE = (
+MORE_HINT = (
     "; raise --validation and --test, give more files, or cut .txt files into documents with "
     "--separator"
 )
@@ -45,8 +45,8 @@ VOCABULARIES = ((10_000_000, 16_000), (1_000_000, 4_096), (0, 512))
 
 def main() -> None:
     parser = corpus_parser(__doc__)
-    read = f"folders (searched through) and files: {', '.join(KINDS)}"
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help=read)
+    input_help = f"folders (searched through) and files: {', '.join(KINDS)}"
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help=input_help)
     parser.add_argument("--text_column", default="text", help="of .jsonl and parquet rows (text)")
     parser.add_argument(
         "--separator",
@@ -54,35 +54,36 @@ def main() -> None:
         "'<|endoftext|>' (default: a file is one document)",
     )
     for split in ("validation", "test"):
-        share = "share of the documents (0.02)"
-        parser.add_argument(f"--{split}", type=float, default=0.02, help=share)
-    asked = parser.parse_args()
-    if not (0 < asked.validation and 0 < asked.test and asked.validation + asked.test < 1):
+        share_help = "share of the documents (0.02)"
+        parser.add_argument(f"--{split}", type=float, default=0.02, help=share_help)
+    args = parser.parse_args()
+    if not (0 < args.validation and 0 < args.test and args.validation + args.test < 1):
         raise Refusal(
-            f"--validation, --test: found {asked.validation} and {asked.test}, expected two shares "
+            f"--validation, --test: found {args.validation} and {args.test}, expected two shares "
             "above 0 that leave some of the documents to train"
         )
-    output: Path = asked.output
-    files = find_files(asked.input, output)
-    separator = asked.separator
-    for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
-        separator = separator and separator.replace(written, meant)
-    column, shares = asked.text_column, (asked.validation, asked.test)
+    output: Path = args.output
+    files = find_files(args.input, output)
+    separator = args.separator
+    for escape, character in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
+        separator = separator and separator.replace(escape, character)
+    column, shares = args.text_column, (args.validation, args.test)
     tracked = track(files.items(), "--input: hashing", "files", len(files))
-    listed = [(name, sha256_of(file)) for name, file in tracked]
+    digests = [(name, sha256_of(file)) for name, file in tracked]
     # Twelve digits that stand for these bytes under these names, cut in this way.
     config = hashlib.sha256(
-        json.dumps([listed, [column, separator, *shares]]).encode()
+        json.dumps([digests, [column, separator, *shares]]).encode()
     ).hexdigest()[:12]
 
     def make(partial: Path) -> dict[str, Any]:
-        found = (text for file in files.values() for text in read_texts(file, column, separator))
-        tracked = track(found, "--input: reading", "documents")
+        texts = (text for file in files.values() for text in read_texts(file, column, separator))
+        tracked = track(texts, "--input: reading", "documents")
         documents = ((split_of(text, *shares), text) for text in tracked)
-        return {"splits": write_documents("--input", partial / "files", SPLITS, documents, MORE)}
+        folder = partial / "files"
+        return {"splits": write_documents("--input", folder, SPLITS, documents, MORE_HINT)}
 
     dataset = f"own/{output.absolute().name}"
-    if make_once(output, dataset, config, SPLITS, make, force=asked.force):
+    if make_once(output, dataset, config, SPLITS, make, force=args.force):
         splits = read_source(output)["splits"]
         for split in ("validation", "test"):
             if (count := splits[split]["documents"]) < FEW_DOCUMENTS:
@@ -99,12 +100,12 @@ def main() -> None:
         )
 
 
-def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
+def find_files(inputs: Sequence[Path], output: Path) -> dict[str, Path]:
     """The files to read by their names within what was named, sorted; others are counted aloud."""
     files: dict[str, Path] = {}
-    known: set[Path] = set()
-    others: Counter[str] = Counter()
-    for path in named:
+    seen: set[Path] = set()
+    ignored: Counter[str] = Counter()
+    for path in inputs:
         if not path.exists():
             raise Refusal(f"--input {path}: found nothing at {path.absolute()}, expected texts")
         if path.is_file() and kind_of(path) is None:
@@ -112,34 +113,34 @@ def find_files(named: Sequence[Path], output: Path) -> dict[str, Path]:
         if output.resolve().is_relative_to(path.resolve()):
             raise Refusal(f"--output {output}: lies inside --input {path}; choose another place")
         for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            inside = Path(path.resolve().name, file.relative_to(path))
-            if not file.is_file() or any(part.startswith(".") for part in inside.parts[1:]):
+            name = Path(path.resolve().name, file.relative_to(path))
+            if not file.is_file() or any(part.startswith(".") for part in name.parts[1:]):
                 continue
-            if file.resolve() in known:  # named with the folder that it lies in
+            if file.resolve() in seen:  # named with the folder that it lies in
                 continue
-            known.add(file.resolve())
+            seen.add(file.resolve())
             if kind_of(file) is None:
-                others[file.suffix or "without an ending"] += 1
-            elif files.setdefault(str(inside), file) != file:
+                ignored[file.suffix or "without an ending"] += 1
+            elif files.setdefault(str(name), file) != file:
                 raise Refusal(
-                    f"--input: found two files called {inside} ({files[str(inside)]} and {file}), "
+                    f"--input: found two files called {name} ({files[str(name)]} and {file}), "
                     "expected different names; name the folder above them"
                 )
-    if others:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(5))
-        say("--input", f"left out {others.total():,} files of other kinds ({kinds})")
+    if ignored:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(5))
+        say("--input", f"left out {ignored.total():,} files of other kinds ({kinds})")
     if not files:
-        places = ", ".join(str(path.absolute()) for path in named)
+        places = ", ".join(str(path.absolute()) for path in inputs)
         raise Refusal(f"--input: found no texts in {places}, expected {', '.join(KINDS)}")
     return dict(sorted(files.items()))
 
 
 def split_of(text: str, validation: float, test: float) -> str:
     """By where the hash of the text stands between 0 and 1."""
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
-    if place < validation:
+    position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / (1 << 48)
+    if position < validation:
         return "validation"
-    return "test" if place >= 1 - test else "train"
+    return "test" if position >= 1 - test else "train"
 
 
 def read_texts(file: Path, column: str, separator: str | None) -> Iterator[str]:
@@ -156,22 +157,22 @@ def read_texts(file: Path, column: str, separator: str | None) -> Iterator[str]:
         return
     import pyarrow as pa
 
-    packed = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
     try:
-        stream = io.BufferedReader(pa.input_stream(str(file), compression=packed), 1 << 20)
+        stream = io.BufferedReader(pa.input_stream(str(file), compression=codec), 1 << 20)
         if kind.startswith(".jsonl"):
-            yield from rows(file, stream, column)
+            yield from jsonl_texts(file, stream, column)
         else:
-            yield from texts(file, stream, separator)
+            yield from txt_documents(file, stream, separator)
     except OSError as error:
-        if error.errno or packed is None:
+        if error.errno or codec is None:
             raise
         raise Refusal(
-            f"{file}: found a damaged or cut {packed} file ({error}); copy it again or leave it out"
+            f"{file}: found a damaged or cut {codec} file ({error}); copy it again or leave it out"
         ) from None
 
 
-def rows(file: Path, stream: io.BufferedReader, column: str) -> Iterator[str]:
+def jsonl_texts(file: Path, stream: io.BufferedReader, column: str) -> Iterator[str]:
     """The texts of a .jsonl file, line by line."""
     for number, line in enumerate(stream, 1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -179,34 +180,34 @@ def rows(file: Path, stream: io.BufferedReader, column: str) -> Iterator[str]:
             yield text_of(line, f"{file}: line {number}", column, COLUMN_HINT)
 
 
-def texts(file: Path, stream: io.BufferedReader, separator: str | None) -> Iterator[str]:
+def txt_documents(file: Path, stream: io.BufferedReader, separator: str | None) -> Iterator[str]:
     """The documents of a .txt file: all of it, or what stands between separators, without the
     empty lines around it."""
     line = 1
-    for part in parts(stream, separator.encode() if separator else None):
+    for data in split_stream(stream, separator.encode() if separator else None):
         try:
-            text = part.decode("utf-8")
-            bad = part.find(0)
+            text = data.decode("utf-8")
+            bad = data.find(0)
         except UnicodeDecodeError as error:
             bad = error.start
         if bad >= 0:
             raise Refusal(
-                f"{file}: line {line + part[:bad].count(10)}: found the byte {part[bad]:#04x}, "
+                f"{file}: line {line + data[:bad].count(10)}: found the byte {data[bad]:#04x}, "
                 "expected text in UTF-8; convert the file (iconv -f latin1 or utf-16 -t utf-8), "
                 "or leave it out"
             )
-        line += part.count(10) + (separator or "").count("\n")
+        line += data.count(10) + (separator or "").count("\n")
         text = text.removeprefix("\ufeff")
         yield text.strip("\r\n") if separator else text
 
 
-def parts(stream: io.BufferedReader, separator: bytes | None) -> Iterator[bytes]:
+def split_stream(stream: io.BufferedReader, separator: bytes | None) -> Iterator[bytes]:
     """The stream's bytes between separators, or all of them."""
     if separator is None:
         yield stream.read()
         return
     rest = b""
     while block := stream.read(BLOCK_BYTES):
-        *whole, rest = (rest + block).split(separator)
-        yield from whole
+        *complete, rest = (rest + block).split(separator)
+        yield from complete
     yield rest

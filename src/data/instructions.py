@@ -33,11 +33,11 @@ def encode(tokenizer: Tokenizer, prompt: str, answer: str, context: int) -> Exam
     """One example of at most context + 1 tokens. Where both do not fit, the answer has what the
     prompt leaves, half of the context at least: long answers lose their end, long prompts their
     beginning, so that an answer always follows its own prompt's end."""
-    head = [END, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    room = max(1, context // 2, context + 1 - len(head))
-    tail = [*tokenizer.encode(answer, add_special_tokens=False).ids, END][:room]
-    head = head[-(context + 1 - len(tail)) :]
-    return Example(np.array(head + tail, dtype=np.int64), len(head))
+    prompt_ids = [END, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    answer_limit = max(1, context // 2, context + 1 - len(prompt_ids))
+    answer_ids = [*tokenizer.encode(answer, add_special_tokens=False).ids, END][:answer_limit]
+    prompt_ids = prompt_ids[-(context + 1 - len(answer_ids)) :]
+    return Example(np.array(prompt_ids + answer_ids, dtype=np.int64), len(prompt_ids))
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
@@ -62,11 +62,11 @@ def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """(B, T + 1) ids padded on the right, and (B, T) whether a target belongs to an answer."""
     width = max(len(example.ids) for example in examples)
     tokens = torch.full((len(examples), width), END, dtype=torch.int64)
-    answers = torch.zeros(len(examples), width - 1, dtype=torch.bool)
+    is_answer = torch.zeros(len(examples), width - 1, dtype=torch.bool)
     for row, example in enumerate(examples):
         tokens[row, : len(example.ids)] = torch.from_numpy(example.ids)
-        answers[row, example.answer_start - 1 : len(example.ids) - 1] = True
-    return tokens, answers
+        is_answer[row, example.answer_start - 1 : len(example.ids) - 1] = True
+    return tokens, is_answer
 
 
 class Batches:
@@ -79,6 +79,6 @@ class Batches:
         self._order = epoch_orders(len(examples), seed)
 
     def __getitem__(self, step: int) -> list[Example]:
-        epoch, place = divmod(step, self.per_epoch)
-        chosen = self._order(epoch)[place * self.size : (place + 1) * self.size]
-        return [self._examples[index] for index in chosen]
+        epoch, batch = divmod(step, self.per_epoch)
+        indices = self._order(epoch)[batch * self.size : (batch + 1) * self.size]
+        return [self._examples[index] for index in indices]

@@ -33,7 +33,7 @@ def contaminated_rows(
         return None
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        found = report["corpus"]["splits"]["train"]["sha256"]
+        train_sha256 = report["corpus"]["splits"]["train"]["sha256"]
         rows = {task: set(entry["contaminated"]) for task, entry in report["tasks"].items()}
         checked = {task: str(entry["sha256"]) for task, entry in report["tasks"].items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -42,19 +42,19 @@ def contaminated_rows(
             "scripts/check_leakage.py"
         ) from None
     expected = corpus.get("splits", {}).get("train", {}).get("sha256")
-    if found != expected:
+    if train_sha256 != expected:
         raise ValueError(
-            f"{path}: found a report on another train split ({str(found)[:12]}), expected "
+            f"{path}: found a report on another train split ({str(train_sha256)[:12]}), expected "
             f"{str(expected)[:12]}; run scripts/check_leakage.py on this corpus"
         )
     # Row numbers of another download would leave out the wrong rows, and none of a new task.
     source = smallbench_dir / "source.json"
     for task, facts in held_tasks(smallbench_dir).items():
-        held = checked.get(task)
-        if held != facts["sha256"]:
-            what = f".{task}.sha256: found {held[:12]}" if held else f": found no {task}"
+        sha256 = checked.get(task)
+        if sha256 != facts["sha256"]:
+            mismatch = f".{task}.sha256: found {sha256[:12]}" if sha256 else f": found no {task}"
             raise ValueError(
-                f"{path}: tasks{what}, expected {facts['sha256'][:12]} as in {source}, so the "
+                f"{path}: tasks{mismatch}, expected {facts['sha256'][:12]} as in {source}, so the "
                 "report is on other rows; run python scripts/check_leakage.py --smallbench "
                 f"{smallbench_dir} again"
             )

@@ -50,7 +50,7 @@ WORDS_AT_ONCE = 200_000
 # A text to look for: its field, the words in a row that count, and their hashes, (N,) uint64.
 Text = tuple[str, int, np.ndarray]
 Items = list[tuple[int, list[Text]]]  # the number of a row or document, and its texts
-Found = dict[int, set[int]]  # hashes that stand in train, by the number of words
+Matches = dict[int, set[int]]  # hashes that stand in train, by the number of words
 
 
 def main() -> None:
@@ -58,26 +58,26 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="a corpus directory")
     parser.add_argument("--smallbench", type=Path, required=True, help="download_smallbench.py's")
     parser.add_argument("--output", type=Path, help="default: where evaluation looks for it")
-    asked = parser.parse_args()
-    source = read_source(asked.corpus)
-    tasks = {task: facts["sha256"] for task, facts in sorted(held_tasks(asked.smallbench).items())}
+    args = parser.parse_args()
+    source = read_source(args.corpus)
+    tasks = {task: facts["sha256"] for task, facts in sorted(held_tasks(args.smallbench).items())}
     for task, sha256 in tasks.items():
-        check_rows(asked.smallbench / f"{task}.jsonl", sha256)
+        check_rows(args.smallbench / f"{task}.jsonl", sha256)
     hashes = {split: facts["sha256"] for split, facts in source["splits"].items()}
-    output: Path = asked.output or asked.smallbench / f"leakage-{hashes['train'][:12]}.json"
+    output: Path = args.output or args.smallbench / f"leakage-{hashes['train'][:12]}.json"
     make_directory(output.parent)
     for split, sha256 in hashes.items():
-        check_split(asked.corpus / f"{split}.jsonl", sha256)
+        check_split(args.corpus / f"{split}.jsonl", sha256)
 
-    documents: dict[str, Items] = {}
+    split_items: dict[str, Items] = {}
     for split in ("validation", "test"):
-        texts = read_texts(asked.corpus / f"{split}.jsonl")
-        documents[split] = [(i, [to_find("text", text)]) for i, text in enumerate(texts)]
-    rows = {
-        task: read_items(asked.smallbench / f"{task}.jsonl")
-        for task in track(tasks, f"{asked.smallbench}: reading", "tasks")
+        texts = read_texts(args.corpus / f"{split}.jsonl")
+        split_items[split] = [(i, [to_find("text", text)]) for i, text in enumerate(texts)]
+    task_items = {
+        task: read_items(args.smallbench / f"{task}.jsonl")
+        for task in track(tasks, f"{args.smallbench}: reading", "tasks")
     }
-    found = search(asked.corpus / "train.jsonl", [*documents.values(), *rows.values()])
+    matches = search(args.corpus / "train.jsonl", [*split_items.values(), *task_items.values()])
     report = {
         "schema": SCHEMA,
         "words": LONGEST,
@@ -87,9 +87,10 @@ def main() -> None:
             "config": source.get("config"),
             "splits": {split: {"sha256": sha256} for split, sha256 in hashes.items()},
         },
-        "splits": {split: judge(texts, found) for split, texts in documents.items()},
+        "splits": {split: judge(items, matches) for split, items in split_items.items()},
         "tasks": {
-            task: {"sha256": sha256, **judge(rows[task], found)} for task, sha256 in tasks.items()
+            task: {"sha256": tasks[task], **judge(items, matches)}
+            for task, items in task_items.items()
         },
     }
     write_json(output, report)
@@ -115,7 +116,7 @@ def strings(name: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from strings(name, inner)
 
 
-def judge(items: Items, found: Found) -> dict[str, Any]:
+def judge(items: Items, matches: Matches) -> dict[str, Any]:
     """Counts of a split's documents or a task's rows, and which of them are contaminated."""
     counts = {"items": len(items)}
     counts |= dict.fromkeys(("unverifiable_items", "ngrams", "contaminated_ngrams"), 0)
@@ -124,7 +125,7 @@ def judge(items: Items, found: Found) -> dict[str, Any]:
     for number, texts in items:
         hits: Counter[str] = Counter()
         for name, length, hashes in texts:
-            hits[name] += sum(hash in found[length] for hash in hashes.tolist())
+            hits[name] += sum(hash in matches[length] for hash in hashes.tolist())
             counts["ngrams"] += hashes.size
         counts["unverifiable_items"] += not any(hashes.size for _, _, hashes in texts)
         counts["contaminated_ngrams"] += hits.total()
@@ -184,18 +185,18 @@ def ngram_hashes(words: np.ndarray, lengths: set[int]) -> Iterator[tuple[int, np
             yield n, hashes
 
 
-def search(file: Path, groups: Iterable[Items]) -> Found:
+def search(file: Path, groups: Iterable[Items]) -> Matches:
     """Which n-grams that the texts of `groups` are looked up by stand in documents of the file."""
-    parts: dict[int, list[np.ndarray]] = defaultdict(list)
+    by_length: dict[int, list[np.ndarray]] = defaultdict(list)
     for _, texts in chain.from_iterable(groups):
         for _, length, hashes in texts:
-            parts[length].append(hashes)
-    wanted = {n: pd.Index(np.concatenate(hashes)).unique() for n, hashes in parts.items()}
-    found: Found = {n: set() for n in wanted}
+            by_length[length].append(hashes)
+    queries = {n: pd.Index(np.concatenate(hashes)).unique() for n, hashes in by_length.items()}
+    matches: Matches = {n: set() for n in queries}
     for words in joined_documents(file):
-        for n, hashes in ngram_hashes(words, set(wanted)):
-            found[n].update(hashes[wanted[n].get_indexer(hashes) >= 0].tolist())
-    return found
+        for n, hashes in ngram_hashes(words, set(queries)):
+            matches[n].update(hashes[queries[n].get_indexer(hashes) >= 0].tolist())
+    return matches
 
 
 def joined_documents(file: Path) -> Iterator[np.ndarray]:

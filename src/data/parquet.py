@@ -54,9 +54,9 @@ class Split:
                         f"{where}: found the columns {', '.join(schema.names)}, "
                         f"expected one called {column}"
                     )
-                kind = schema.field(column).type
-                if not suits(kind):
-                    raise Refusal(f"{where}, column {column}: found {kind}, expected {expected}")
+                dtype = schema.field(column).type
+                if not suits(dtype):
+                    raise Refusal(f"{where}, column {column}: found {dtype}, expected {expected}")
         return (row for file in self.files for row in self._rows(file, list(columns)))
 
     def texts(self, columns: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -90,29 +90,29 @@ class Split:
                 raise
             with file.open("rb") as data:
                 start = data.read(len(LFS_POINTER))
-            what = {b"": "an empty file", LFS_POINTER: "a Git LFS pointer"}.get(
+            problem = {b"": "an empty file", LFS_POINTER: "a Git LFS pointer"}.get(
                 start, f"a damaged file ({' '.join(str(error).split())})"
             )
             raise Refusal(
-                f"{file}, split {self.name}: found {what}, expected parquet; fetch it again"
+                f"{file}, split {self.name}: found {problem}, expected parquet; fetch it again"
             ) from None
 
 
-def is_text(kind: pa.DataType) -> bool:
+def is_text(dtype: pa.DataType) -> bool:
     """Whether a column of this type holds texts or nothing."""
     from pyarrow import types
 
-    kind = kind.value_type if types.is_dictionary(kind) else kind
+    dtype = dtype.value_type if types.is_dictionary(dtype) else dtype
     texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    return any(is_kind(kind) for is_kind in texts)
+    return any(is_type(dtype) for is_type in texts)
 
 
-def is_plain(kind: pa.DataType) -> bool:
+def is_plain(dtype: pa.DataType) -> bool:
     """Whether JSON holds this type as it is: texts, numbers, lists and structs of them."""
     from pyarrow import types
 
     nested = (types.is_struct, types.is_list, types.is_large_list, types.is_fixed_size_list)
-    if any(is_kind(kind) for is_kind in nested):
-        return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
+    if any(is_type(dtype) for is_type in nested):
+        return all(is_plain(dtype.field(i).type) for i in range(dtype.num_fields))
     numbers = (types.is_boolean, types.is_integer, types.is_floating)
-    return is_text(kind) or any(is_kind(kind) for is_kind in numbers)
+    return is_text(dtype) or any(is_type(dtype) for is_type in numbers)

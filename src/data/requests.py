@@ -36,15 +36,15 @@ def held_out_pairs(items: Sequence[Item]) -> list[tuple[str, str]]:
     there anyway.
     """
     prompts = [item.prompt for item in items if isinstance(item.prompt, str)]
-    alone = any(len(item.choices) == 1 for item in items)
+    single_choice = any(len(item.choices) == 1 for item in items)
     by_choice = len(prompts) < len(items)
-    if alone or by_choice or fixed_labels(items) or len(set(prompts)) <= 1:
+    if single_choice or by_choice or fixed_labels(items) or len(set(prompts)) <= 1:
         return []
     half = round(len(items) / 2)
-    other = prompts[half:] + prompts[:half]
+    other_prompts = prompts[half:] + prompts[:half]
     return [
         (prompt, item.delimiter + choice)
-        for prompt, item in zip(other, items, strict=True)
+        for prompt, item in zip(other_prompts, items, strict=True)
         for choice in item.choices
     ]
 
@@ -62,15 +62,15 @@ def encode_requests(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> l
     contexts = sorted({context.rstrip() for context, _ in pairs})
     encoded = tokenizer.encode_batch(contexts)
     lengths = {text: len(e.ids) for text, e in zip(contexts, encoded, strict=True)}
-    wholes = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
+    encodings = tokenizer.encode_batch([context + continuation for context, continuation in pairs])
     requests = []
-    for (context, continuation), whole in zip(pairs, wholes, strict=True):
-        used = lengths[context.rstrip()]
-        if len(whole.ids) <= used:
+    for (context, continuation), encoding in zip(pairs, encodings, strict=True):
+        context_tokens = lengths[context.rstrip()]
+        if len(encoding.ids) <= context_tokens:
             raise ValueError(
                 f"the continuation {continuation!r} has no token of its own after "
                 f"{context[-40:]!r}; give the task a target_delimiter that separates them"
             )
-        prefix = () if used else (eot,)
-        requests.append(Request((*prefix, *whole.ids), max(used, 1)))
+        prefix = () if context_tokens else (eot,)
+        requests.append(Request((*prefix, *encoding.ids), max(context_tokens, 1)))
     return requests

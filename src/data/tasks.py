@@ -81,20 +81,21 @@ class Item:
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """Context and continuation of each choice."""
-        same = self.prompt
-        prompts = [same] * len(self.choices) if isinstance(same, str) else same
+        shared = self.prompt
+        prompts = [shared] * len(self.choices) if isinstance(shared, str) else shared
         return [(p, self.delimiter + c) for p, c in zip(prompts, self.choices, strict=True)]
 
 
 def load_tasks(path: Path) -> list[Task]:
     """Read a task list; ValueError names file, task, key, what was found and what is expected."""
-    listed = read_yaml(path, "a list of tasks")
-    if not isinstance(listed, dict) or not _is_list(listed.get("tasks"), lambda _: True):
+    contents = read_yaml(path, "a list of tasks")
+    if not isinstance(contents, dict) or not _is_list(contents.get("tasks"), lambda _: True):
         raise ValueError(f"{path}: tasks: found no list, expected a list of tasks under this key")
-    seed = listed.get("seed", 0)
+    seed = contents.get("seed", 0)
     if not isinstance(seed, int):
         raise ValueError(f"{path}: seed: found {seed!r}, expected a whole number")
-    tasks = [_task(f"{path}: task {i}", entry, seed) for i, entry in enumerate(listed["tasks"], 1)]
+    entries = enumerate(contents["tasks"], 1)
+    tasks = [_parse_task(f"{path}: task {i}", entry, seed) for i, entry in entries]
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1 or name in {task.group for task in tasks}:
@@ -129,7 +130,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _REQUIRED = ("name", "path", "config", "split", "prompt", "choices", "gold")
 
 
-def _task(where: str, entry: Any, seed: int) -> Task:
+def _parse_task(where: str, entry: Any, seed: int) -> Task:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: found {entry!r}, expected keys and values")
     fields: dict[str, Any] = dict.fromkeys(_REQUIRED) | entry
@@ -138,9 +139,9 @@ def _task(where: str, entry: Any, seed: int) -> Task:
     for key, value in fields.items():
         expected, suits = _KEYS[key]
         if not suits(value):
-            found = value if value and isinstance(value, list) else [value]
-            shown = ", ".join(map(repr, found))
-            raise ValueError(f"{where}: {key}: found {shown}, expected {expected}")
+            values = value if value and isinstance(value, list) else [value]
+            actual = ", ".join(map(repr, values))
+            raise ValueError(f"{where}: {key}: found {actual}, expected {expected}")
     prompts, choices = fields["prompt"], fields["choices"]
     if isinstance(choices, dict):
         fields["choices"] = str(choices["field"])
@@ -173,8 +174,8 @@ class _Renderer:
         environment.filters |= {"wikihow": wikihow, "full_stop": full_stop}
         self.task = task
         prompts = [task.prompt] if isinstance(task.prompt, str) else task.prompt
-        listed = task.choices if isinstance(task.choices, str) else None  # one expression
-        choices = [f"{{{{ {listed} }}}}"] if listed else task.choices
+        expression = task.choices if isinstance(task.choices, str) else None
+        choices = [f"{{{{ {expression} }}}}"] if expression else task.choices
         keep = task.keep or "True"
         try:
             parsed = map(environment.parse, (*prompts, *choices, task.gold, keep))
@@ -183,17 +184,17 @@ class _Renderer:
             self.gold, self.keep = environment.from_string(task.gold), environment.from_string(keep)
             self.choices = [environment.from_string(text) for text in choices]
             # undefined_to_none=False: a misspelt field is an error, not no choices
-            self.choice_list = listed and environment.compile_expression(listed, False)
+            self.choice_list = expression and environment.compile_expression(expression, False)
         except jinja2.TemplateError as error:
             raise ValueError(f"task {task.name}: a template is not valid Jinja2: {error}") from None
 
     def kept(self, row: Mapping[str, Any]) -> bool:
-        with self._naming(row):
+        with self._errors_name_row(row):
             return self.keep.render(row).strip() == "True"
 
     def item(self, row: Mapping[str, Any]) -> Item:
         task = self.task
-        with self._naming(row):
+        with self._errors_name_row(row):
             choices = tuple(self._choices(row))
             gold = int(self.gold.render(row))
             if not 0 <= gold < len(choices):
@@ -207,21 +208,21 @@ class _Renderer:
     def _choices(self, row: Mapping[str, Any]) -> list[str]:
         if not self.choice_list:
             return [template.render(row) for template in self.choices]
-        found = self.choice_list(**row)
-        if not isinstance(found, list) or not all(map(_is_text, found)):
-            raise ValueError(f"choices: {self.task.choices!r} gives {found!r}, expected texts")
+        choices = self.choice_list(**row)
+        if not isinstance(choices, list) or not all(map(_is_text, choices)):
+            raise ValueError(f"choices: {self.task.choices!r} gives {choices!r}, expected texts")
         # Alone, a choice is right whatever the model says (lm-evaluation-harness 0.4.13 counts
         # it so): every such row would raise the accuracy by itself.
-        if len(found) == 1:
+        if len(choices) == 1:
             raise ValueError(
-                f"choices: found {found[0]!r} alone, expected several in every row; leave such "
+                f"choices: found {choices[0]!r} alone, expected several in every row; leave such "
                 "rows out with keep, or ask for what greedy decoding writes with a list of one "
                 "template"
             )
-        return found
+        return choices
 
     @contextlib.contextmanager
-    def _naming(self, row: Mapping[str, Any]) -> Iterator[None]:
+    def _errors_name_row(self, row: Mapping[str, Any]) -> Iterator[None]:
         """What goes wrong inside is said with the task, the row and its fields."""
         try:
             yield
@@ -234,21 +235,21 @@ class _Renderer:
 
 def read_rows(task: Task, data_dir: Path) -> list[dict[str, Any]] | None:
     """The downloaded rows, checked against `source.json`; None where only a mirror has them."""
-    said = held_tasks(data_dir).get(task.name)
-    if said is None and task.only_in_mirror:
+    facts = held_tasks(data_dir).get(task.name)
+    if facts is None and task.only_in_mirror:
         return None
     path = data_dir / f"{task.name}.jsonl"
-    if said is None or not path.is_file():
+    if facts is None or not path.is_file():
         raise ValueError(
-            f"{path}: found no rows of this task, expected its download; {_way_out(data_dir)}"
+            f"{path}: found no rows of this task, expected its download; {_hint(data_dir)}"
         )
     for key in ("path", "config", "split"):
-        if said.get(key, getattr(task, key)) != getattr(task, key):
+        if facts.get(key, getattr(task, key)) != getattr(task, key):
             raise ValueError(
-                f"{path}: {key}: found the rows of {said[key]!r}, expected "
-                f"{getattr(task, key)!r} as in the task list; {_way_out(data_dir)}"
+                f"{path}: {key}: found the rows of {facts[key]!r}, expected "
+                f"{getattr(task, key)!r} as in the task list; {_hint(data_dir)}"
             )
-    check_rows(path, said["sha256"])
+    check_rows(path, facts["sha256"])
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
@@ -261,18 +262,16 @@ def held_tasks(data_dir: Path) -> dict[str, dict[str, Any]]:
             return tasks
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError, ValueError):
         pass
-    raise Refusal(
-        f"{source}: found no list of downloaded tasks, expected one; {_way_out(data_dir)}"
-    )
+    raise Refusal(f"{source}: found no list of downloaded tasks, expected one; {_hint(data_dir)}")
 
 
 def check_rows(file: Path, sha256: str) -> None:
     """Refusal for rows that are missing or are not those of source.json."""
     if not file.is_file() or sha256_of(file) != sha256:
-        raise Refusal(f"{file}: found other bytes than source.json says; {_way_out(file.parent)}")
+        raise Refusal(f"{file}: found other bytes than source.json says; {_hint(file.parent)}")
 
 
-def _way_out(data_dir: Path) -> str:
+def _hint(data_dir: Path) -> str:
     return f"run python scripts/download_smallbench.py --output {data_dir}"
 
 
@@ -288,10 +287,10 @@ def select_rows(task: Task, rows: Sequence[dict[str, Any]], n: int | None) -> li
     that field take turns. Returned in the order of the hub's split.
     """
 
-    def lot(row: Mapping[str, Any]) -> str:
+    def draw(row: Mapping[str, Any]) -> str:
         return hashlib.sha256(f"{task.seed}:{task.name}:{row['_row']}".encode()).hexdigest()
 
-    order = sorted(rows, key=lot)
+    order = sorted(rows, key=draw)
     if task.balanced is not None:
         if any(task.balanced not in row for row in rows):
             raise ValueError(
@@ -300,8 +299,8 @@ def select_rows(task: Task, rows: Sequence[dict[str, Any]], n: int | None) -> li
         by_value: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in order:
             by_value[str(row[task.balanced])].append(row)
-        turns = zip_longest(*(by_value[value] for value in sorted(by_value)))
-        order = [row for turn in turns for row in turn if row is not None]
+        rounds = zip_longest(*(by_value[value] for value in sorted(by_value)))
+        order = [row for values in rounds for row in values if row is not None]
     return sorted(order if n is None else order[:n], key=lambda row: row["_row"])
 
 
@@ -321,8 +320,8 @@ def load_items(
     n = None if full else task.n
     if limit is not None:
         n = limit if n is None else min(n, limit)
-    chosen = select_rows(task, [row for row in rows if render.kept(row)], n)
-    items = [render.item(row) for row in chosen]
+    selected = select_rows(task, [row for row in rows if render.kept(row)], n)
+    items = [render.item(row) for row in selected]
     if not items:
         raise ValueError(f"task {task.name}: found no usable row in {data_dir}, expected some")
     if task.chance is not None and abs(task.chance - chance(items)) > 0.02:

@@ -60,24 +60,24 @@ def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="a corpus directory")
     parser.add_argument("--output", type=Path, required=True, help="tokens go to OUTPUT/v<entries>")
-    replaced = "replace tokens of another corpus, or damaged ones"
-    parser.add_argument("--force", action="store_true", help=replaced)
-    entries = f"entries, {SMALLEST} to {LARGEST:,}: the special token, the 256 bytes and merges"
-    parser.add_argument("--vocab_size", type=int, required=True, help=entries)
-    arguments = parser.parse_args()
-    vocab_size: int = arguments.vocab_size
+    force_help = "replace tokens of another corpus, or damaged ones"
+    parser.add_argument("--force", action="store_true", help=force_help)
+    vocab_help = f"entries, {SMALLEST} to {LARGEST:,}: the special token, the 256 bytes and merges"
+    parser.add_argument("--vocab_size", type=int, required=True, help=vocab_help)
+    args = parser.parse_args()
+    vocab_size: int = args.vocab_size
     if not SMALLEST <= vocab_size <= LARGEST:
         raise Refusal(
             f"--vocab_size: found {vocab_size}, expected {SMALLEST} to {LARGEST}: the 256 bytes, "
             "the special token, and ids that fit into 16 bits"
         )
-    corpus: Path = arguments.input
-    output: Path = arguments.output
+    corpus: Path = args.input
+    output: Path = args.output
     source = read_source(corpus)
     make_directory(output)
     final = output / f"v{vocab_size}"
     with locked(output / f".v{vocab_size}.lock"):
-        if not arguments.force and is_finished(final, vocab_size, source):
+        if not args.force and is_finished(final, vocab_size, source):
             print(f"{final}: is there, whole and verified; nothing to do")
             return
         for split in SPLITS:
@@ -93,14 +93,15 @@ def is_finished(final: Path, vocab_size: int, source: Mapping[str, Any]) -> bool
     if not final.exists():
         return False
     try:
-        held = tokens.load(final, vocab_size).corpus
+        corpus = tokens.load(final, vocab_size).corpus
     except ValueError as error:
         raise Refusal(f"{error}, or say --force") from None
-    if held != source:
+    if corpus != source:
         raise Refusal(
-            f"{final}: holds tokens of {held.get('dataset')}, configuration {held.get('config')}, "
-            f"expected {source.get('dataset')}, configuration {source.get('config')}, with the "
-            "hashes of its source.json; choose another --output, or --force"
+            f"{final}: holds tokens of {corpus.get('dataset')}, configuration "
+            f"{corpus.get('config')}, expected {source.get('dataset')}, configuration "
+            f"{source.get('config')}, with the hashes of its source.json; choose another --output, "
+            "or --force"
         )
     return True
 
@@ -137,9 +138,9 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    parts = pre_tokenizers.Split(Regex(ENDLESS_WORD), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([parts, words])
-    tokenizer.train_from_iterator(_learned_from(file, parts), trainer)
+    splitter = pre_tokenizers.Split(Regex(ENDLESS_WORD), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splitter, words])
+    tokenizer.train_from_iterator(_training_texts(file, splitter), trainer)
     tokenizer.pre_tokenizer = words
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
@@ -151,13 +152,13 @@ def train_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _learned_from(file: Path, parts: PreTokenizer) -> Iterator[str]:
+def _training_texts(file: Path, splitter: PreTokenizer) -> Iterator[str]:
     """The documents; says which of them merges are learned from in `parts`, and when all are read:
     the merging itself is long and says nothing."""
     lines = []
     for line, text in enumerate(counted_texts(file, "reading"), 1):
-        halves = (HALF_RUN.match(text, at) for at in range(0, len(text), 500))
-        if any(halves) and len(parts.pre_tokenize_str(text)) > 1:
+        halves = (HALF_RUN.match(text, start) for start in range(0, len(text), 500))
+        if any(halves) and len(splitter.pre_tokenize_str(text)) > 1:
             lines.append(line)
         yield text
     if lines:
@@ -205,17 +206,17 @@ def encoder(tokenizer: Tokenizer) -> Callable[[str], bytes]:
     their ids gives the tokenizer's own answer for the whole text, several times faster.
     """
 
-    known: dict[str, bytes] = {}
+    ids_of: dict[str, bytes] = {}
 
     def encode(text: str) -> bytes:
         chunks = CHUNK.findall(text)
-        if len(known) > KNOWN_CHUNKS:
-            known.clear()
-        new = list({*chunks}.difference(known))  # in any order: only the ids matter
+        if len(ids_of) > KNOWN_CHUNKS:
+            ids_of.clear()
+        new = list({*chunks}.difference(ids_of))  # in any order: only the ids matter
         encoded = tokenizer.encode_batch_fast(new, add_special_tokens=False)
         for chunk, ids in zip(new, (entry.ids for entry in encoded), strict=True):
-            known[chunk] = struct.pack(f"<{len(ids)}H", *ids)
-        return b"".join(map(known.__getitem__, chunks))
+            ids_of[chunk] = struct.pack(f"<{len(ids)}H", *ids)
+        return b"".join(map(ids_of.__getitem__, chunks))
 
     return encode
 

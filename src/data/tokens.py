@@ -76,30 +76,30 @@ def load(path: Path, vocab_size: int, train_tokens: int | None = None) -> TokenD
         if not isinstance(meta["corpus"], dict):
             raise ValueError(f"corpus: found {meta['corpus']!r}, expected keys and values")
         _check_hash(path / "tokenizer.json", meta["tokenizer_sha256"])
-        kept: dict[str, Any] = {
+        fields: dict[str, Any] = {
             name: _load_split(path, name, meta["splits"][name], vocab_size) for name in SPLITS
         }
-        kept |= {key: meta[key] for key in ("vocab_size", "tokenizer_sha256", "corpus")}
-        found = TokenData(path=path, eot_id=int(meta["eot_id"]), **kept)
+        fields |= {key: meta[key] for key in ("vocab_size", "tokenizer_sha256", "corpus")}
+        data = TokenData(path=path, eot_id=int(meta["eot_id"]), **fields)
     except (ValueError, KeyError, TypeError, FileNotFoundError, IsADirectoryError) as error:
-        what = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{meta_path}: {what}; delete {path} and run: {command}") from None
+        problem = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{meta_path}: {problem}; delete {path} and run: {command}") from None
     if train_tokens is None:
-        return found
-    train, count = found.train, len(found.train.tokens)
+        return data
+    train, count = data.train, len(data.train.tokens)
     if train_tokens > count:
         raise ValueError(
             f"data.train_tokens: found {train_tokens:,}, but train has {count:,} tokens"
         )
     digest = f"{train.sha256}:{train_tokens}"
-    first = replace(train, tokens=train.tokens[:train_tokens], sha256=digest)
-    return replace(found, train=first)
+    shortened = replace(train, tokens=train.tokens[:train_tokens], sha256=digest)
+    return replace(data, train=shortened)
 
 
 def _check_hash(path: Path, expected: str) -> None:
-    found = sha256_of(path)
-    if found != expected:
-        raise ValueError(f"{path.name}: found sha256 {found[:12]}..., expected {expected[:12]}...")
+    actual = sha256_of(path)
+    if actual != expected:
+        raise ValueError(f"{path.name}: found sha256 {actual[:12]}..., expected {expected[:12]}...")
 
 
 def _load_split(path: Path, name: str, meta: dict[str, Any], vocab_size: int) -> Split:
@@ -114,9 +114,9 @@ def _load_split(path: Path, name: str, meta: dict[str, Any], vocab_size: int) ->
     largest = int(tokens.max())
     if largest >= vocab_size:
         raise ValueError(f"{file.name}: found the id {largest}, expected ids below {vocab_size}")
-    table = path / f"{name}_documents.npy"
-    _check_hash(table, meta["documents_sha256"])
-    documents = np.load(table, allow_pickle=False)
+    documents_path = path / f"{name}_documents.npy"
+    _check_hash(documents_path, meta["documents_sha256"])
+    documents = np.load(documents_path, allow_pickle=False)
     return Split(tokens=tokens, documents=documents, sha256=meta["sha256"])
 
 
@@ -185,12 +185,12 @@ class Windows:
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """(B, T + 1) token ids of optimizer step `step` (from 0)."""
-        places = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
-        epochs, within = places // self.count, places % self.count
+        positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        epochs, offsets = positions // self.count, positions % self.count
         index = np.empty(self._batch_size, dtype=np.int64)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            index[here] = self._order(int(epoch))[within[here]]
+            in_epoch = epochs == epoch
+            index[in_epoch] = self._order(int(epoch))[offsets[in_epoch]]
         columns = np.arange(self._seq_len + 1)
         return self._tokens[index[:, None] * self._seq_len + columns].astype(np.int64)
 

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,17 +64,18 @@ def test_every_text_is_in_the_split_of_its_hash_and_copies_stay_together(
     assert "left out 1 files of other kinds (1 .png)" in printed
     assert "left out 2 documents without a visible character" in printed
     source = read_source(output)
-    found = {}
+    texts_by_split = {}
     for split, facts in source["splits"].items():
         check_split(output / f"{split}.jsonl", facts["sha256"])
-        found[split] = list(read_texts(output / f"{split}.jsonl"))
-        assert facts["documents"] == len(found[split]) > 0
-        assert facts["bytes"] == sum(len(text.encode()) for text in found[split])
-        assert facts["words"] == sum(len(text.split()) for text in found[split])
-        for text in found[split]:
-            place = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 2**48
-            assert split == ("validation" if place < 0.2 else "test" if place >= 0.8 else "train")
-    everything = sum(found.values(), [])
+        texts_by_split[split] = list(read_texts(output / f"{split}.jsonl"))
+        assert facts["documents"] == len(texts_by_split[split]) > 0
+        assert facts["bytes"] == sum(len(text.encode()) for text in texts_by_split[split])
+        assert facts["words"] == sum(len(text.split()) for text in texts_by_split[split])
+        for text in texts_by_split[split]:
+            position = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16) / 2**48
+            expected = "validation" if position < 0.2 else "test" if position >= 0.8 else "train"
+            assert split == expected
+    everything = sum(texts_by_split.values(), [])
     assert sorted(everything) == sorted(TEXTS + TEXTS[:2] + DATES)
     assert str(tmp_path) not in (output / "source.json").read_text()
 
@@ -82,10 +84,10 @@ def test_every_text_is_in_the_split_of_its_hash_and_copies_stay_together(
     run("import_text.py", "--input", texts, "--output", tmp_path / "elsewhere" / "mine", *SHARES)
     assert hashes(tmp_path / "elsewhere" / "mine") == before
     # What was printed as the next command, with entries that this little can fill.
-    following = printed.partition("python scripts/")[2].splitlines()[0].split()
-    assert following[:3] == ["preprocess_lm.py", "--input", str(output)]
-    following[4] = "300"
-    run(*following)
+    next_command = printed.partition("python scripts/")[2].splitlines()[0].split()
+    assert next_command[:3] == ["preprocess_lm.py", "--input", str(output)]
+    next_command[4] = "300"
+    run(*next_command)
 
     (texts / "0.txt").write_text(TEXTS[0] + "more")
     assert "--force" in refused("import_text.py", *arguments)
@@ -95,7 +97,7 @@ def test_every_text_is_in_the_split_of_its_hash_and_copies_stay_together(
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "named"),
+    ("name", "data", "expected"),
     [
         ("a.txt", b"fine\nna\xefve", "a.txt: line 2: found the byte 0xef"),
         ("a.txt", "utf 16".encode("utf-16-le"), "a.txt: line 1: found the byte 0x00"),
@@ -117,7 +119,7 @@ def test_every_text_is_in_the_split_of_its_hash_and_copies_stay_together(
     ],
 )  # fmt: skip
 def test_what_is_no_text_is_refused_with_file_and_place(
-    tmp_path: Path, name: str, data: Any, named: str
+    tmp_path: Path, name: str, data: Any, expected: str
 ) -> None:
     (tmp_path / "in").mkdir()
     if isinstance(data, dict):
@@ -125,8 +127,8 @@ def test_what_is_no_text_is_refused_with_file_and_place(
     else:
         (tmp_path / "in" / name).write_bytes(data)
     message = refused("import_text.py", "--input", tmp_path / "in", "--output", tmp_path / "out")
-    assert named in message
-    if "columns" in named or "keys" in named:
+    assert expected in message
+    if "columns" in expected or "keys" in expected:
         assert "--text_column" in message
     assert [path.name for path in tmp_path.glob("out/*") if path.name != ".lock"] == []
 
@@ -139,25 +141,25 @@ def test_a_named_column_and_a_separator(tmp_path: Path) -> None:
         *("--input", tmp_path / "a.jsonl", tmp_path / "b.txt", "--output", tmp_path / "mine"),
         *("--text_column", "body", "--separator", "<|end|>", *SHARES),
     )
-    found = [
+    written = [
         text for split in ("train", "validation", "test")
         for text in read_texts(tmp_path / "mine" / f"{split}.jsonl")
     ]  # fmt: skip
-    assert sorted(text.strip("\n") for text in TEXTS) == sorted(text.strip("\n") for text in found)
+    assert sorted(t.strip("\n") for t in TEXTS) == sorted(t.strip("\n") for t in written)
 
 
 def test_a_separator_in_no_file_is_said_and_a_file_named_twice_is_read_once(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
-    for place, text in enumerate(TEXTS):
-        (folder / f"{place}.txt").write_bytes(text.encode() + b"\r\n\r\nand more")
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.txt").write_bytes(text.encode() + b"\r\n\r\nand more")
     twice = ("import_text.py", "--input", folder, folder / "5.txt", *SHARES)
-    told = run(*twice, "--output", tmp_path / "one", "--separator", r"\n\n")
-    assert r"'\n\n' stands in no file" in told
+    printed = run(*twice, "--output", tmp_path / "one", "--separator", r"\n\n")
+    assert r"'\n\n' stands in no file" in printed
     splits = read_source(tmp_path / "one")["splits"]
     assert sum(facts["documents"] for facts in splits.values()) == len(TEXTS)
-    told = run(*twice, "--output", tmp_path / "two", "--separator", r"\r\n\r\n")
-    assert "stands in no file" not in told
+    printed = run(*twice, "--output", tmp_path / "two", "--separator", r"\r\n\r\n")
+    assert "stands in no file" not in printed
 
 
 @given(
@@ -165,13 +167,10 @@ def test_a_separator_in_no_file_is_said_and_a_file_named_twice_is_read_once(tmp_
 )
 def test_separators_are_found_wherever_blocks_end(pieces: list[str], separator: str, block: int):
     data = separator.join(pieces).encode()
-    whole = data.split(separator.encode())
-    old, import_text.BLOCK_BYTES = import_text.BLOCK_BYTES, block
-    try:
-        stream = io.BufferedReader(io.BytesIO(data))
-        assert list(import_text.parts(stream, separator.encode())) == whole
-    finally:
-        import_text.BLOCK_BYTES = old
+    expected = data.split(separator.encode())
+    stream = io.BufferedReader(io.BytesIO(data))
+    with mock.patch.object(import_text, "BLOCK_BYTES", block):
+        assert list(import_text.split_stream(stream, separator.encode())) == expected
 
 
 def test_shares_that_leave_a_split_empty_are_refused(tmp_path: Path) -> None:
