@@ -20,7 +20,7 @@ from torch import Tensor
 from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.models.transformer import Attention, Block, Embedding, SwiGLU, Transformer
 from src.spec.config import ModelConfig
-from src.storage.files import fsync_directory
+from src.storage.files import fsync_directory, write_json
 
 
 class NotLoadable(Exception):
@@ -57,12 +57,12 @@ def export(
     building = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
         save_file(_weights(model), building / "model.safetensors", metadata={"format": "pt"})
-        _write_json(building / "config.json", _config(model.config, max_position_embeddings, eot))
+        write_json(building / "config.json", _config(model.config, max_position_embeddings, eot))
         generation = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-        _write_json(building / "generation_config.json", generation)
+        write_json(building / "generation_config.json", generation)
         shutil.copyfile(tokenizer_json, building / "tokenizer.json")
         settings = _tokenizer(max_position_embeddings, chat_template)
-        _write_json(building / "tokenizer_config.json", settings)
+        write_json(building / "tokenizer_config.json", settings)
         (building / "README.md").write_text(_card(out_dir.resolve().parent.name), encoding="utf-8")
         _load_once(building)
         _replace_directory(building, out_dir)
@@ -83,31 +83,27 @@ def _load_once(folder: Path) -> None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of any type: its configurations raise their own
-        found = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {error}"
     else:
-        found = "; ".join(f"{key} {names}" for key, names in loaded[1].items() if names)
-    if found:
+        problem = "; ".join(f"{key} {names}" for key, names in loaded[1].items() if names)
+    if problem:
         raise NotLoadable(
-            f"the exported checkpoint: found that transformers does not load it ({found}), "
+            f"the exported checkpoint: found that transformers does not load it ({problem}), "
             "expected a model and a tokenizer; the run's weights are safe in checkpoints/"
         )
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _replace_directory(new: Path, place: Path) -> None:
-    """Rename `new` to `place`; a directory that is there is moved away first, then deleted."""
+def _replace_directory(new: Path, final: Path) -> None:
+    """Rename `new` to `final`; a directory that is there is moved away first, then deleted."""
     new.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from other accounts
     for path in new.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     old = new.with_name(new.name + "-old")
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    fsync_directory(place.parent)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    fsync_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

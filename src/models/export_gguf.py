@@ -23,18 +23,18 @@ def main() -> None:
     parser = Parser((__doc__ or "").strip(), example="export_gguf.py logs/emb35/final emb35.gguf")
     parser.add_argument("final", type=Path, help="the folder final/ of a finished run")
     parser.add_argument("output", type=Path, help="the file to write")
-    asked = parser.parse_args()
-    if not (asked.final / "config.json").is_file():
-        raise Refusal(f"{asked.final}: found no config.json, expected the folder final/ of a run")
+    args = parser.parse_args()
+    if not (args.final / "config.json").is_file():
+        raise Refusal(f"{args.final}: found no config.json, expected the folder final/ of a run")
     try:
         import gguf
         from safetensors.numpy import load_file
     except ImportError as error:
         raise Refusal(f"found no {error.name}, expected it: pip install gguf==0.19.0") from None
-    config = json.loads((asked.final / "config.json").read_bytes())
+    config = json.loads((args.final / "config.json").read_bytes())
     llama = config["model_type"] != "qwen3"  # a Mistral without its window is a Llama there
-    writer = gguf.GGUFWriter(asked.output, "llama" if llama else "qwen3")
-    writer.add_name(asked.final.resolve().parent.name)
+    writer = gguf.GGUFWriter(args.output, "llama" if llama else "qwen3")
+    writer.add_name(args.final.resolve().parent.name)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -46,8 +46,8 @@ def main() -> None:
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    _add_tokenizer(writer, asked.final, config["vocab_size"])
-    for name, weight in load_file(asked.final / "model.safetensors").items():
+    _add_tokenizer(writer, args.final, config["vocab_size"])
+    for name, weight in load_file(args.final / "model.safetensors").items():
         if llama and name.endswith(("q_proj.weight", "k_proj.weight")):
             # llama.cpp rotates a Llama's neighbouring dimensions, transformers its halves.
             halves = weight.reshape(config["num_attention_heads"], 2, -1, weight.shape[1])
@@ -57,7 +57,7 @@ def main() -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    print(asked.output)
+    print(args.output)
 
 
 def _name(name: str) -> str:
@@ -80,8 +80,8 @@ def _add_tokenizer(writer: Any, final: Path, vocab_size: int) -> None:
     writer.add_token_types(kinds)  # 1 normal, 3 control, 5 unused
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
     end = next(i for i, token in special.items() if token == settings["eos_token"])
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
-        add(end)
+    for add_id in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+        add_id(end)
     writer.add_add_bos_token(False)
     if "chat_template" in settings:
         writer.add_chat_template(settings["chat_template"])

@@ -41,16 +41,16 @@ def test_logits_equal_the_native_models(
         tmp_path / "final", output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    plain = "LlamaForCausalLM" if n_heads == 2 else "MistralForCausalLM"
-    assert type(stock).__name__ == ("Qwen3ForCausalLM" if qk_norm else plain)
+    without_qk_norm = "LlamaForCausalLM" if n_heads == 2 else "MistralForCausalLM"
+    assert type(stock).__name__ == ("Qwen3ForCausalLM" if qk_norm else without_qk_norm)
     assert getattr(stock.config, "sliding_window", None) is None
     assert stock.config.max_position_embeddings == 64
     assert stock.dtype == torch.float32
     tokens = torch.randint(0, 300, (3, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours, theirs = model(tokens), stock(tokens).logits
-    assert ours.abs().max() > 2  # there is something to disagree about
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        native, exported = model(tokens), stock(tokens).logits
+    assert native.abs().max() > 2  # there is something to disagree about
+    torch.testing.assert_close(native, exported, atol=1e-4, rtol=0)
     shared = stock.lm_head.weight.data_ptr() == stock.model.embed_tokens.weight.data_ptr()
     assert shared == tied
 
@@ -59,13 +59,13 @@ def test_tokenizer_gives_the_same_ids(tokenizer_json: Path, tmp_path: Path) -> N
     from transformers import AutoTokenizer
 
     export(small_model(), tokenizer_json, tmp_path / "final", max_position_embeddings=64)
-    ours = load_tokenizer(tokenizer_json)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "final")
+    native = load_tokenizer(tokenizer_json)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "final")
     for text in [*TEXT[:3], "", " leading", "trailing ", f"{EOT}after", "a\n\n b , c ."]:
-        assert theirs.encode(text) == theirs([text]).input_ids[0] == ours.encode(text).ids
-        assert 0 not in ours.encode(text).ids  # a text that spells the token is a text
-        assert theirs.decode(theirs.encode(text)) == text
-    assert theirs.bos_token_id == theirs.eos_token_id == ours.token_to_id(EOT) == 0
+        assert exported.encode(text) == exported([text]).input_ids[0] == native.encode(text).ids
+        assert 0 not in native.encode(text).ids  # a text that spells the token is a text
+        assert exported.decode(exported.encode(text)) == text
+    assert exported.bos_token_id == exported.eos_token_id == native.token_to_id(EOT) == 0
 
 
 def test_a_batch_goes_on_behind_its_texts(tokenizer_json: Path, tmp_path: Path) -> None:
@@ -80,8 +80,8 @@ def test_a_batch_goes_on_behind_its_texts(tokenizer_json: Path, tmp_path: Path) 
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     together = tokenizer(texts, return_tensors="pt", padding=True)
     assert set(together) == {"input_ids", "attention_mask"}
-    made = stock.generate(**together, **options)[:, together.input_ids.shape[1] :]
-    for text, continued in zip(texts, made, strict=True):
+    generated = stock.generate(**together, **options)[:, together.input_ids.shape[1] :]
+    for text, continued in zip(texts, generated, strict=True):
         alone = tokenizer(text, return_tensors="pt")
         whole = stock.generate(**alone, **options)[0]
         assert whole[alone.input_ids.shape[1] :].tolist() == continued.tolist()
@@ -94,26 +94,26 @@ def test_a_chat_is_written_as_in_tuning(
     """For the answer alone, and with the answer: the very ids that the model was tuned on."""
     from transformers import AutoTokenizer
 
-    asked = ["How many owls\n\nsleep?", 'a "naïve" {{ question }} \\n', "words:"]
+    instructions = ["How many owls\n\nsleep?", 'a "naïve" {{ question }} \\n', "words:"]
     before, after = wording
-    prompts = [before + text + after for text in asked]
+    prompts = [before + text + after for text in instructions]
     template = chat_template(prompts)
     final = tmp_path / "final"
     options = {"max_position_embeddings": 64, "chat_template": template}
     export(small_model(), tokenizer_json, final, **options)
-    theirs = AutoTokenizer.from_pretrained(final)
-    for text, prompt in zip(asked, prompts, strict=True):
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    for text, prompt in zip(instructions, prompts, strict=True):
         example = encode(load_tokenizer(tokenizer_json), prompt, "on and on.", 1000)
         messages = [{"role": "user", "content": text}]
-        ids = theirs.apply_chat_template(
+        ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False, tokenize=True
         )
         assert ids == example.ids[: example.answer_start].tolist()
         answered = [*messages, {"role": "assistant", "content": "on and on."}]
-        whole = theirs.apply_chat_template(answered, return_dict=False, tokenize=True)
+        whole = tokenizer.apply_chat_template(answered, return_dict=False, tokenize=True)
         assert whole == example.ids.tolist()
     with pytest.raises(TemplateError, match="user and assistant"):
-        theirs.apply_chat_template([{"role": "system", "content": "be kind"}], tokenize=True)
+        tokenizer.apply_chat_template([{"role": "system", "content": "be kind"}], tokenize=True)
 
 
 def test_the_model_is_called_as_its_run(tokenizer_json: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_generation_follows_the_native_cache(tokenizer_json: Path, tmp_path: Pat
     export(model, tokenizer_json, tmp_path / "final", max_position_embeddings=64)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     prompt = torch.tensor([[0, 17, 200, 5]])
-    theirs = stock.generate(
+    exported = stock.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=12,
@@ -151,24 +151,24 @@ def test_generation_follows_the_native_cache(tokenizer_json: Path, tmp_path: Pat
         eos_token_id=None,
     )
     cache = model.new_cache(1, 16)
-    ours, step = prompt, prompt
+    native, step = prompt, prompt
     with torch.no_grad():
         for _ in range(12):
             step = model(step, cache)[:, -1:].argmax(-1)
-            ours = torch.cat((ours, step), dim=1)
-    assert ours.tolist() == theirs.tolist()
+            native = torch.cat((native, step), dim=1)
+    assert native.tolist() == exported.tolist()
 
 
 def test_export_replaces_an_older_one_whole(tokenizer_json: Path, tmp_path: Path) -> None:
-    place = tmp_path / "run" / "final"
-    export(small_model(0), tokenizer_json, place, max_position_embeddings=64)
-    (place / "left-over.txt").write_text("old")
-    first = (place / "model.safetensors").read_bytes()
-    export(small_model(1), tokenizer_json, place, max_position_embeddings=32)
-    assert not (place / "left-over.txt").exists()
-    assert (place / "model.safetensors").read_bytes() != first
-    assert json.loads((place / "config.json").read_text())["max_position_embeddings"] == 32
-    assert [path.name for path in place.parent.iterdir()] == ["final"]
+    final = tmp_path / "run" / "final"
+    export(small_model(0), tokenizer_json, final, max_position_embeddings=64)
+    (final / "left-over.txt").write_text("old")
+    first = (final / "model.safetensors").read_bytes()
+    export(small_model(1), tokenizer_json, final, max_position_embeddings=32)
+    assert not (final / "left-over.txt").exists()
+    assert (final / "model.safetensors").read_bytes() != first
+    assert json.loads((final / "config.json").read_text())["max_position_embeddings"] == 32
+    assert [path.name for path in final.parent.iterdir()] == ["final"]
 
 
 def test_foreign_tokenizer_is_refused(tokenizer_json: Path, tmp_path: Path) -> None:

@@ -28,16 +28,16 @@ def test_every_weight_arrives(
     export(model, tokenizer_json, final, max_position_embeddings=32)
     assert python("scripts/export_gguf.py", final, output).returncode == 0
     file = gguf.GGUFReader(output)
-    held = {tensor.name: np.array(tensor.data) for tensor in file.tensors}
+    gguf_weights = {tensor.name: np.array(tensor.data) for tensor in file.tensors}
     weights = load_file(final / "model.safetensors")
-    assert len(held) == len(weights)
-    assert np.array_equal(held["token_embd.weight"], weights["model.embed_tokens.weight"])
+    assert len(gguf_weights) == len(weights)
+    assert np.array_equal(gguf_weights["token_embd.weight"], weights["model.embed_tokens.weight"])
     for layer in range(LAYERS):
-        ours = f"model.layers.{layer}"
+        prefix = f"model.layers.{layer}"
         assert np.array_equal(
-            held[f"blk.{layer}.ffn_down.weight"], weights[f"{ours}.mlp.down_proj.weight"]
+            gguf_weights[f"blk.{layer}.ffn_down.weight"], weights[f"{prefix}.mlp.down_proj.weight"]
         )
-        queries = weights[f"{ours}.self_attn.q_proj.weight"]
+        queries = weights[f"{prefix}.self_attn.q_proj.weight"]
         if not qk_norm:  # row 2i + j of a head there is row i + j * head_dim / 2 here
             rows = [
                 head * HEAD_DIM + i + j * HEAD_DIM // 2
@@ -46,14 +46,14 @@ def test_every_weight_arrives(
                 for j in range(2)
             ]
             queries = queries[rows]
-        assert np.array_equal(held[f"blk.{layer}.attn_q.weight"], queries)
+        assert np.array_equal(gguf_weights[f"blk.{layer}.attn_q.weight"], queries)
     assert file.fields["general.architecture"].contents() == ("qwen3" if qk_norm else "llama")
     assert file.fields["general.name"].contents() == "emb35"
     assert len(file.fields["tokenizer.ggml.tokens"].contents()) == model.config.vocab_size
 
 
 def test_a_folder_without_a_checkpoint_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    done = python("scripts/export_gguf.py", tmp_path, tmp_path / "x.gguf")
-    assert done.returncode == 78 and "config.json" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = python("scripts/export_gguf.py", tmp_path, tmp_path / "x.gguf")
+    assert process.returncode == 78 and "config.json" in process.stderr
+    assert "Traceback" not in process.stderr
     assert not (tmp_path / "x.gguf").exists()

@@ -34,13 +34,13 @@ VARIANTS = {
 }
 
 
-def prd_cells() -> dict[str, ModelConfig]:
-    cells: dict[str, ModelConfig] = {}
+def prd_configs() -> dict[str, ModelConfig]:
+    configs: dict[str, ModelConfig] = {}
     for sweep in ("embed_ratio", "glu_expansion"):
         runs = load_sweep(CONFIGS / f"{sweep}.yaml").runs
-        answers = allocate({run.experiment: run.model for run in runs}, runs[0].baseline)
-        cells |= {name: answer.model for name, answer in answers.items()}
-    return cells
+        allocations = allocate({run.experiment: run.model for run in runs}, runs[0].baseline)
+        configs |= {name: allocation.model for name, allocation in allocations.items()}
+    return configs
 
 
 def make(config: ModelConfig, seed: int = 0) -> Transformer:
@@ -89,11 +89,11 @@ def test_every_parameter_is_used(model):
 def test_decoding_with_a_cache_equals_the_full_pass(model, chunks):
     tokens = tokens_of(2, sum(chunks))
     with torch.no_grad():
-        whole = model(tokens)
+        full = model(tokens)
         cache = model.new_cache(2, sum(chunks))
         pieces = [model(piece, cache) for piece in tokens.split(chunks, dim=1)]
     assert cache.length == sum(chunks)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=2e-5, rtol=1e-5)
 
 
 def test_a_cache_takes_what_its_dtype_says():
@@ -102,11 +102,11 @@ def test_a_cache_takes_what_its_dtype_says():
     model = make(CONFIG)
     tokens = tokens_of(1, 9)
     with torch.no_grad():
-        whole = model(tokens)
+        full = model(tokens)
         cache = model.new_cache(1, 9, torch.bfloat16)
         pieces = torch.cat([model(piece, cache) for piece in tokens.split([4, 5], dim=1)], dim=1)
     assert pieces.dtype == torch.float32
-    torch.testing.assert_close(pieces, whole, atol=0.02, rtol=0.0)
+    torch.testing.assert_close(pieces, full, atol=0.02, rtol=0.0)
 
 
 def test_any_length_can_be_read_after_a_shorter_one():
@@ -119,25 +119,25 @@ def test_any_length_can_be_read_after_a_shorter_one():
     torch.testing.assert_close(long[:, :10], short, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cell", prd_cells())
-def test_the_first_loss_is_near_ln_v_in_every_prd_cell(cell):
-    config = prd_cells()[cell]
+@pytest.mark.parametrize("experiment", prd_configs())
+def test_the_first_loss_is_near_ln_v_in_every_prd_experiment(experiment):
+    config = prd_configs()[experiment]
     model = make(config)
     tokens = tokens_of(2, 65, config.vocab_size)
     with torch.no_grad():
         hidden = model.hidden(tokens[:, :-1]).flatten(0, 1)
-        loss, nats = chunked_cross_entropy(
+        objective, loss = chunked_cross_entropy(
             model.head.head_input(hidden), model.head.table, tokens[:, 1:].flatten(), 0.0
         )
         # Text repeats its tokens; a tied table favours the token just read.
         repeated = tokens[:, :1].expand(2, 33)
-        rows = model.hidden(repeated[:, :-1]).flatten(0, 1)
-        _, same = chunked_cross_entropy(
-            model.head.head_input(rows), model.head.table, repeated[:, 1:].flatten(), 0.0
+        repeated_hidden = model.hidden(repeated[:, :-1]).flatten(0, 1)
+        _, repeated_loss = chunked_cross_entropy(
+            model.head.head_input(repeated_hidden), model.head.table, repeated[:, 1:].flatten(), 0.0
         )
-    assert loss == nats
-    assert abs(float(nats) - math.log(config.vocab_size)) < 0.1
-    assert float(same) < math.log(config.vocab_size) + 0.1
+    assert objective == loss
+    assert abs(float(loss) - math.log(config.vocab_size)) < 0.1
+    assert float(repeated_loss) < math.log(config.vocab_size) + 0.1
 
 
 def test_rope_depends_on_relative_positions_alone():
@@ -253,14 +253,15 @@ def test_attention_equals_softmax_written_out(length, low):
             return causal_attention(q.to(dtype), k.to(dtype), v.to(dtype))
 
     exact = not low or length <= CPU_SHORT_SEQUENCE
-    expected = value_and_gradients(softmax_written_out, parts, upstream)
-    for ours, theirs in zip(value_and_gradients(fast, parts, upstream), expected, strict=True):
+    references = value_and_gradients(softmax_written_out, parts, upstream)
+    results = value_and_gradients(fast, parts, upstream)
+    for actual, expected in zip(results, references, strict=True):
         if exact and not low:
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
         else:  # gradients are rounded to bf16 on their way back through the casts
             bound = 0.01 if exact else 0.03
             # One token attends to itself alone: its scores have no gradient but rounding.
-            assert float((ours - theirs).norm()) <= bound * float(theirs.norm()) + 1e-5
+            assert float((actual - expected).norm()) <= bound * float(expected.norm()) + 1e-5
 
 
 @pytest.mark.parametrize("length", [1, 17, QUERY_BLOCK, QUERY_BLOCK + 1, CPU_SHORT_SEQUENCE])
@@ -271,12 +272,13 @@ def test_blockwise_attention_equals_softmax_written_out(length, dtype):
     def blocks(q, k, v):
         return blockwise_attention(q.to(dtype), k.to(dtype), v.to(dtype))
 
-    expected = value_and_gradients(softmax_written_out, parts, upstream)
-    for ours, theirs in zip(value_and_gradients(blocks, parts, upstream), expected, strict=True):
+    references = value_and_gradients(softmax_written_out, parts, upstream)
+    results = value_and_gradients(blocks, parts, upstream)
+    for actual, expected in zip(results, references, strict=True):
         if dtype == torch.float32:
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
         else:  # bf16 keeps 8 bits; scores and weights are rounded to it
-            assert float((ours - theirs).norm()) <= 0.01 * float(theirs.norm()) + 1e-6
+            assert float((actual - expected).norm()) <= 0.01 * float(expected.norm()) + 1e-6
 
 
 def test_blockwise_attention_sees_no_later_token():
@@ -298,15 +300,16 @@ def no_kernel(*_, **__):
 def test_compiled_bf16_attention_equals_softmax_written_out(monkeypatch):
     """Compiled, a CPU's bf16 attention is written out; eager it is a kernel in float32."""
     parts, upstream = attention_problem(25, torch.bfloat16)
-    expected = value_and_gradients(softmax_written_out, parts, upstream)
+    references = value_and_gradients(softmax_written_out, parts, upstream)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_kernel)
 
     @torch.compile(dynamic=False)
     def compiled(q, k, v):
         return causal_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
 
-    for ours, theirs in zip(value_and_gradients(compiled, parts, upstream), expected, strict=True):
-        assert float((ours - theirs).norm()) <= 0.01 * float(theirs.norm()) + 1e-6
+    results = value_and_gradients(compiled, parts, upstream)
+    for actual, expected in zip(results, references, strict=True):
+        assert float((actual - expected).norm()) <= 0.01 * float(expected.norm()) + 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
@@ -330,5 +333,7 @@ def test_a_compiled_model_is_as_near_to_float32_as_the_eager_one(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_kernel)
     compiled = loss_and_gradients(True, True)
     assert abs(compiled[0] - exact[0]) < 1e-3 * exact[0]
-    errors = [float((found[1] - exact[1]).norm() / exact[1].norm()) for found in (eager, compiled)]
+    errors = [
+        float((result[1] - exact[1]).norm() / exact[1].norm()) for result in (eager, compiled)
+    ]
     assert errors[1] < 1.2 * errors[0] < 0.05, errors
