@@ -15,8 +15,8 @@ from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.models.export import export
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = 128  # tokens
 NEW_TOKENS = 24  # of each greedy continuation
 STEPS, BATCH, LENGTH = 60, 6, 64
@@ -105,25 +105,25 @@ def _trained(config: ModelConfig, ids: torch.Tensor) -> Transformer:
 def _reference(model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
     texts = []
     for text in TEXTS:
-        row = [0, *tokenizer.encode(text).ids][:CONTEXT]
-        nats = torch.log_softmax(model(torch.tensor([row[:-1]]))[0].double(), dim=-1)
-        targets = torch.tensor(row[1:])
-        said = nats.gather(1, targets[:, None])[:, 0]
-        texts.append({"text": text, "ids": row[1:], "log_probabilities": said.tolist()})
+        token_ids = [0, *tokenizer.encode(text).ids][:CONTEXT]
+        log_p = torch.log_softmax(model(torch.tensor([token_ids[:-1]]))[0].double(), dim=-1)
+        targets = torch.tensor(token_ids[1:])
+        scores = log_p.gather(1, targets[:, None])[:, 0]
+        texts.append({"text": text, "ids": token_ids[1:], "log_probabilities": scores.tolist()})
     prompts = []
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt).ids
-        greedy, alone = (_greedy(model, row) for row in ([0, *ids], ids))
+        greedy, alone = (_greedy(model, token_ids) for token_ids in ([0, *ids], ids))
         prompts.append({"text": prompt, "ids": ids, "greedy": greedy,
                         "continued_alone": tokenizer.decode(alone)})  # fmt: skip
     return {"texts": texts, "prompts": prompts}
 
 
-def _greedy(model: Transformer, row: list[int]) -> list[int]:
-    made = list(row)
+def _greedy(model: Transformer, prompt_ids: list[int]) -> list[int]:
+    ids = list(prompt_ids)
     for _ in range(NEW_TOKENS):
-        made.append(int(model(torch.tensor([made]))[0, -1].argmax()))
-    return made[len(row) :]
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt_ids) :]
 
 
 def make_run(folder: Path) -> Path:

@@ -92,13 +92,13 @@ _LISTED = (
         name="ctranslate2",
         title="CTranslate2 4.8.5",
         pins=("ctranslate2==4.8.5", "transformers==5.23.0", TORCH),
-        notes=("`ct2-transformers-converter`; raises where `unk_token` is null"),
+        notes="`ct2-transformers-converter`; raises where `unk_token` is null",
     ),
     Tool(
         name="lm_eval",
         title="lm-evaluation-harness 0.4.13",
         pins=("lm_eval[hf]==0.4.13", "transformers==5.23.0", TORCH),
-        notes=("puts no token before a prompt that has text; differences are of whole texts"),
+        notes="puts no token before a prompt that has text; differences are of whole texts",
     ),
     Tool(
         name="minicons",
@@ -113,14 +113,14 @@ _LISTED = (
         name="mistralrs",
         title="mistral.rs 0.9.5",
         pins=("mistralrs==0.9.5",),
-        notes=("`Which.Plain`, a Qwen3 needs `max_window_layers` in its config"),
+        notes="`Which.Plain`, a Qwen3 needs `max_window_layers` in its config",
     ),
     Tool(
         name="tensorboard",
         title="TensorBoard 2.21.0, the server",
         pins=("tensorboard==2.21.0",),
         reads="log",
-        notes=("`tensorboard --logdir logs`"),
+        notes="`tensorboard --logdir logs`",
     ),
     Tool(
         name="trackio",
