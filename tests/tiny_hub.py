@@ -83,10 +83,9 @@ def _handler(root: Path, cut_files: bool) -> type[BaseHTTPRequestHandler]:
             if not folder.is_dir():
                 self._json({"error": "none"}, 404, {"X-Error-Code": "EntryNotFound"})
                 return
-            kinds = {True: "directory", False: "file"}
             entries = [
                 {
-                    "type": kinds[entry.is_dir()],
+                    "type": "directory" if entry.is_dir() else "file",
                     "oid": _etag(entry),
                     "size": 0 if entry.is_dir() else entry.stat().st_size,
                     "path": str(entry.relative_to(top)),
@@ -103,8 +102,8 @@ def _handler(root: Path, cut_files: bool) -> type[BaseHTTPRequestHandler]:
             self._send(200, file.read_bytes(), headers, cut=cut_files and file.suffix == ".parquet")
 
         def _json(self, content: Any, status: int = 200, headers: Mapping[str, str] = {}) -> None:
-            kind = {"Content-Type": "application/json"}
-            self._send(status, json.dumps(content).encode(), {**kind, **headers})
+            headers = {"Content-Type": "application/json", **headers}
+            self._send(status, json.dumps(content).encode(), headers)
 
         def _send(
             self,

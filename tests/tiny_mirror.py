@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from tests import ROOT
+from src.data.tasks import TASKS_FILE
 
-TASKS_FILE = ROOT / "configs" / "smallbench.yaml"
 TEXT_DATASET = "tiny/prose"
 ARTICLES = {"train": 40, "validation": 6, "test": 6}
 
@@ -44,8 +43,8 @@ def build_tiny_mirror(root: Path, *, seed: int = 0) -> Path:
 def write_tiny_tasks(path: Path) -> Path:
     """Write the entries of configs/smallbench.yaml whose rows the tiny mirror has to `path`."""
     names = {"blimp_anaphor_gender_agreement", "sst2", "rte", "arc_easy", "subj"}
-    listed = yaml.safe_load(TASKS_FILE.read_text(encoding="utf-8"))
-    tasks = [task for task in listed["tasks"] if task["name"] in names]
+    contents = yaml.safe_load(TASKS_FILE.read_text(encoding="utf-8"))
+    tasks = [task for task in contents["tasks"] if task["name"] in names]
     assert {task["name"] for task in tasks} == names
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({"seed": 0, "tasks": tasks}), encoding="utf-8")

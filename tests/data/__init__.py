@@ -46,9 +46,9 @@ def run(script: str, *arguments: Any, exit_code: int = 0, cwd: Path = ROOT, **en
     with mock.patch.dict(os.environ, env):
         for variable in {"HUB_MIRROR", "HF_HUB_OFFLINE"} - env.keys():
             os.environ.pop(variable, None)
-        done = python(f"scripts/{script}", *arguments, cwd=cwd)
-    printed = done.stdout + done.stderr
-    assert done.returncode == exit_code, printed
+        process = python(f"scripts/{script}", *arguments, cwd=cwd)
+    printed = process.stdout + process.stderr
+    assert process.returncode == exit_code, printed
     assert "Traceback" not in printed
     return printed
 

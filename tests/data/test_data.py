@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from src.data import tokens as data
 from src.data.corpus import read_texts
 from src.data.tokens import Windows, consecutive_windows
 from tests.conftest import VOCAB
+from tests.data import sha256
 
 TOKENS = np.arange(3 * 7 * 5 + 1, dtype=np.uint16)  # its value is its place
 
@@ -76,9 +76,9 @@ def test_a_split_smaller_than_one_batch_is_refused():
 
 
 def test_dev_windows_are_the_first_tokens_each_target_once():
-    found = consecutive_windows(TOKENS, limit=23, seq_len=5)
-    assert found.shape == (4, 6) and found.dtype == np.int64
-    assert found[:, 1:].flatten().tolist() == list(range(1, 21))
+    batch = consecutive_windows(TOKENS, limit=23, seq_len=5)
+    assert batch.shape == (4, 6) and batch.dtype == np.int64
+    assert batch[:, 1:].flatten().tolist() == list(range(1, 21))
     assert len(consecutive_windows(TOKENS, limit=10**9, seq_len=5)) == 21
     with pytest.raises(ValueError, match=r"training\.dev_tokens: found 4 .* at least, so"):
         consecutive_windows(TOKENS, limit=4, seq_len=5)
@@ -99,10 +99,6 @@ def edit_meta(path: Path, change: Any) -> None:
     (path / "meta.json").write_text(json.dumps(meta))
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def refusal(path: Path, vocab_size: int = VOCAB) -> str:
     with pytest.raises(ValueError) as caught:
         data.load(path, vocab_size)
@@ -113,17 +109,17 @@ def refusal(path: Path, vocab_size: int = VOCAB) -> str:
 
 
 def test_a_sound_directory_loads(token_dir):
-    found = data.load(token_dir, VOCAB)
-    assert found.vocab_size == VOCAB and found.eot_id == 0
-    assert found.corpus["dataset"] == "tests/tiny"
-    assert found.tokenizer_sha256 == sha256(found.tokenizer_path)
-    for split in (found.train, found.validation, found.test):
+    tokens = data.load(token_dir, VOCAB)
+    assert tokens.vocab_size == VOCAB and tokens.eot_id == 0
+    assert tokens.corpus["dataset"] == "tests/tiny"
+    assert tokens.tokenizer_sha256 == sha256(tokens.tokenizer_path)
+    for split in (tokens.train, tokens.validation, tokens.test):
         assert split.documents.shape[1] == 3
         assert (split.tokens[split.documents[:, 0]] == 0).all()
         assert (split.tokens == 0).sum() == len(split.documents)
         assert int(split.tokens.max()) < VOCAB
-    assert len(found.sha256) == 64
-    assert isinstance(found.train.tokens, np.memmap)
+    assert len(tokens.sha256) == 64
+    assert isinstance(tokens.train.tokens, np.memmap)
 
 
 def test_missing_tokens_name_the_command(tmp_path):

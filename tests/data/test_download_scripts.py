@@ -68,22 +68,22 @@ def test_a_finished_corpus_is_verified_kept_and_replaced_only_by_force(
     tmp_path: Path, mirror: Path
 ) -> None:
     output = tmp_path / "corpus"
-    ours = ("download_wikitext.py", "--output", output, "--mirror", mirror)
-    run(*ours)
+    command = ("download_wikitext.py", "--output", output, "--mirror", mirror)
+    run(*command)
     before = hashes(output)
     # Without hub and mirror: what is there whole needs neither.
     assert "nothing to do" in run("download_wikitext.py", "--output", output)
-    message = refused(*ours, "--dataset", "tiny/prose")
+    message = refused(*command, "--dataset", "tiny/prose")
     assert "Salesforce/wikitext" in message and "--force" in message
     assert hashes(output) == before
 
     with (output / "test.jsonl").open("ab") as file:
         file.write(b"\n")
-    assert "test.jsonl" in refused(*ours)
-    run(*ours, "--force")
+    assert "test.jsonl" in refused(*command)
+    run(*command, "--force")
     assert hashes(output) == before
 
-    run(*ours, "--dataset", "tiny/prose:default", "--force")  # any texts in the hub's layout
+    run(*command, "--dataset", "tiny/prose:default", "--force")  # any texts in the hub's layout
     assert json.loads((output / "source.json").read_bytes())["dataset"] == "tiny/prose"
     shards = sorted((mirror / "tiny/prose/default").glob("train-*.parquet"))
     rows = [text for shard in shards for text in pq.read_table(shard).column("text").to_pylist()]
@@ -122,7 +122,7 @@ def test_a_missing_split_is_named_and_never_replaced(tmp_path: Path, mirror: Pat
 
 
 @pytest.mark.parametrize(
-    ("dataset", "named"),
+    ("dataset", "expected"),
     [
         ("wikitext-3", "--dataset"),
         ("../../etc", "--dataset"),
@@ -133,10 +133,10 @@ def test_a_missing_split_is_named_and_never_replaced(tmp_path: Path, mirror: Pat
     ],
 )
 def test_datasets_that_cannot_be_had(
-    tmp_path: Path, mirror: Path, dataset: str, named: str
+    tmp_path: Path, mirror: Path, dataset: str, expected: str
 ) -> None:
     arguments = ("--output", tmp_path / "x", "--mirror", mirror, "--dataset", dataset)
-    assert named in refused("download_wikitext.py", *arguments)
+    assert expected in refused("download_wikitext.py", *arguments)
 
 
 def test_a_dataset_without_texts_is_refused_by_its_columns(tmp_path: Path, mirror: Path) -> None:
@@ -176,8 +176,8 @@ def test_the_hub_and_its_mirror_give_the_same_corpus(
 ) -> None:
     output = tmp_path / "wikitext-2"
     with tiny_hub(mirror) as address:
-        asked = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
-        run_alone("download_wikitext.py", "--output", output, **asked)
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        run_alone("download_wikitext.py", "--output", output, **environment)
     source = json.loads((output / "source.json").read_bytes())
     of_mirror = json.loads((wikitext / "source.json").read_bytes())
     assert source == {**of_mirror, "mirror": False, "revision": COMMIT}
@@ -194,7 +194,7 @@ def test_what_the_hub_cannot_give_is_refused(tmp_path: Path, mirror: Path) -> No
         file = tmp_path / "hub" / "tiny" / name / "default" / "train-00001-of-00002.parquet"
         file.write_bytes(content) if content else file.unlink()
     with hub(tmp_path / "hub"):
-        for name, said in {
+        for name, expected in {
             "wikitext-2-raw-v1": "lacks the split train",
             "tiny/absent": "no dataset",
             "tiny/prose:other": "'default'",
@@ -202,7 +202,7 @@ def test_what_the_hub_cannot_give_is_refused(tmp_path: Path, mirror: Path) -> No
             "tiny/pointer": "arquet",
         }.items():
             arguments = ("--output", tmp_path / "x", "--dataset", name)
-            assert said in refused("download_wikitext.py", *arguments), name
+            assert expected in refused("download_wikitext.py", *arguments), name
 
 
 def test_datasets_of_the_script_era_come_from_the_hubs_own_parquet(
@@ -274,16 +274,16 @@ def test_smallbench_downloads_only_what_the_list_gained(tmp_path: Path, mirror: 
     tasks_file, output = tmp_path / "tasks.yaml", tmp_path / "smallbench"
     common = ("--output", output, "--tasks", tasks_file, "--mirror", mirror)
 
-    def held() -> set[str]:
+    def downloaded() -> set[str]:
         return {path.name for path in output.glob("*.jsonl")}
 
     tasks_file.write_text(yaml.safe_dump({"tasks": listed[:2]}))
     run("download_smallbench.py", *common)
-    kept = {name: (output / name).stat().st_mtime_ns for name in held()}
+    kept = {name: (output / name).stat().st_mtime_ns for name in downloaded()}
     assert "nothing to do" in run("download_smallbench.py", *common)
     tasks_file.write_text(yaml.safe_dump({"tasks": listed[:3]}))
     assert "1 tasks from" in run("download_smallbench.py", *common)
-    assert held() == {f"{task['name']}.jsonl" for task in listed[:3]}
+    assert downloaded() == {f"{task['name']}.jsonl" for task in listed[:3]}
     assert all((output / name).stat().st_mtime_ns == time for name, time in kept.items())
     # A damaged file is fetched again; a task that left the list leaves the directory.
     damaged = output / f"{listed[1]['name']}.jsonl"
@@ -292,13 +292,13 @@ def test_smallbench_downloads_only_what_the_list_gained(tmp_path: Path, mirror: 
     tasks_file.write_text(yaml.safe_dump({"tasks": listed[1:3]}))
     run("download_smallbench.py", *common)
     assert damaged.read_bytes() == before
-    assert held() == {f"{task['name']}.jsonl" for task in listed[1:3]}
+    assert downloaded() == {f"{task['name']}.jsonl" for task in listed[1:3]}
     assert json.loads((output / "source.json").read_bytes())["tasks"].keys() == {
         task["name"] for task in listed[1:3]
     }
     tasks_file.write_text(yaml.safe_dump({"tasks": listed[1:2]}))
     assert "0 tasks from" in run("download_smallbench.py", *common)
-    assert held() == {damaged.name}
+    assert downloaded() == {damaged.name}
     assert "nothing to do" in run("download_smallbench.py", *common)
 
 
@@ -323,10 +323,10 @@ def test_bad_task_lists_are_refused_by_task_and_key(tmp_path: Path, mirror: Path
         ({"tasks": []}, "tasks"),
         ([good], "tasks"),
     ]
-    for content, named in cases:
+    for content, expected in cases:
         (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(content))
         arguments = ("--output", tmp_path / "x", "--tasks", tmp_path / "tasks.yaml")
-        assert named in refused("download_smallbench.py", *arguments, "--mirror", mirror)
+        assert expected in refused("download_smallbench.py", *arguments, "--mirror", mirror)
     (tmp_path / "tasks.yaml").write_text("tasks: [")
     assert "YAML" in refused("download_smallbench.py", *arguments, "--mirror", mirror)
     assert not (tmp_path / "x").exists()

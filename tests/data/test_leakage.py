@@ -63,8 +63,8 @@ def test_a_planted_item_is_found_at_every_length(tmp_path: Path, length: int) ->
     train = [words(rng, 200) for _ in range(20)]
     train[11] = plant(rng, items[4]["sentence"])
     # All but one word of another item must not be enough, nor all its words in another order.
-    most = items[5]["sentence"].split()
-    train[12] = plant(rng, " ".join(most[: min(length, 13) - 1]))
+    partial = items[5]["sentence"].split()
+    train[12] = plant(rng, " ".join(partial[: min(length, 13) - 1]))
     train[13] = plant(rng, " ".join(reversed(items[6]["sentence"].split())))
     # Nor its two halves at the end of one document and the start of the next.
     half = items[7]["sentence"].split()
@@ -190,7 +190,7 @@ def test_missing_and_changed_inputs_are_refused(tmp_path: Path) -> None:
     texts = {split: [words(rng, 60)] for split in ("train", "validation", "test")}
     corpus = write_corpus(tmp_path / "corpus", texts)
     bench = write_smallbench(tmp_path / "bench", {"task": sentence_tasks(rng, 8)})
-    both = ("--corpus", corpus, "--smallbench", bench)
+    arguments = ("--corpus", corpus, "--smallbench", bench)
     absent = tmp_path / "absent"
     assert "download_smallbench.py" in refused(
         "check_leakage.py", "--corpus", corpus, "--smallbench", absent
@@ -198,7 +198,7 @@ def test_missing_and_changed_inputs_are_refused(tmp_path: Path) -> None:
     assert "source.json" in refused("check_leakage.py", "--corpus", absent, "--smallbench", bench)
     with (bench / "task.jsonl").open("a") as file:
         file.write("\n")
-    assert "task.jsonl" in refused("check_leakage.py", *both)
+    assert "task.jsonl" in refused("check_leakage.py", *arguments)
     (corpus / "train.jsonl").write_bytes(b'{"text": "\xff"}\n')
     bench = write_smallbench(tmp_path / "fine", {"task": sentence_tasks(rng, 8)})
     message = refused("check_leakage.py", "--corpus", corpus, "--smallbench", bench)

@@ -40,9 +40,9 @@ def transition(corpus: Path) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
     """Word numbers, (W, W) transition matrix and (W,) first-word distribution of language.json."""
     language = json.loads((corpus / "language.json").read_bytes())
     matrix = np.zeros((WORDS, WORDS))
-    for word, following in enumerate(language["successors"]):
-        assert len(set(following)) == SUCCESSORS
-        matrix[word, following] = language["weights"]
+    for word, successors in enumerate(language["successors"]):
+        assert len(set(successors)) == SUCCESSORS
+        matrix[word, successors] = language["weights"]
     number = {word: i for i, word in enumerate(language["lexicon"])}
     return number, matrix, np.array(language["stationary"])
 
@@ -188,8 +188,8 @@ def test_probes_load_as_smallbench_and_their_answers_follow_from_the_chain(
 
     tasks = load_tasks(corpus / "smallbench.yaml")
     assert [task.name for task in tasks] == ["replaced_word", "next_word"]
-    listed = yaml.safe_load((corpus / "smallbench.yaml").read_text())["tasks"]
-    for task, entry in zip(tasks, listed, strict=True):
+    entries = yaml.safe_load((corpus / "smallbench.yaml").read_text())["tasks"]
+    for task, entry in zip(tasks, entries, strict=True):
         items = load_items(task, corpus / "smallbench")
         assert items is not None and len(items) == entry["n"] == 200
         for item in items:
@@ -197,7 +197,7 @@ def test_probes_load_as_smallbench_and_their_answers_follow_from_the_chain(
             assert [possible(text) for text in texts] == [
                 i == item.gold for i in range(len(item.choices))
             ]
-            right = item.prompt or item.choices[item.gold]
-            assert len(right.split()) >= 5 and not any(right in text for text in train)
+            correct = item.prompt or item.choices[item.gold]
+            assert len(correct.split()) >= 5 and not any(correct in text for text in train)
     answers = Counter(item.gold for item in load_items(tasks[1], corpus / "smallbench") or [])
     assert set(answers) == {0, 1, 2, 3} and max(answers.values()) < 80

@@ -59,13 +59,13 @@ def instructions(folder: Path) -> int:
 def tasks(folder: Path) -> int:
     mirror, output = folder.parents[2], folder.parents[3] / "tasks"
     output.mkdir()
-    listed = folder.parents[3] / "tasks.yaml"
+    path = folder.parents[3] / "tasks.yaml"
     task = {"name": "t", "path": "a/b", "config": "default", "split": "train"}
     task |= {"prompt": "{{ prompt }}", "choices": ["{{ text }}", "no"], "gold": "0"}
-    listed.write_text(yaml.safe_dump({"tasks": [task]}))
-    found = load_tasks(listed)
-    download_tasks.download(found, {}, mirror, output)
-    return len(load_items(found[0], output, full=True) or [])
+    path.write_text(yaml.safe_dump({"tasks": [task]}))
+    loaded = load_tasks(path)
+    download_tasks.download(loaded, {}, mirror, output)
+    return len(load_items(loaded[0], output, full=True) or [])
 
 
 KINDS: dict[str, Callable[[Path], Any]] = {
@@ -75,8 +75,8 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_splits_are_read(folder: Path, kind: str) -> None:
-    found = KINDS[kind](folder)
-    assert (len(found) if isinstance(found, list) else found) == len(ROWS)
+    rows = KINDS[kind](folder)
+    assert (len(rows) if isinstance(rows, list) else rows) == len(ROWS)
 
 
 def test_a_split_that_is_named_twice_is_written_once(folder: Path) -> None:
@@ -141,7 +141,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"),
+    ("damage", "expected"),
     [
         (lambda data: LFS, "Git LFS pointer"),
         (lambda data: b"", "empty file"),
@@ -150,12 +150,12 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
     ],
 )
 def test_files_that_are_not_parquet_are_named_with_their_split(
-    folder: Path, damage: Callable[[bytes], bytes], named: str
+    folder: Path, damage: Callable[[bytes], bytes], expected: str
 ) -> None:
     file = folder / "train-00001-of-00002.parquet"
     file.write_bytes(damage(file.read_bytes()))
     for read in KINDS.values():
-        with pytest.raises(Refusal, match=rf"{file.name}, split train: found .*{named}"):
+        with pytest.raises(Refusal, match=rf"{file.name}, split train: found .*{expected}"):
             read(folder)
 
 
@@ -163,7 +163,7 @@ DAY = datetime.datetime(2024, 1, 2)
 
 
 @pytest.mark.parametrize(
-    ("values", "kind"),
+    ("values", "dtype"),
     [
         (pa.array([1] * 30), "int64"),
         (pa.array([["a"]] * 30), "list"),
@@ -172,13 +172,15 @@ DAY = datetime.datetime(2024, 1, 2)
         (pa.array([DAY] * 30), "timestamp"),
     ],
 )
-def test_what_is_read_must_be_text_in_every_file(folder: Path, values: pa.Array, kind: str) -> None:
+def test_what_is_read_must_be_text_in_every_file(
+    folder: Path, values: pa.Array, dtype: str
+) -> None:
     file = folder / "train-00001-of-00002.parquet"
     write(file, ROWS[30:], text=values)
-    with pytest.raises(Refusal, match=rf"{file.name}, split train, column text: found {kind}"):
+    with pytest.raises(Refusal, match=rf"{file.name}, split train, column text: found {dtype}"):
         corpus(folder)
     write(file, ROWS[30:], response=values)
-    with pytest.raises(Refusal, match=rf"{file.name}, split train, column response: found {kind}"):
+    with pytest.raises(Refusal, match=rf"{file.name}, split train, column response: found {dtype}"):
         instructions(folder)
     write(file, ROWS[30:], prompt=pa.array([DAY] * 30))
     with pytest.raises(Refusal, match=rf"{file.name}, split train, column prompt: found timestamp"):
@@ -194,16 +196,16 @@ def test_columns_that_nobody_reads_are_not_in_the_way(
 ) -> None:
     write(folder / "train-00000-of-00002.parquet", ROWS[:30], unread=unread)
     write(folder / "train-00001-of-00002.parquet", ROWS[30:], other=pa.array([1] * 30))
-    found = KINDS[kind](folder)
-    assert (len(found) if isinstance(found, list) else found) == len(ROWS)
+    rows = KINDS[kind](folder)
+    assert (len(rows) if isinstance(rows, list) else rows) == len(ROWS)
 
 
 def test_other_forms_of_text_are_texts(folder: Path) -> None:
     texts = [f"text {i}" for i in range(30, 59)] + [None]
     expected = [f"text {i}" for i in range(59)]
-    for number, kind in enumerate((pa.large_string(), pa.dictionary(pa.int8(), pa.string()))):
+    for number, dtype in enumerate((pa.large_string(), pa.dictionary(pa.int8(), pa.string()))):
         file = folder / "train-00001-of-00002.parquet"
-        write(file, ROWS[30:], text=pa.array(texts, pa.string()).cast(kind))
+        write(file, ROWS[30:], text=pa.array(texts, pa.string()).cast(dtype))
         assert corpus(folder) == expected, number
         shutil.rmtree(folder.parents[3] / "corpus")
 

@@ -68,9 +68,10 @@ def test_merges_are_learned_from_parts_of_endless_words(tmp_path: Path) -> None:
     endless = "-" * 2_500 + " " * 1_200 + "x" + "語" * 20_000
     train = ["ab12--" * 400, *(prose(seed) for seed in range(5)), f"{prose(8)} {endless}"]
     corpus = small_corpus(tmp_path / "corpus", train=train)
-    said = run("preprocess_lm.py", "--input", corpus, "--vocab_size", 400, "--output", tmp_path)
-    assert "1 documents have runs of 1,000 characters of a kind, the first in line 7" in said
-    assert said.index("are learned from parts") < said.index("merging pairs into a vocabulary")
+    printed = run("preprocess_lm.py", "--input", corpus, "--vocab_size", 400, "--output", tmp_path)
+    assert "1 documents have runs of 1,000 characters of a kind, the first in line 7" in printed
+    _, _, after = printed.partition("are learned from parts")
+    assert "merging pairs into a vocabulary" in after
     tokenizer = load_tokenizer(tmp_path / "v400" / "tokenizer.json")
     assert max(map(len, tokenizer.get_vocab())) <= 3 * 1_000  # three bytes a character
     ids = np.fromfile(tmp_path / "v400" / "train.bin", dtype="<u2")
@@ -92,9 +93,9 @@ def test_chunks_are_forgotten_when_there_are_too_many(
 def test_same_corpus_same_bytes_whatever_the_cores(
     tmp_path: Path, wikitext: Path, tokens: Path
 ) -> None:
-    alone = {"RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
+    environment = {"RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
     arguments = ("--input", wikitext, "--vocab_size", 600, "--output", tmp_path)
-    run_alone("preprocess_lm.py", *arguments, **alone)
+    run_alone("preprocess_lm.py", *arguments, **environment)
     assert len(hashes(tokens)) == 8 and hashes(tmp_path / "v600") == hashes(tokens)
 
 
@@ -168,12 +169,12 @@ def test_bad_corpora_are_refused_with_file_and_place(tmp_path: Path) -> None:
         ("train", b'{"text": "fine"}\nno json\n', True, "line 2"),
         ("test", b'{"text": "half \\ud800"}\n', True, "line 1"),
     ]
-    for i, (split, data, seal, named) in enumerate(cases):
+    for i, (split, data, seal, expected) in enumerate(cases):
         corpus = small_corpus(tmp_path / str(i))
         replace_bytes(corpus / f"{split}.jsonl", data, seal=seal)
         arguments = ("--input", corpus, "--vocab_size", 300, "--output", tmp_path / "t")
         message = refused("preprocess_lm.py", *arguments)
-        assert f"{split}.jsonl" in message and named in message
+        assert f"{split}.jsonl" in message and expected in message
         assert not list((tmp_path / "t").glob("v*")) and not list(
             (tmp_path / "t").glob(".*partial")
         )
@@ -184,11 +185,11 @@ def test_an_unfinished_corpus_and_anothers_tokens_are_refused(tmp_path: Path) ->
     other = small_corpus(tmp_path / "other", train=[prose(11, 900)])
     common = ("--vocab_size", 300, "--output", tmp_path / "t")
     run("preprocess_lm.py", "--input", corpus, *common)
-    made = hashes(tmp_path / "t" / "v300")
+    before = hashes(tmp_path / "t" / "v300")
     assert "--force" in refused("preprocess_lm.py", "--input", other, *common)
-    assert hashes(tmp_path / "t" / "v300") == made
+    assert hashes(tmp_path / "t" / "v300") == before
     run("preprocess_lm.py", "--input", other, *common, "--force")
-    assert hashes(tmp_path / "t" / "v300") != made
+    assert hashes(tmp_path / "t" / "v300") != before
 
     with (tmp_path / "t" / "v300" / "train.bin").open("r+b") as file:
         file.truncate(100)
