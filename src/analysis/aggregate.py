@@ -39,15 +39,15 @@ METRICS = [
 ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
     try:
-        return _run(options)
+        return _run(args)
     except (ValueError, OSError) as error:
         return refuse(error)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         __doc__.split("\n\n")[0],
         example="python scripts/aggregate_results.py --log_dir logs --output results_summary.csv",
@@ -76,65 +76,64 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="change nothing: exit 78 if the report is out of date"
     )
-    options = parser.parse_args(arguments)
-    if options.from_csv is None:
-        options.figures = options.figures or options.output.parent
-    elif options.report is None and options.figures is None:
+    args = parser.parse_args(argv)
+    if args.from_csv is None:
+        args.figures = args.figures or args.output.parent
+    elif args.report is None and args.figures is None:
         parser.error("--from_csv alone makes nothing: name a report with --report, or a folder "
                      "for the figures with --figures")  # fmt: skip
-    if options.check and options.report is None:
+    if args.check and args.report is None:
         parser.error("--check compares a report with its tables: name it with --report")
-    return options
+    return args
 
 
-def _run(options: argparse.Namespace) -> int:
-    if options.report is not None and not options.report.is_file():
-        raise ValueError(f"--report {options.report} is not a file: write the report first.")
+def _run(args: argparse.Namespace) -> int:
+    if args.report is not None and not args.report.is_file():
+        raise ValueError(f"--report {args.report} is not a file: write the report first.")
     kills = None
-    if options.from_csv is None:
-        rows = _rows_from_logs(options)
-        kills = kill_table.judged(rows)
+    if args.from_csv is None:
+        rows = _rows_from_logs(args)
+        kills = kill_table.judge_runs(rows)
     else:
-        rows = _rows_from_csv(options.from_csv)
-        published = options.from_csv.with_name(bundle.NAME)
-        if (found := read_object(published)) is not None:
-            kills = kill_table.judged(rows, found.get("runs") or {})
+        rows = _rows_from_csv(args.from_csv)
+        published = read_object(args.from_csv.with_name(bundle.NAME))
+        if published is not None:
+            kills = kill_table.judge_runs(rows, published.get("runs") or {})
     # The report first, so that a bad marker is refused before anything else.
-    filled = None if options.report is None else _filled(options, rows, kills)
+    filled = None if args.report is None else _filled_report(args, rows, kills)
     status = 0
-    if not options.check:
-        if options.from_csv is None:
-            write_csv(rows, options.output)
-            made = bundle.bundle(rows, options.log_dir)
-            write_json(options.output.with_name(bundle.NAME), made)
-            _summarise(rows, options.output, kills)
-        if options.figures is not None and not options.no_figures:
-            options.figures.mkdir(parents=True, exist_ok=True)
-            status = _draw(rows, options.figures, options.metric)
+    if not args.check:
+        if args.from_csv is None:
+            write_csv(rows, args.output)
+            write_json(args.output.with_name(bundle.NAME), bundle.bundle(rows, args.log_dir))
+            _summarise(rows, args.output, kills)
+        if args.figures is not None and not args.no_figures:
+            args.figures.mkdir(parents=True, exist_ok=True)
+            status = _draw(rows, args.figures, args.metric)
     if filled is not None:
-        if options.report.read_text(encoding="utf-8") != filled:
-            if options.check:
+        if args.report.read_text(encoding="utf-8") != filled:
+            if args.check:
                 raise ValueError(
-                    f"{options.report}: its tables differ from the results; run without --check."
+                    f"{args.report}: its tables differ from the results; run without --check."
                 )
-            write_atomic(options.report, filled.encode())
-        print(f"{options.report}: tables are up to date")
+            write_atomic(args.report, filled.encode())
+        print(f"{args.report}: tables are up to date")
     return status
 
 
-def _rows_from_logs(options: argparse.Namespace) -> list[Row]:
-    for log_dir in options.log_dir:
+def _rows_from_logs(args: argparse.Namespace) -> list[Row]:
+    for log_dir in args.log_dir:
         if not log_dir.is_dir():
             raise ValueError(
                 f"--log_dir {log_dir} is not a directory: run an experiment first, such as "
                 f"python run_experiment.py --config configs/embed_ratio.yaml --exp all."
             )
-    if options.output.suffix != ".csv":
-        raise ValueError(f"--output is {str(options.output)!r}; expected a file ending in .csv.")
-    rows = read_rows(*options.log_dir)
+    if args.output.suffix != ".csv":
+        raise ValueError(f"--output is {str(args.output)!r}; expected a file ending in .csv.")
+    rows = read_rows(*args.log_dir)
     if not rows:
         raise ValueError(
-            f"--log_dir {', '.join(map(str, options.log_dir))} holds no run directory (one with "
+            f"--log_dir {', '.join(map(str, args.log_dir))} holds no run directory (one with "
             "config.yaml, metrics.jsonl or metrics.json): run an experiment first."
         )
     return rows
@@ -150,11 +149,11 @@ def _rows_from_csv(path: Path) -> list[Row]:
 
 
 def _summarise(
-    rows: Sequence[Row], output: Path, kills: Sequence[kill_table.Judged] | None
+    rows: Sequence[Row], output: Path, kills: Sequence[kill_table.JudgedRun] | None
 ) -> None:
     counts = Counter(str(row["status"]) for row in rows)
-    told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
-    print(f"{output}, {details_path(output).name}: {len(rows)} rows ({told})")
+    by_status = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+    print(f"{output}, {details_path(output).name}: {len(rows)} rows ({by_status})")
     for row in rows:
         if row["status"] != "finished":
             print(f"  {row['status']}: {row['run']}: {row.get('reason', '')}")
@@ -177,23 +176,23 @@ def _draw(rows: Sequence[Row], folder: Path, metric: str) -> int:
     curves, styles = read_curves(rows), paper.looks(runs)
     vocabularies = runs["sweep"].isin(sweep_figures.varies_vocabulary(runs))
 
-    def of_sweep(axis: sweep_figures.Axis, path: Path) -> bool:
+    def draw_sweep(axis: sweep_figures.Axis, path: Path) -> bool:
         chosen = sweep_figures.runs_of_axis(runs, axis)
         single = chosen[~vocabularies.reindex(chosen.index)]
         if metric.endswith("perplexity") and len(single):
             chosen = single  # the others are in the figure of bits per byte
         return sweep_figures.sweep_figure(chosen, axis, metric, styles, path)
 
-    def of_vocabularies(path: Path) -> bool:
+    def draw_vocabularies(path: Path) -> bool:
         chosen = runs[vocabularies & runs["status"].isin(["finished", "killed"])]
         share = sweep_figures.SHARE
         return sweep_figures.sweep_figure(chosen, share, "bits_per_byte", styles, path)
 
     status = 0
     for name, draw in {
-        "ppl_vs_embedding_ratio.png": lambda path: of_sweep(sweep_figures.SHARE, path),
-        "ppl_vs_glu_expansion.png": lambda path: of_sweep(sweep_figures.GLU, path),
-        "bits_per_byte_vs_embedding_ratio.png": of_vocabularies,
+        "ppl_vs_embedding_ratio.png": lambda path: draw_sweep(sweep_figures.SHARE, path),
+        "ppl_vs_glu_expansion.png": lambda path: draw_sweep(sweep_figures.GLU, path),
+        "bits_per_byte_vs_embedding_ratio.png": draw_vocabularies,
         "learning_curves.png": lambda path: run_figures.learning_curves(runs, curves, styles, path),
         "pareto.png": lambda path: run_figures.pareto_figure(runs, styles, path),
         "rank_agreement.png": lambda path: run_figures.rank_agreement_figure(runs, styles, path),
@@ -208,22 +207,22 @@ def _draw(rows: Sequence[Row], folder: Path, metric: str) -> int:
     return status
 
 
-def _filled(
-    options: argparse.Namespace, rows: Sequence[Row], kills: Sequence[kill_table.Judged] | None
+def _filled_report(
+    args: argparse.Namespace, rows: Sequence[Row], kills: Sequence[kill_table.JudgedRun] | None
 ) -> str:
     """The report with its tables, made from the runs and the study."""
-    place = options.log_dir[0] if options.from_csv is None else options.from_csv.parent
-    file = options.study or place / "study.json"
-    study = read_json(file) if options.study is not None or file.is_file() else None
-    text = options.report.read_text(encoding="utf-8")
+    folder = args.log_dir[0] if args.from_csv is None else args.from_csv.parent
+    study_file = args.study or folder / "study.json"
+    study = read_json(study_file) if args.study is not None or study_file.is_file() else None
+    text = args.report.read_text(encoding="utf-8")
     judged = study is not None and study.get("winner") is not None
     if judged and not any(f"<!-- table:{name} -->" in text for name in ("winner", "decisions")):
         raise ValueError(
-            f"{options.report}: the study judged finalists, so both readings of the winner's rule "
+            f"{args.report}: the study judged finalists, so both readings of the winner's rule "
             "belong in its report: put <!-- table:winner --><!-- /table:winner --> (or decisions) "
             "into it."
         )
     try:
         return report_tables.fill(text, report_tables.tables(rows, study, kills))
     except ValueError as error:
-        raise ValueError(f"{options.report}: {error}") from error
+        raise ValueError(f"{args.report}: {error}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +68,20 @@ def blocks(runs: pd.DataFrame) -> list[Block]:
     """The blocks of a table's finished and killed runs, ranking runs first; a killed run joins the
     block that it was cut from: the least budget that is not below its own tokens."""
     done = runs[runs["status"].isin(["finished", "killed"])]
-    found = []
-    for _, mates in done.groupby(_ALIKE, dropna=False):
-        whole = sorted(mates.loc[mates["status"] == "finished", "budget"].unique())
+    result = []
+    for _, group in done.groupby(_ALIKE, dropna=False):
+        budgets = sorted(group.loc[group["status"] == "finished", "budget"].unique())
 
-        def home(budget: float, whole: Sequence[float] = whole) -> float:
-            return min((b for b in whole if b >= budget), default=whole[0] if whole else budget)
+        def nearest(budget: float, budgets: Sequence[float] = budgets) -> float:
+            above = (b for b in budgets if b >= budget)
+            return min(above, default=budgets[0] if budgets else budget)
 
-        homes = mates["budget"].where(mates["status"] == "finished", mates["budget"].map(home))
-        for budget, members in mates.groupby(homes.fillna(0.0)):
+        own = group["budget"]
+        joined = own.where(group["status"] == "finished", own.map(nearest))
+        for budget, members in group.groupby(joined.fillna(0.0)):
             finished = members[members["status"] == "finished"]
             first = members.iloc[0]
-            found.append(
+            result.append(
                 Block(
                     sweep=str(first["sweep"]) if pd.notna(first["sweep"]) else "",
                     phase=str(first["phase"]),
@@ -89,7 +91,7 @@ def blocks(runs: pd.DataFrame) -> list[Block]:
                     killed=members[members["status"] == "killed"],
                 )
             )
-    return sorted(found, key=lambda b: (b.sweep, b.phase != "rank", b.budget, b.steps))
+    return sorted(result, key=lambda b: (b.sweep, b.phase != "rank", b.budget, b.steps))
 
 
 def each_once(runs: pd.DataFrame) -> pd.DataFrame:
@@ -107,9 +109,9 @@ def own_rates(runs: pd.DataFrame) -> dict[str, float]:
     """Each configuration's best learning rate: the lowest mean dev loss over the seeds that all of
     its rates have (all of its seeds where there is none such)."""
     best: dict[str, float] = {}
-    for name, mine in runs.dropna(subset=["dev_loss", "learning_rate"]).groupby("configuration"):
-        judged = on_common_seeds(mine, "learning_rate")
-        best[str(name)] = float(judged.groupby("learning_rate")["dev_loss"].mean().idxmin())
+    for name, group in runs.dropna(subset=["dev_loss", "learning_rate"]).groupby("configuration"):
+        comparable = on_common_seeds(group, "learning_rate")
+        best[str(name)] = float(comparable.groupby("learning_rate")["dev_loss"].mean().idxmin())
     return best
 
 
@@ -135,9 +137,9 @@ def shared_rates(runs: pd.DataFrame) -> pd.Series:
 def ranking(runs: pd.DataFrame) -> pd.Series:
     """Mean dev perplexity by configuration, or bits per byte where vocabularies differ, the best
     first, over the seeds that all have (all seeds where there is none such)."""
-    judged = on_common_seeds(runs, "configuration")
-    measure = "perplexity" if judged["vocab_size"].nunique() < 2 else "bits_per_byte"
-    return judged.groupby("configuration")[f"dev_{measure}"].mean().dropna().sort_values()
+    comparable = on_common_seeds(runs, "configuration")
+    measure = "perplexity" if comparable["vocab_size"].nunique() < 2 else "bits_per_byte"
+    return comparable.groupby("configuration")[f"dev_{measure}"].mean().dropna().sort_values()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ class Gap:
     seeds: tuple[int, ...]  # of the first configuration that count
 
 
-def gap(ours: str, theirs: str, runs: pd.DataFrame, key: str) -> Gap | None:
+def gap(first: str, second: str, runs: pd.DataFrame, key: str) -> Gap | None:
     """Of two configurations among `runs` (each at one rate), `key` being a loss in nats a token:
     over the pairs of runs alike in seed and program where there are two or more, else over all
     seeds, with one on a side over the common ones; None without a loss on both sides. The noise is
@@ -161,23 +163,22 @@ def gap(ours: str, theirs: str, runs: pd.DataFrame, key: str) -> Gap | None:
         }
         for name, group in runs.groupby("configuration")
     }
-    one, other = losses.get(ours, {}), losses.get(theirs, {})
-    if not one or not other:
+    left, right = losses.get(first, {}), losses.get(second, {})
+    if not left or not right:
         return None
-    found = repeats.pair(one, other)
-    if len(found.pairs) > 1:
-        a, b = zip(*found.pairs, strict=True)
-        noise = repeats.paired_noise(losses)
-        seeds = tuple(seed for seed, _ in found.labels)
-        return Gap(intervals.seed_interval(a, b, noise=noise), len(a), seeds)
-    if common := {seed for seed, _ in one} & {seed for seed, _ in other}:
-        if min(len(one), len(other)) == 1:
-            one, other = ({k: v for k, v in x.items() if k[0] in common} for x in (one, other))
+    alike = repeats.pair(left, right)
+    if len(alike.pairs) > 1:
+        interval = intervals.seed_interval(
+            *zip(*alike.pairs, strict=True), noise=repeats.paired_noise(losses)
+        )
+        return Gap(interval, len(alike.pairs), tuple(seed for seed, _ in alike.labels))
+    if common := {seed for seed, _ in left} & {seed for seed, _ in right}:
+        if min(len(left), len(right)) == 1:
+            left, right = ({k: v for k, v in x.items() if k[0] in common} for x in (left, right))
     noise = repeats.pooled_noise({name: [*of.values()] for name, of in losses.items()})
-    interval = intervals.seed_interval(
-        [*one.values()], [*other.values()], paired_seeds=False, noise=noise
-    )
-    return Gap(interval, 0, tuple(seed for seed, _ in one))
+    a, b = [*left.values()], [*right.values()]
+    interval = intervals.seed_interval(a, b, paired_seeds=False, noise=noise)
+    return Gap(interval, 0, tuple(seed for seed, _ in left))
 
 
 def _program(row: Mapping[str, Any]) -> str | None:
@@ -189,56 +190,56 @@ def _program(row: Mapping[str, Any]) -> str | None:
 def order_sentences(runs: pd.DataFrame) -> list[str]:
     """Which configuration leads each block, at its own best rate and at every shared one, and
     whether two blocks of the same sweep order them otherwise."""
-    told: list[str] = []
+    sentences: list[str] = []
     orders: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for block in blocks(runs):
         chosen = at_own_rates(block.runs)
-        best = ranking(chosen)
-        if len(best) < 2:
+        means = ranking(chosen)
+        if len(means) < 2:
             continue
-        order = tuple(map(str, best.index))
-        told.append(f"{block.title}: {_ordered(block, chosen, best)}.")
+        order = tuple(map(str, means.index))
+        sentences.append(f"{block.title}: {_ordered(block, chosen, means)}.")
         for rate in shared_rates(block.runs).index if block.many_rates else ():
-            at = tuple(ranking(block.runs[block.runs["learning_rate"] == rate]).index)
-            same = "the same order" if at == order else f"another order, {' < '.join(at)}"
-            told[-1] += f" At the shared rate {spelled(rate)}: {same}."
+            there = tuple(ranking(block.runs[block.runs["learning_rate"] == rate]).index)
+            agreement = (
+                "the same order" if there == order else f"another order, {' < '.join(there)}"
+            )
+            sentences[-1] += f" At the shared rate {spelled(rate)}: {agreement}."
         orders.setdefault(block.sweep, []).append((block.title, order))
-    for (one, first), (other, second) in chain.from_iterable(map(pairwise, orders.values())):
-        if set(first) == set(second):
-            same = "the same order" if first == second else "another order"
-            told.append(f"{one} against {other}: {same}.")
-    return told
+    for neighbours in orders.values():
+        for (title, order), (other_title, other_order) in pairwise(neighbours):
+            if set(order) == set(other_order):
+                agreement = "the same order" if order == other_order else "another order"
+                sentences.append(f"{title} against {other_title}: {agreement}.")
+    return sentences
 
 
-def _ordered(block: Block, chosen: pd.DataFrame, best: pd.Series) -> str:
+def _ordered(block: Block, chosen: pd.DataFrame, means: pd.Series) -> str:
     """The configurations of a block in order, and what speaks against it."""
-    rates, measure = own_rates(block.runs), str(best.name)
+    rates, measure = own_rates(block.runs), str(means.name)
     digits = 1 if measure == "dev_perplexity" else 3
-    named = [
+    entries = [
         f"{name} {value:.{digits}f}" + (f" at {spelled(rates[name])}" if block.many_rates else "")
-        for name, value in best.items()
+        for name, value in means.items()
     ]
     seeds = sorted(on_common_seeds(chosen, "configuration")["seed"].unique())
-    some = len(seeds) < chosen["seed"].nunique()
-    over = f" over seed{'s' * (len(seeds) > 1)} {', '.join(f'{s:.0f}' for s in seeds)}" * some
-    said = [f"{measure.replace('_', ' ')}{over} {' < '.join(named)}"]
+    over = ""
+    if len(seeds) < chosen["seed"].nunique():
+        over = f" over seed{'s' * (len(seeds) > 1)} {', '.join(f'{s:.0f}' for s in seeds)}"
+    parts = [f"{measure.replace('_', ' ')}{over} {' < '.join(entries)}"]
     tried = block.runs.groupby("configuration")["learning_rate"].agg(["min", "max", "nunique"])
     for name, ends in tried[tried["nunique"] > 1].iterrows():
         if rates[str(name)] in (ends["min"], ends["max"]):
             end = "lowest" if rates[str(name)] == ends["min"] else "highest"
-            said.append(f"{name}'s is the {end} rate tried, its best may lie beyond")
+            parts.append(f"{name}'s is the {end} rate tried, its best may lie beyond")
     if chosen.groupby("configuration")["seed"].nunique().min() == 1:
-        said.append("one seed of some, so their order is not sure")
-    key = "dev_loss" if measure == "dev_perplexity" else ""
-    for a, b in pairwise(map(str, best.index)) if key else ():
-        found = gap(a, b, chosen, key)
-        if (
-            found is not None
-            and found.interval.seeds > 1
-            and found.interval.low <= 0 <= found.interval.high
-        ):
-            said.append(f"{a} and {b} are not told apart")
-    return "; ".join(said)
+        parts.append("one seed of some, so their order is not sure")
+    for a, b in pairwise(map(str, means.index)) if measure == "dev_perplexity" else ():
+        difference = gap(a, b, chosen, "dev_loss")
+        interval = None if difference is None else difference.interval
+        if interval is not None and interval.seeds > 1 and interval.low <= 0 <= interval.high:
+            parts.append(f"{a} and {b} are not told apart")
+    return "; ".join(parts)
 
 
 def kind_text(phase: str, tokens: float = 0.0) -> str:

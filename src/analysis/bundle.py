@@ -29,8 +29,8 @@ def bundle(rows: Sequence[Row], log_dirs: Sequence[Path]) -> dict[str, Any]:
     runs = [row for row in rows if "path" in row]
     return {
         "schema": SCHEMA,
-        "code": _different(runs, _CODE),
-        "tokens": _different(runs, _TOKENS),
+        "code": _combinations(runs, _CODE),
+        "tokens": _combinations(runs, _TOKENS),
         "seeds": _seeds(runs),
         "environments": _environments(runs),
         "runs": {str(row["run"]): _config(Path(row["path"])) for row in runs},
@@ -62,7 +62,7 @@ def _config(path: Path) -> dict[str, Any]:
     return portable(config) if problem is None else {"not_read": problem}
 
 
-def _different(runs: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]:
+def _combinations(runs: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]:
     """Each combination of these columns once, with the number of its runs."""
     counts = Counter(
         json.dumps({key: row.get(key) for key in keys})
@@ -74,12 +74,12 @@ def _different(runs: Sequence[Row], keys: Sequence[str]) -> list[dict[str, Any]]
 
 def _seeds(runs: Sequence[Row]) -> dict[str, dict[str, list[int]]]:
     """By experiment and phase."""
-    found: dict[str, dict[str, list[int]]] = {}
+    seeds: dict[str, dict[str, list[int]]] = {}
     known = [row for row in runs if isinstance(row.get("seed"), int)]  # of a foreign file: a text
     for row in sorted(known, key=lambda row: row["seed"]):
-        phases = found.setdefault(str(row.get("experiment")), {})
+        phases = seeds.setdefault(str(row.get("experiment")), {})
         phases.setdefault(str(row.get("phase")), []).append(row["seed"])
-    return found
+    return seeds
 
 
 def _environments(rows: Sequence[Row]) -> list[dict[str, Any]]:

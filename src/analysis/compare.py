@@ -46,7 +46,7 @@ class Run:
         return self.metrics["seed"], run_identity.computed_as(self.metrics)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m src.analysis.compare", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,58 +67,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="other seeds, or computed otherwise: compare as two groups, without pairs",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     try:
-        found = compare(asked)
+        result = compare(args)
     except (ValueError, OSError) as error:
         return refuse(error)
-    print(json.dumps(found) if asked.json else found["sentence"])
+    print(json.dumps(result) if args.json else result["sentence"])
     return OK
 
 
-def compare(asked: argparse.Namespace) -> dict[str, Any]:
+def compare(args: argparse.Namespace) -> dict[str, Any]:
     """The comparison's numbers and its sentence. Raises ValueError for runs that do not compare."""
     notes: list[str] = []
-    runs = [read_run(path, asked.split) for path in (*asked.baseline, *asked.ours, *asked.pool)]
-    runs, weights = _same_documents(runs, asked.measure)
-    cut = len(asked.baseline), len(asked.baseline) + len(asked.ours)
-    theirs, ours = (_side(some, notes) for some in (runs[: cut[0]], runs[cut[0] : cut[1]]))
-    if asked.unlike:
-        theirs, ours = (_one_a_seed(side, notes) for side in (theirs, ours))
-        others = runs[cut[1] :]
-        runs = [*theirs.values(), *ours.values(), *others]
-    noise = _noise(runs, asked.measure, asked.unlike)
-    kept: Sequence[Sequence[Run]] = [list(ours.values()), list(theirs.values())]
-    if not asked.unlike:
-        found = repeats.pair(ours, theirs)
-        if found.left_out:
+    runs = [read_run(path, args.split) for path in (*args.baseline, *args.ours, *args.pool)]
+    runs, weights = _same_documents(runs, args.measure)
+    start, end = len(args.baseline), len(args.baseline) + len(args.ours)
+    baseline, ours = (_by_label(side, notes) for side in (runs[:start], runs[start:end]))
+    if args.unlike:
+        baseline, ours = (_one_a_seed(side, notes) for side in (baseline, ours))
+        runs = [*baseline.values(), *ours.values(), *runs[end:]]
+    noise = _noise(runs, args.measure, args.unlike)
+    sides: Sequence[Sequence[Run]] = [list(ours.values()), list(baseline.values())]
+    if not args.unlike:
+        pairs = repeats.pair(ours, baseline)
+        if pairs.left_out:
             raise ValueError(
-                f"--ours and --baseline: found runs without a like one ({'; '.join(found.left_out)}"
+                f"--ours and --baseline: found runs without a like one ({'; '.join(pairs.left_out)}"
                 "), expected pairs of equal seed and program_digest; leave these out, or say "
                 "--unlike to compare the two groups without pairs"
             )
-        kept = list(zip(*found.pairs, strict=True))
-        notes += _other_processors(found.pairs)
-    a, b = (np.stack([run.nats for run in side]) for side in kept)
+        sides = list(zip(*pairs.pairs, strict=True))
+        notes += _other_processors(pairs.pairs)
+    a, b = (np.stack([run.nats for run in side]) for side in sides)
     interval = intervals.paired_bootstrap(
-        a, b, weights, measure=asked.measure, paired_seeds=not asked.unlike, noise=noise
+        a, b, weights, measure=args.measure, paired_seeds=not args.unlike, noise=noise
     )
-    says = intervals.equivalence(interval)
+    equivalence = intervals.equivalence(interval)
     low, ratio, high = (100 * (value - 1) for value in interval.ratio)
-    sure = ", document noise only)" if interval.p is None else f"), p {interval.p:.4f}"
+    certainty = ", document noise only)" if interval.p is None else f"), p {interval.p:.4f}"
     sentence = (
-        f"{asked.split} {asked.measure.replace('_', ' ')} {ratio:+.2f} % "
-        f"({low:+.2f} to {high:+.2f} %{sure}, "
+        f"{args.split} {args.measure.replace('_', ' ')} {ratio:+.2f} % "
+        f"({low:+.2f} to {high:+.2f} %{certainty}, "
         f"{interval.seeds} {'seed' if interval.seeds == 1 else 'seeds'}"
-        f"{' without pairs' if asked.unlike else ''}, {interval.documents} documents: "
-        f"{says.verdict}"
+        f"{' without pairs' if args.unlike else ''}, {interval.documents} documents: "
+        f"{equivalence.verdict}"
     )
     return {
-        "ours": [str(path) for path in asked.ours],
-        "baseline": [str(path) for path in asked.baseline],
-        "split": asked.split,
-        "measure": asked.measure,
-        "paired": not asked.unlike,
+        "ours": [str(path) for path in args.ours],
+        "baseline": [str(path) for path in args.baseline],
+        "split": args.split,
+        "measure": args.measure,
+        "paired": not args.unlike,
         "percent": ratio,
         "low_percent": low,
         "high_percent": high,
@@ -127,7 +126,7 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
         "documents": interval.documents,
         "seed_noise": None if noise is None else noise.sd,
         "seed_noise_df": None if noise is None else noise.df,
-        "verdict": says.verdict,
+        "verdict": equivalence.verdict,
         "notes": notes,
         "sentence": "; ".join([sentence, *notes]),
     }
@@ -145,33 +144,33 @@ def _same_documents(runs: Sequence[Run], measure: str) -> tuple[list[Run], inter
     if measure == "perplexity" and len(hashes) > 1:
         raise ValueError(
             "token perplexities of two tokenizers cannot be compared: found tokenizer hashes "
-            f"{' and '.join(one[:12] for one in hashes)}, expected the same one; compare bits per "
-            "byte instead"
+            f"{' and '.join(digest[:12] for digest in hashes)}, expected the same one; compare "
+            "bits per byte instead"
         )
     for run in runs:
         if not np.array_equal(run.bytes[:count], first.bytes[:count]):
             raise ValueError(f"{run.path}: scored other documents than {first.path}")
-    cut = [
+    shortened = [
         replace(run, nats=run.nats[:count], tokens=run.tokens[:count], bytes=run.bytes[:count])
         for run in runs
     ]
-    return cut, cut[0].tokens if measure == "perplexity" else cut[0].bytes
+    return shortened, shortened[0].tokens if measure == "perplexity" else shortened[0].bytes
 
 
-def _side(runs: Sequence[Run], notes: list[str]) -> dict[repeats.Label, Run]:
+def _by_label(runs: Sequence[Run], notes: list[str]) -> dict[repeats.Label, Run]:
     """Runs by seed and digest; one run found twice is one run."""
-    found: dict[repeats.Label, Run] = {}
+    by_label: dict[repeats.Label, Run] = {}
     for run in runs:
-        same = found.setdefault(run.label, run)
-        if same is run:
+        first = by_label.setdefault(run.label, run)
+        if first is run:
             continue
-        if not np.array_equal(run.nats, same.nats):
+        if not np.array_equal(run.nats, first.nats):
             raise ValueError(
-                f"{run.path}: found seed {run.label[0]} again (it is {same.path}'s) with other "
+                f"{run.path}: found seed {run.label[0]} again (it is {first.path}'s) with other "
                 "losses, expected each seed once; name one of them"
             )
-        notes.append(f"{run.path} is {same.path} again and counts once")
-    return found
+        notes.append(f"{run.path} is {first.path} again and counts once")
+    return by_label
 
 
 def _one_a_seed(side: dict[repeats.Label, Run], notes: list[str]) -> dict[repeats.Label, Run]:
@@ -186,12 +185,12 @@ def _one_a_seed(side: dict[repeats.Label, Run], notes: list[str]) -> dict[repeat
 def _other_processors(pairs: Sequence[tuple[Run, Run]]) -> list[str]:
     """A sentence where the sides of a pair are not equal to the bit: the same program on two kinds
     of processor rounds otherwise, which acts like another seed on one side."""
-    apart = [pair for pair in pairs if len({run.metrics.get("compute_digest") for run in pair}) > 1]
-    if not apart:
+    mixed = [pair for pair in pairs if len({run.metrics.get("compute_digest") for run in pair}) > 1]
+    if not mixed:
         return []
-    kinds = {run.metrics.get("processors") or "not recorded" for pair in apart for run in pair}
+    kinds = {run.metrics.get("processors") or "not recorded" for pair in mixed for run in pair}
     return [
-        f"{len(apart)} of {len(pairs)} pairs computed on two kinds of processor "
+        f"{len(mixed)} of {len(pairs)} pairs computed on two kinds of processor "
         f"({' / '.join(sorted(kinds))}), whose rounding is part of the difference"
     ]
 

@@ -161,28 +161,28 @@ def winner(
 
 def _judge(baseline: Measured, candidate: Measured, least_seeds: int) -> CandidateVerdict:
     gap = mean_sd(candidate.log_perplexities).mean - mean_sd(baseline.log_perplexities).mean
-    good = gap <= math.log1p(-IMPROVEMENT) + 1e-12  # a ratio of exactly 0.95 passes
-    word = "at least" if good else "not"
+    qualifies = gap <= math.log1p(-IMPROVEMENT) + 1e-12  # a ratio of exactly 0.95 passes
+    word = "at least" if qualifies else "not"
     reasons = [f"perplexity {math.expm1(gap):+.2%} ({word} {IMPROVEMENT:.0%} below the baseline)"]
     seeds = min(len(candidate.log_perplexities), len(baseline.log_perplexities))
     if seeds < least_seeds:
-        good = False
+        qualifies = False
         reasons[0] += f", no verdict: {seeds} seed of {least_seeds} at least"
-    strict, lenient = good, good
+    strict, lenient = qualifies, qualifies
     for label, field in (
         ("latency at L=128", "latency_ms_l128"),
         ("latency at L=512", "latency_ms_l512"),
         ("peak memory", "peak_memory_mib"),
     ):
-        ours, theirs = getattr(candidate, field), getattr(baseline, field)
-        if ours is None or theirs is None:
+        ours, reference = getattr(candidate, field), getattr(baseline, field)
+        if ours is None or reference is None:
             strict = lenient = False
             reasons.append(f"{label} was not measured on both")
             continue
-        strict = strict and ours <= theirs
-        lenient = lenient and ours <= theirs * (1 + COST_MARGIN)
-        verdict = "not above" if ours <= theirs else "above"
-        reasons.append(f"{label} {ours / theirs - 1:+.2%} ({verdict} the baseline)")
+        strict = strict and ours <= reference
+        lenient = lenient and ours <= reference * (1 + COST_MARGIN)
+        verdict = "not above" if ours <= reference else "above"
+        reasons.append(f"{label} {ours / reference - 1:+.2%} ({verdict} the baseline)")
     return CandidateVerdict(candidate.name, math.exp(gap), strict, lenient, tuple(reasons))
 
 

@@ -20,10 +20,10 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "METRICS.md"
 def main() -> None:
     parser = Parser(__doc__.partition("\n")[0], example="python scripts/document_keys.py")
     parser.add_argument("--check", action="store_true", help="change nothing, only compare")
-    found = PAGE.read_text(encoding="utf-8")
-    made = {name: metric_keys.table(keys) for name, keys in metric_keys.SECTIONS.items()}
-    filled = fill(found, made | {"summary": metric_keys.reading()})
+    page = PAGE.read_text(encoding="utf-8")
+    tables = {name: metric_keys.table(keys) for name, keys in metric_keys.SECTIONS.items()}
+    filled = fill(page, tables | {"summary": metric_keys.reading()})
     if not parser.parse_args().check:
         write_atomic(PAGE, filled.encode())
-    elif filled != found:
+    elif filled != page:
         raise Refusal(f"{PAGE}: not as src/spec/metric_keys.py has it; run without --check")

@@ -93,8 +93,8 @@ def paired_bootstrap(
         samples[start : start + rows] = _contrast(counts.reshape(rows, w.size), a, b, w, measure)
     seeds = min(len(a), len(b))
     if seeds > 1:
-        ours, theirs = (_per_seed(everything, nats, w, measure)[0] for nats in (a, b))
-        error, df = _seed_error(ours, theirs, paired_seeds, noise)
+        means_a, means_b = (_per_seed(everything, nats, w, measure)[0] for nats in (a, b))
+        error, df = _seed_error(means_a, means_b, paired_seeds, noise)
         if error > 0:
             samples += error * rng.standard_t(df, size=draws)
     # The outer of the two neighbouring draws, so that p <= 0.05 exactly where 0 lies outside.
@@ -208,11 +208,11 @@ def equivalence(interval: Interval) -> Equivalence:
     """
     low, estimate, high = ((r - 1) * 100 for r in interval.ratio)
     if interval.seeds < 2:
-        found = f"{estimate:+.2f} %"
+        observed = f"{estimate:+.2f} %"
         if interval.documents:
-            found += f" ({low:+.2f} to {high:+.2f} %, document noise only)"
-        found += f" from {interval.seeds} seed{'' if interval.seeds else 's'}"
-        return Equivalence("no verdict", f"no verdict: {found} says nothing of other seeds.")
+            observed += f" ({low:+.2f} to {high:+.2f} %, document noise only)"
+        observed += f" from {interval.seeds} seed{'' if interval.seeds else 's'}"
+        return Equivalence("no verdict", f"no verdict: {observed} says nothing of other seeds.")
     numbers = f"{estimate:+.2f} % ({LEVEL:.0%} interval {low:+.2f} to {high:+.2f} %)"
     if math.log1p(-MARGIN) <= interval.low and interval.high <= math.log1p(MARGIN):
         text = f"equivalent within +-{MARGIN:.0%}: {numbers}, two one-sided tests at "

@@ -27,7 +27,7 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class JudgedRun:
     """One run that the rule judged: live at its last check, and over the whole curves.
 
     tokens: where it killed, live. baseline: the run whose whole curve was read, None where none is
@@ -56,7 +56,7 @@ class Judged:
         )
 
 
-def judged(rows: Sequence[Row], configs: Mapping[str, Config] | None = None) -> list[Judged]:
+def judge_runs(rows: Sequence[Row], configs: Mapping[str, Config] | None = None) -> list[JudgedRun]:
     """Every run that a kill rule judged, in the rows' order.
 
     configs: config.yaml by run as the bundle beside a publication has them; None: each run's own.
@@ -67,7 +67,7 @@ def judged(rows: Sequence[Row], configs: Mapping[str, Config] | None = None) -> 
 
     by_name = {row["run"]: row for row in rows}
     by_content = {key: row for row in rows if _is_whole(row) and (key := same_run(row))}
-    found = []
+    result = []
     for row in rows:
         if row.get("kill_verdict") is None or "path" not in row:
             continue
@@ -82,13 +82,13 @@ def judged(rows: Sequence[Row], configs: Mapping[str, Config] | None = None) -> 
         if baseline is not None:
             comparable = kill_rule.comparable(config, config_of(baseline))
             reference = read_curve(Path(baseline["path"])) if comparable else []
-        found.append(_judge(row, config, baseline, reference))
-    return found
+        result.append(_judge(row, config, baseline, reference))
+    return result
 
 
 def _judge(
     row: Row, config: Config, baseline: Row | None, reference: kill_rule.Curve | None
-) -> Judged:
+) -> JudgedRun:
     curve = read_curve(Path(row["path"]))
     budget, rule = int(config["training"]["tokens"]), KillRule(**config["kill_rule"])
     stopped = row["tokens"] if row["status"] == "killed" else None
@@ -98,7 +98,7 @@ def _judge(
         if reference and curve and curve[-1][0] == reference[-1][0]:
             replayed = replay(reference, curve, rule.in_run(budget))
             literal = replay(reference, curve, replace(rule, grace_tokens=0))
-    return Judged(
+    return JudgedRun(
         run=row["run"],
         action=rule.action,
         live=row["kill_verdict"],
@@ -115,68 +115,68 @@ def _is_whole(row: Row) -> bool:
     return row["status"] == "finished" and "path" in row
 
 
-def differences(found: Iterable[Judged]) -> list[str]:
+def differences(runs: Iterable[JudgedRun]) -> list[str]:
     """A sentence for each run that the whole curves judge otherwise."""
     return [
-        f"{one.run}: live {_said(one.live, one.tokens)}, over the whole curves "
-        f"{_said(one.whole.kind, one.whole.tokens)}: {one.whole.reason}"
-        for one in found
-        if one.differs and one.whole is not None
+        f"{run.run}: live {_verdict_text(run.live, run.tokens)}, over the whole curves "
+        f"{_verdict_text(run.whole.kind, run.whole.tokens)}: {run.whole.reason}"
+        for run in runs
+        if run.differs and run.whole is not None
     ]
 
 
-def summary(found: Sequence[Judged]) -> str:
+def summary(runs: Sequence[JudgedRun]) -> str:
     """What the rule saves and costs over the runs that ran to the end, with its grace period and
     without, and the rate of its false kills among those that ended no worse than the baseline."""
-    differing = sum(one.differs for one in found)
-    told = f"{len(found)} runs judged, {differing} otherwise over the whole curves."
+    differing = sum(run.differs for run in runs)
+    text = f"{len(runs)} runs judged, {differing} otherwise over the whole curves."
     for name, replays in (
-        ("the rule", [one.replayed for one in found]),
-        ("its literal reading (no grace)", [one.literal for one in found]),
+        ("the rule", [run.replayed for run in runs]),
+        ("its literal reading (no grace)", [run.literal for run in runs]),
     ):
-        runs = [run for run in replays if run is not None]
-        told += (
-            f" Of {len(runs)} that ran to the end {name} kills "
-            f"{sum(run.killed_at is not None for run in runs)}, "
-            f"{sum(run.false_kill for run in runs)} of which ended no worse than the baseline"
-            f"{_rate(runs)}; it saves {sum(run.tokens_saved for run in runs):,} of "
-            f"{sum(run.budget for run in runs):,} tokens."
+        replayed = [r for r in replays if r is not None]
+        text += (
+            f" Of {len(replayed)} that ran to the end {name} kills "
+            f"{sum(r.killed_at is not None for r in replayed)}, "
+            f"{sum(r.false_kill for r in replayed)} of which ended no worse than the baseline"
+            f"{_rate(replayed)}; it saves {sum(r.tokens_saved for r in replayed):,} of "
+            f"{sum(r.budget for r in replayed):,} tokens."
         )
-    return told
+    return text
 
 
 def _rate(runs: Sequence[Replay]) -> str:
-    innocent = [run.false_kill for run in runs if run.final_gap_ppl <= 0]
-    if not innocent:
+    not_worse = [run.false_kill for run in runs if run.final_gap_ppl <= 0]
+    if not not_worse:
         return ""
-    ends = stats.binomtest(sum(innocent), len(innocent)).proportion_ci(method="exact")
+    ends = stats.binomtest(sum(not_worse), len(not_worse)).proportion_ci(method="exact")
     return (
-        f" ({sum(innocent)} of {len(innocent)} such, 95 % interval {100 * ends.low:.0f} to "
+        f" ({sum(not_worse)} of {len(not_worse)} such, 95 % interval {100 * ends.low:.0f} to "
         f"{100 * ends.high:.0f} %)"
     )
 
 
-def table(found: Sequence[Judged]) -> str:
+def table(runs: Sequence[JudgedRun]) -> str:
     """A line a run, and what they come to."""
     head = "run | against | action | live | whole curves | PPL above it at the end | tokens saved"
-    made = markdown(head, [_line(one) for one in found], "no run was judged by a kill rule")
-    return f"{made}\n\n{summary(found)}" if found else made
+    text = markdown(head, [_line(run) for run in runs], "no run was judged by a kill rule")
+    return f"{text}\n\n{summary(runs)}" if runs else text
 
 
-def _line(one: Judged) -> list[str]:
-    live = _said(one.live, one.tokens)
-    if one.whole is None or one.baseline is None:
-        return [one.run, DASH, one.action, live, "no finished baseline", DASH, DASH]
-    whole = f"**{_said(one.whole.kind, one.whole.tokens)}**" if one.differs else live
+def _line(run: JudgedRun) -> list[str]:
+    live = _verdict_text(run.live, run.tokens)
+    if run.whole is None or run.baseline is None:
+        return [run.run, DASH, run.action, live, "no finished baseline", DASH, DASH]
+    whole = f"**{_verdict_text(run.whole.kind, run.whole.tokens)}**" if run.differs else live
     gap = saved = DASH
-    if one.replayed is not None:
-        wrong = ", killed wrongly" if one.replayed.false_kill else ""
-        gap = f"{one.replayed.final_gap_ppl:+.2f}{wrong}"
-        saved = f"{one.replayed.tokens_saved:,}"
-    elif one.action == "stop" and one.tokens is not None:
-        saved = f"{one.budget - one.tokens:,}"
-    return [one.run, one.baseline, one.action, live, whole, gap, saved]
+    if run.replayed is not None:
+        wrong = ", killed wrongly" if run.replayed.false_kill else ""
+        gap = f"{run.replayed.final_gap_ppl:+.2f}{wrong}"
+        saved = f"{run.replayed.tokens_saved:,}"
+    elif run.action == "stop" and run.tokens is not None:
+        saved = f"{run.budget - run.tokens:,}"
+    return [run.run, run.baseline, run.action, live, whole, gap, saved]
 
 
-def _said(kind: str, tokens: int | None) -> str:
+def _verdict_text(kind: str, tokens: int | None) -> str:
     return kind if tokens is None else f"{kind} at {tokens:,}"

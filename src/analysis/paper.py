@@ -57,27 +57,27 @@ class Look:
 def looks(runs: pd.DataFrame) -> dict[str, Look]:
     """A look for each configuration of a whole table, in black what is the baseline wherever it
     stands; by what was asked for and name, so that equal tables give equal looks."""
-    order = [EMBEDDING_RATIO.asked, GLU_EXPANSION.asked, "configuration"]
-    known = runs.dropna(subset=["configuration"]).sort_values(order)
+    sort_keys = [EMBEDDING_RATIO.asked, GLU_EXPANSION.asked, "configuration"]
+    known = runs.dropna(subset=["configuration"]).sort_values(sort_keys)
     names = known["configuration"].drop_duplicates()
     other = known.loc[known["configuration"] != known["baseline_configuration"], "configuration"]
     is_base = names.isin(runs["baseline_configuration"]) & ~names.isin(other)
-    return {name: _baseline_look(place) for place, name in enumerate(names[is_base])} | {
-        name: look(place) for place, name in enumerate(names[~is_base])
+    return {name: _baseline_look(index) for index, name in enumerate(names[is_base])} | {
+        name: look(index) for index, name in enumerate(names[~is_base])
     }
 
 
-def _baseline_look(place: int) -> Look:
+def _baseline_look(index: int) -> Look:
     markers, dashes = BASELINE_MARKERS, DASHES
-    return Look(BLACK, markers[place % len(markers)], dashes[place % len(dashes)])
+    return Look(BLACK, markers[index % len(markers)], dashes[index % len(dashes)])
 
 
-def look(place: int) -> Look:
-    """The look of the place-th configuration that is no baseline; 56 differ."""
+def look(index: int) -> Look:
+    """The look of the index-th configuration that is no baseline; 56 differ."""
     return Look(
-        COLOURS[place % len(COLOURS)],
-        MARKERS[place % len(MARKERS)],
-        DASHES[place // len(COLOURS) % len(DASHES)],
+        COLOURS[index % len(COLOURS)],
+        MARKERS[index % len(MARKERS)],
+        DASHES[index // len(COLOURS) % len(DASHES)],
     )
 
 
@@ -115,16 +115,16 @@ def _steps(low: float, high: float) -> list[float]:
 
 def _decades(low: float, high: float) -> list[float]:
     """Round ticks for a logarithmic axis: the coarsest of some sets with four of them at least."""
-    found: list[float] = []
+    ticks: list[float] = []
     for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        every = [float(f"{digit * 10.0**power:.6g}") for power in powers for digit in digits]
-        first = max(place for place, tick in enumerate(every) if tick <= low)
-        last = next((place for place, tick in enumerate(every) if tick >= high), len(every) - 1)
-        found = every[first : last + 1]
-        if len(found) >= 4:
+        values = [float(f"{digit * 10.0**power:.6g}") for power in powers for digit in digits]
+        first = max(index for index, tick in enumerate(values) if tick <= low)
+        last = next((index for index, tick in enumerate(values) if tick >= high), len(values) - 1)
+        ticks = values[first : last + 1]
+        if len(ticks) >= 4:
             break
-    return found
+    return ticks
 
 
 def draw_interval(ax: Axes, x: float, low: float, high: float, colour: str) -> bool:
@@ -133,11 +133,11 @@ def draw_interval(ax: Axes, x: float, low: float, high: float, colour: str) -> b
     Returns whether it leaves."""
     bottom, top = ax.get_ylim()
     ax.plot([x, x], [max(low, bottom), min(high, top)], color=colour, lw=1.0, zorder=3)
-    for end, edge, place, arrow in ((low, bottom, 0.02, "v"), (high, top, 0.98, "^")):
+    for end, edge, height, arrow in ((low, bottom, 0.02, "v"), (high, top, 0.98, "^")):
         if bottom <= end <= top:
             ax.plot([x], [end], "_", color=colour, ms=5, mew=1.0, zorder=3)
         elif (end < edge) == (arrow == "v"):
-            ax.plot([x], [place], arrow, color=colour, ms=3.5, zorder=3,
+            ax.plot([x], [height], arrow, color=colour, ms=3.5, zorder=3,
                     transform=ax.get_xaxis_transform())  # fmt: skip
     return low < bottom or high > top
 
@@ -147,9 +147,9 @@ def draw_interval(ax: Axes, x: float, low: float, high: float, colour: str) -> b
 
 def grid(count: int) -> tuple[Figure, list[Axes]]:
     """`count` panels: one in a column's width, more in two columns over a page's."""
-    columns, lines = min(count, 2), math.ceil(count / 2)
-    size = (COLUMN if columns == 1 else PAGE, 2.3 * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    columns, rows = min(count, 2), math.ceil(count / 2)
+    size = (COLUMN if columns == 1 else PAGE, 2.3 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for ax in axes.flat[count:]:
         ax.remove()
     return figure, list(axes.flat[:count])
@@ -173,7 +173,7 @@ def finish(
     head = "\n".join(line for text in texts for line in textwrap.wrap(text, width))
     figure.suptitle(head, x=0.01, ha="left")
     unique = list({handle.get_label(): handle for handle in handles}.values())
-    order = {name: place for place, name in enumerate(styles or ())}
+    order = {name: index for index, name in enumerate(styles or ())}
     unique.sort(key=lambda h: order.get(h.get_label().removesuffix(BASELINE), len(order)))
     for handle in unique:
         handle.set_label("\n".join(textwrap.wrap(handle.get_label(), 50)))
@@ -205,17 +205,17 @@ def title(ax: Axes, text: str, width: int = 46) -> None:
     ax.set_title("\n".join(lines))
 
 
-def point(label: str, shape: Look | str, **how: Any) -> Line2D:
+def point(label: str, shape: Look | str, **kwargs: Any) -> Line2D:
     """A legend's entry: a marker without a line."""
     if isinstance(shape, Look):
-        how = {"color": shape.colour, **how}
+        kwargs = {"color": shape.colour, **kwargs}
         shape = shape.marker
-    return Line2D([], [], linestyle="none", marker=shape, label=label, **{"color": GREY, **how})
+    return Line2D([], [], linestyle="none", marker=shape, label=label, **{"color": GREY, **kwargs})
 
 
-def line(label: str, **how: Any) -> Line2D:
+def line(label: str, **kwargs: Any) -> Line2D:
     """A legend's entry: a line."""
-    return Line2D([], [], label=label, **{"color": GREY, **how})
+    return Line2D([], [], label=label, **{"color": GREY, **kwargs})
 
 
 def named(
@@ -240,5 +240,5 @@ def words(column: str) -> str:
     split = next((s for s in ("test", "dev") if column.startswith(f"{s}_")), "")
     rest = column.removeprefix(f"{split}_")
     names = {"perplexity": "perplexity per token", "word_perplexity": "perplexity per word"}
-    told = f"{split} {names.get(rest, rest.replace('_', ' '))}".strip()
-    return told[0].upper() + told[1:]
+    label = f"{split} {names.get(rest, rest.replace('_', ' '))}".strip()
+    return label[0].upper() + label[1:]

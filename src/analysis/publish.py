@@ -28,8 +28,8 @@ from src.storage.run_dir import read_rows
 SUMMARY = "results_summary.csv"
 ENDED = ("finished", "killed")  # what a study on another machine can go on from
 TRAIN_ROWS = 200
-WHOLE = ("study.json", "latency/*.json", "**/sanity.json", "**/learning_rates.*")
-OF_A_RUN = ("metrics.json", "documents_*.npz")
+STUDY_FILES = ("study.json", "latency/*.json", "**/sanity.json", "**/learning_rates.*")
+RUN_FILES = ("metrics.json", "documents_*.npz")
 
 
 def main() -> None:
@@ -39,8 +39,8 @@ def main() -> None:
     )
     parser.add_argument("--log_dir", type=Path, nargs="+", required=True, help="where the runs are")
     parser.add_argument("--output", type=Path, required=True, help="a folder below results/")
-    arguments = parser.parse_args()
-    log_dirs, output = arguments.log_dir, arguments.output
+    args = parser.parse_args()
+    log_dirs, output = args.log_dir, args.output
     for log_dir in log_dirs:
         if not log_dir.is_dir():
             raise Refusal(f"--log_dir {log_dir}: found no such directory; run a study first")
@@ -50,20 +50,20 @@ def main() -> None:
             "or an earlier publication of this study; name another"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with workshop(output.with_name(f".{output.name}.part")) as made:  # all of it, or nothing
-        gather(log_dirs, made)
+    with workshop(output.with_name(f".{output.name}.part")) as staging:  # all of it, or nothing
+        gather(log_dirs, staging)
         if (output / bundle.NAME).is_file():
-            _replace(output, made)
+            _replace(output, staging)
         else:
-            made.rename(output)  # where nothing is, or an empty folder
+            staging.rename(output)  # where nothing is, or an empty folder
     print(f"{output}: published")
 
 
-def _replace(output: Path, made: Path) -> None:
+def _replace(output: Path, staging: Path) -> None:
     """Bring an earlier publication up to date; Refusal where it has runs that are not here."""
     before = {row["run"] for row in read_csv(output / SUMMARY)
               if "path" in row and row["status"] in ENDED}  # fmt: skip
-    now = {row["run"] for row in read_csv(made / SUMMARY)}
+    now = {row["run"] for row in read_csv(staging / SUMMARY)}
     if lost := sorted(before - now):
         raise Refusal(
             f"--output {output}: found {len(lost)} published runs that no log directory has "
@@ -72,51 +72,52 @@ def _replace(output: Path, made: Path) -> None:
         )
     for figure in output.glob("*.png"):  # one that is no longer drawn contradicts the rest
         figure.unlink()
-    shutil.copytree(made, output, dirs_exist_ok=True)
+    shutil.copytree(staging, output, dirs_exist_ok=True)
 
 
 def gather(log_dirs: Sequence[Path], output: Path) -> None:
     """Make the publication in `output`; leaves by SystemExit where the aggregator refuses."""
     for log_dir in log_dirs:
-        _copy(log_dir, WHOLE, output / log_dir.resolve().name if len(log_dirs) > 1 else output)
+        folder = output / log_dir.resolve().name if len(log_dirs) > 1 else output
+        _copy(log_dir, STUDY_FILES, folder)
     table = output / SUMMARY
     if code := aggregate.main(["--log_dir", *map(str, log_dirs), "--output", str(table)]):
         raise SystemExit(code)
     rows = read_csv(table)
     for row in rows:
         if "path" in row:
-            where = Path("runs", str(row["run"]))
-            publish_run(Path(row["path"]), output / where)
-            row["path"] = str(where)
+            folder = Path("runs", str(row["run"]))
+            publish_run(Path(row["path"]), output / folder)
+            row["path"] = str(folder)
     write_csv([bundle.portable(row) for row in rows], table)
 
 
-def _copy(source: Path, patterns: Sequence[str], place: Path) -> None:
+def _copy(source: Path, patterns: Sequence[str], target: Path) -> None:
     for path in (path for pattern in patterns for path in source.glob(pattern)):
-        copy = place / path.relative_to(source)
+        copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
 
 
-def publish_run(run: Path, place: Path) -> None:
+def publish_run(run: Path, folder: Path) -> None:
     """The small files of one run directory; of an unfinished one, its curve."""
-    place.mkdir(parents=True, exist_ok=True)
-    _copy(run, OF_A_RUN, place)
+    folder.mkdir(parents=True, exist_ok=True)
+    _copy(run, RUN_FILES, folder)
     if environment := read_object(run / "environment.json"):
-        write_json(place / "environment.json", bundle.portable(environment))
+        write_json(folder / "environment.json", bundle.portable(environment))
     if (run / "metrics.jsonl").is_file():
-        write_atomic(place / "curve.csv", curve(run / "metrics.jsonl").encode())
+        write_atomic(folder / "curve.csv", curve(run / "metrics.jsonl").encode())
 
 
-def curve(record: Path) -> str:
-    """tokens, train_loss, dev_loss (nats a token) of a run's record as CSV."""
-    rows = pd.DataFrame(read_rows(record))
+def curve(metrics_log: Path) -> str:
+    """tokens, train_loss, dev_loss (nats a token) of a run's metrics.jsonl as CSV."""
+    rows = pd.DataFrame(read_rows(metrics_log))
     # A tuned run's rows have losses of its answers, which stand in its tuning.json.
     rows = rows.reindex(columns=["kind", "step", "tokens", "train_loss", "dev_loss"])
     train, dev = (
         rows[(rows["kind"] == kind) & rows[f"{kind}_loss"].notna()] for kind in ("train", "dev")
     )
-    every = max(1, -(-len(train) // TRAIN_ROWS))
-    kept = train[(train["step"] % every == 0) | (train.index == train.index.max())]
+    stride = max(1, -(-len(train) // TRAIN_ROWS))
+    kept = train[(train["step"] % stride == 0) | (train.index == train.index.max())]
     points = pd.concat([kept, dev]).groupby("tokens")[["train_loss", "dev_loss"]].last()
     return points.reset_index().to_csv(index=False, lineterminator="\n")

@@ -81,7 +81,7 @@ def rank_agreement(
 def _permutation_p(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Share of orderings of y that correlate with x at least as well."""
     ranks = stats.rankdata(y)
-    found = stats.permutation_test(
+    result = stats.permutation_test(
         (stats.rankdata(x),),
         lambda orders, axis: (orders * ranks).sum(axis=axis),
         permutation_type="pairings",
@@ -89,7 +89,7 @@ def _permutation_p(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
         n_resamples=50_000,  # above 8!, so that it counts all orders
         vectorized=True,
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def log_slope(curve: Sequence[tuple[int, float]]) -> float | None:

@@ -112,13 +112,13 @@ class Pairs(Generic[T]):
     left_out: tuple[str, ...]
 
 
-def pair(ours: Mapping[Label, T], theirs: Mapping[Label, T]) -> Pairs[T]:
+def pair(ours: Mapping[Label, T], baseline: Mapping[Label, T]) -> Pairs[T]:
     """Pair the runs of two configurations that differ in nothing but the configuration.
 
     Where both sides ran a seed under two digests, one pair of them counts (that of the digest with
     the most seeds): the same seed twice is no second seed.
     """
-    common = [label for label in ours if label in theirs and label[1] is not None]
+    common = [label for label in ours if label in baseline and label[1] is not None]
     seeds = Counter(digest for _, digest in common)
     kept: dict[int, Label] = {}
     for label in sorted(common, key=lambda label: (-seeds[label[1]], str(label[1]))):
@@ -127,11 +127,11 @@ def pair(ours: Mapping[Label, T], theirs: Mapping[Label, T]) -> Pairs[T]:
     left_out = [
         f"{side} seed {seed} (compute {'unknown' if digest is None else digest[:8]}): "
         + _why_alone((seed, digest), other, kept)
-        for side, runs, other in (("ours", ours, theirs), ("the baseline's", theirs, ours))
+        for side, runs, other in (("ours", ours, baseline), ("the baseline's", baseline, ours))
         for seed, digest in runs
         if kept.get(seed) != (seed, digest)
     ]
-    return Pairs(labels, tuple((ours[x], theirs[x]) for x in labels), tuple(left_out))
+    return Pairs(labels, tuple((ours[x], baseline[x]) for x in labels), tuple(left_out))
 
 
 def _why_alone(label: Label, others: Mapping[Label, object], kept: Mapping[int, Label]) -> str:

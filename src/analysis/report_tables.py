@@ -41,42 +41,42 @@ _NEEDS = {
 def tables(
     rows: Sequence[Row],
     study: Mapping[str, Any] | None = None,
-    kills: Sequence[kill_table.Judged] | None = None,
+    kills: Sequence[kill_table.JudgedRun] | None = None,
 ) -> dict[str, str]:
     """Every table by name; those of a study and of curves where there are any."""
     runs = table(rows)
-    told = [*order_sentences(runs), *processors_differ(runs)]
-    made = {
+    sentences = [*order_sentences(runs), *processors_differ(runs)]
+    by_name = {
         "summary": summary_table(runs),
         "rates": rates_table(runs),
-        "order": "\n".join(f"- {sentence}" for sentence in told) or "(nothing to order)",
+        "order": "\n".join(f"- {sentence}" for sentence in sentences) or "(nothing to order)",
         "metrics": metrics_table(runs),
         "metrics-rank": metrics_table(runs[runs["phase"] == "rank"]),
         "metrics-full": metrics_table(runs[runs["phase"] != "rank"]),
         "cost": cost_table(runs),
     }
     if study is not None:
-        made |= {"decisions": decisions_table(study), "winner": winner_table(study)}
+        by_name |= {"decisions": decisions_table(study), "winner": winner_table(study)}
     if kills is not None:
-        made["kill-rule"] = kill_table.table(kills)
-    return made
+        by_name["kill-rule"] = kill_table.table(kills)
+    return by_name
 
 
-def fill(report: str, made: Mapping[str, str]) -> str:
+def fill(report: str, contents: Mapping[str, str]) -> str:
     """The report with each marked table replaced. Raises ValueError for markers it cannot serve."""
     closed = {match["name"] for match in _MARKER.finditer(report)}
     for name in _OPEN.findall(report):
         if name not in closed:
             raise ValueError(f"<!-- table:{name} --> has no <!-- /table:{name} --> after it.")
-        if name not in made:
+        if name not in contents:
             raise ValueError(
-                f"<!-- table:{name} --> names no table; expected one of {', '.join(sorted(made))}"
-                + f"{_NEEDS.get(name, '')}."
+                f"<!-- table:{name} --> names no table; expected one of "
+                f"{', '.join(sorted(contents))}{_NEEDS.get(name, '')}."
             )
 
     def replaced(match: re.Match[str]) -> str:
         name = match["name"]
-        return f"<!-- table:{name} -->\n{made[name]}\n<!-- /table:{name} -->"
+        return f"<!-- table:{name} -->\n{contents[name]}\n<!-- /table:{name} -->"
 
     return _MARKER.sub(replaced, report)
 
@@ -94,12 +94,12 @@ def summary_table(runs: pd.DataFrame) -> str:
             glu = block.runs[GLU_EXPANSION.asked].nunique() > 1
             head = f"configuration | {'GLU' if glu else 'share'} | layers | rate | seeds | "
             head += f"{split} PPL | against {block.baseline or 'the baseline'} | {split} bits/byte"
-            body = _compared(block, split, GLU_EXPANSION if glu else EMBEDDING_RATIO)
+            body = _comparison(block, split, GLU_EXPANSION if glu else EMBEDDING_RATIO)
             parts.append(f"**{block.title}**\n\n{markdown(head, body, '')}")
     return "\n\n".join(parts) or "(no finished run)"
 
 
-def _compared(block: Block, split: str, axis: Request) -> list[list[str]]:
+def _comparison(block: Block, split: str, axis: Request) -> list[list[str]]:
     best = at_own_rates(block.runs)
     body = []
     order = best.groupby("configuration")[axis.built].mean().sort_values()
@@ -124,15 +124,16 @@ def _compared(block: Block, split: str, axis: Request) -> list[list[str]]:
 
 def _against(block: Block, name: str, best: pd.DataFrame, key: str) -> str:
     """Perplexity against the baseline's, and which runs say so where not all do."""
-    found = gap(name, block.baseline or "", best, key)
-    if found is None:
+    difference = gap(name, block.baseline or "", best, key)
+    if difference is None:
         return DASH
-    low, ratio, high = (f"{100 * (value - 1):+.1f}" for value in found.interval.ratio)
+    pairs, seeds = difference.pairs, difference.seeds
+    low, ratio, high = (f"{100 * (value - 1):+.1f}" for value in difference.interval.ratio)
     most = max(int((best["configuration"] == side).sum()) for side in (name, block.baseline))
-    if found.interval.seeds < 2:
-        return f"{ratio} %" + f" (seed {found.seeds[0]})" * (most > len(found.seeds))
-    pairs = f", {found.pairs} pairs" * (found.pairs < most) if found.pairs else ", no pairs"
-    return f"{ratio} % ({low} to {high}{pairs})"
+    if difference.interval.seeds < 2:
+        return f"{ratio} %" + f" (seed {seeds[0]})" * (most > len(seeds))
+    basis = f", {pairs} pairs" * (pairs < most) if pairs else ", no pairs"
+    return f"{ratio} % ({low} to {high}{basis})"
 
 
 def rates_table(runs: pd.DataFrame) -> str:
@@ -142,9 +143,9 @@ def rates_table(runs: pd.DataFrame) -> str:
     for block in blocks(runs):
         if block.many_rates:
             best = own_rates(block.runs)
-            mates = block.runs.groupby("configuration", group_keys=False)
-            alike = pd.concat([on_common_seeds(mine, "learning_rate") for _, mine in mates])
-            means = alike.pivot_table(
+            groups = block.runs.groupby("configuration", group_keys=False)
+            comparable = pd.concat([on_common_seeds(group, "learning_rate") for _, group in groups])
+            means = comparable.pivot_table(
                 index="configuration", columns="learning_rate", values="dev_perplexity"
             )
             head = f"configuration | {' | '.join(spelled(rate) for rate in means.columns)}"
@@ -162,22 +163,22 @@ def rates_table(runs: pd.DataFrame) -> str:
 def processors_differ(runs: pd.DataFrame) -> list[str]:
     """Sentences for each block whose runs were computed on different processors, or by different
     programs: they stand beside each other all the same."""
-    told = []
+    sentences = []
     for block in blocks(runs):
         programs = block.runs["program_digest"].nunique()
         counts = block.runs["processors"].value_counts().sort_index()
         if programs > 1:
-            told.append(
+            sentences.append(
                 f"{block.title}: computed by {programs} programs (code, versions or "
                 "settings, program_digest): a difference between such runs may come from that."
             )
         if len(counts) > 1:
             names = ", ".join(f"{name}: {n}" for name, n in counts.items())
-            told.append(
+            sentences.append(
                 f"{block.title}: on {len(counts)} kinds of processor ({names} runs): compared all "
                 "the same; rounding differs, which acts like another seed."
             )
-    return told
+    return sentences
 
 
 # --- of all numbers -------------------------------------------------------------------------------
@@ -250,18 +251,18 @@ def _latency(group: pd.DataFrame, length: int) -> str:
         )
         interval = "" if pd.isna(low) or pd.isna(high) else f" ({low:.2f} to {high:.2f})"
         return f"x {ratio:.2f}{interval}"
-    found = group[f"latency_ms_p50_l{length}"]
-    if found.isna().all():
+    milliseconds = group[f"latency_ms_p50_l{length}"]
+    if milliseconds.isna().all():
         return DASH
-    least, most = f"{found.min():.1f}", f"{found.max():.1f}"
+    least, most = f"{milliseconds.min():.1f}", f"{milliseconds.max():.1f}"
     return f"{least} ms" if least == most else f"{least} to {most} ms"
 
 
 def _built(run: pd.Series, quantity: Request, write: Callable[[float], str]) -> str:
-    built, asked = run[quantity.built], run[quantity.asked]
+    built, requested = run[quantity.built], run[quantity.asked]
     if pd.isna(built):
         return DASH
-    return write(built) if pd.isna(asked) else f"{write(built)} ({write(asked)})"
+    return write(built) if pd.isna(requested) else f"{write(built)} ({write(requested)})"
 
 
 def _tokens(tokens: float) -> str:
@@ -296,20 +297,20 @@ def decisions_table(study: Mapping[str, Any]) -> str:
             "study.json has no list of objects under `decisions`; expected one object a decision."
         )
     keys = list(dict.fromkeys(key for decision in decisions for key in decision))
-    body = [[_decision(decision.get(key)) for key in keys] for decision in decisions]
+    body = [[_decision_text(decision.get(key)) for key in keys] for decision in decisions]
     return markdown(" | ".join(key.replace("_", " ") for key in keys), body, "no decision yet")
 
 
-def _decision(value: Any) -> str:
+def _decision_text(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(_decision(item) for item in value) or DASH
+        return ", ".join(_decision_text(item) for item in value) or DASH
     return f"{value:.4g}" if isinstance(value, float) else field(value)
 
 
 def winner_table(study: Mapping[str, Any]) -> str:
     """`study["winner"]`: each candidate and the outcome, strict and with the margin."""
-    found = study.get("winner")
-    if found is None:
+    winner = study.get("winner")
+    if winner is None:
         return "(no finalist was judged)"
     body = [
         [
@@ -319,12 +320,12 @@ def winner_table(study: Mapping[str, Any]) -> str:
             field(candidate["margin"]),
             field("; ".join(candidate["reasons"])),
         ]
-        for candidate in found["candidates"]
+        for candidate in winner["candidates"]
     ]
-    outcome = [f"**{field(found[key] or 'no winner')}**" for key in ("strict", "margin")]
-    body.append(["**winner**", "", *outcome, found["reason"]])
+    outcome = [f"**{field(winner[key] or 'no winner')}**" for key in ("strict", "margin")]
+    body.append(["**winner**", "", *outcome, winner["reason"]])
     head = (
-        f"configuration | perplexity against {found['baseline']} | strict: latency and memory not "
+        f"configuration | perplexity against {winner['baseline']} | strict: latency and memory not "
         "above the baseline's | with 3 % above allowed | why"
     )
     return markdown(head, body, "")

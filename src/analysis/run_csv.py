@@ -28,8 +28,8 @@ def table(rows: Iterable[Row]) -> pd.DataFrame:
     Also `configuration`, `baseline_configuration`: the experiments without a list's rate; and
     `budget`: trained tokens to two digits, which the runs of one comparison share.
     """
-    found = pd.DataFrame(list(rows), dtype=object)
-    columns = dict(found.reindex(columns=list({**KEYS, **found})).astype(object))
+    frame = pd.DataFrame(list(rows), dtype=object)
+    columns = dict(frame.reindex(columns=list({**KEYS, **frame})).astype(object))
     for name, key in KEYS.items():
         if key.kind in ("number", "integer"):
             numbers = pd.to_numeric(columns[name], errors="coerce").astype(float)
@@ -51,8 +51,8 @@ def details_path(summary: Path) -> Path:
 
 def unlisted(rows: Iterable[Row]) -> list[str]:
     """Keys that src/spec/metric_keys.py does not know; they are tabulated all the same."""
-    found = {key for row in rows for key in row} - set(KEYS)
-    return sorted(key for key in found if not key.startswith(f"{SMALLBENCH}_"))
+    keys = {key for row in rows for key in row} - set(KEYS)
+    return sorted(key for key in keys if not key.startswith(f"{SMALLBENCH}_"))
 
 
 def write_csv(rows: Sequence[Row], summary: Path) -> None:
@@ -82,9 +82,9 @@ def read_csv(summary: Path) -> list[Row]:
     records = frame.astype(object).to_dict("records")
     rows = [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in records]
     for row in rows:
-        place = summary.parent / "runs" / str(row["run"])
-        if "path" in row and place.is_dir():
-            row["path"] = str(place)
+        folder = summary.parent / "runs" / str(row["run"])
+        if "path" in row and folder.is_dir():
+            row["path"] = str(folder)
     return rows
 
 

@@ -31,8 +31,8 @@ def learning_curves(runs: pd.DataFrame, curves: Curves, styles: Styles, output: 
 
     A panel never holds two tokenizers: their perplexities would not compare.
     """
-    whose = runs["same_as"].fillna(runs["run"])  # an equal run's curve stands in its place
-    curves = {run: curves.get(other, ()) for run, other in zip(runs["run"], whose, strict=True)}
+    sources = runs["same_as"].fillna(runs["run"])  # an equal run's curve stands in its place
+    curves = {run: curves.get(source, ()) for run, source in zip(runs["run"], sources, strict=True)}
     known = runs[runs["run"].map(lambda name: bool(curves[name])) & runs["experiment"].notna()]
     if known.empty:
         return False
@@ -92,8 +92,8 @@ def _draw_curves(
             jump = row.loss_largest_rise_step * row.batch_size * row.seq_len
             ax.plot([jump / factor], [0.96], "v", color=look.colour, mfc="none", ms=4, zorder=5,
                     transform=ax.get_xaxis_transform())  # fmt: skip
-            told = f"train loss jumped by more than {JUMP_NATS:g} nat here"
-            handles.append(paper.point(told, "v", mfc="none", ms=4))
+            label = f"train loss jumped by more than {JUMP_NATS:g} nat here"
+            handles.append(paper.point(label, "v", mfc="none", ms=4))
     first = group.iloc[0]
     parts = [] if math.isnan(first["vocab_size"]) else [f"V = {first['vocab_size']:,.0f}"]
     if not math.isnan(first["batch_size"]):
@@ -109,21 +109,21 @@ def _draw_curves(
 
 def _ended(group: pd.DataFrame) -> pd.DataFrame:
     """The runs whose ends the panel must show: finished and killed ones, where there are any."""
-    found = group[group["status"].isin(["finished", "killed"])]
-    return found if len(found) else group
+    ended = group[group["status"].isin(["finished", "killed"])]
+    return ended if len(ended) else group
 
 
 def _mark_end(ax: Axes, status: str, x: float, y: float, look: paper.Look) -> list[Any]:
     """A mark where a run that did not finish ended; an arrow at the frame where that is outside."""
-    how: dict[str, Any] = {"color": look.colour, "mfc": "none", "zorder": 5}
+    kwargs: dict[str, Any] = {"color": look.colour, "mfc": "none", "zorder": 5}
     if y > ax.get_ylim()[1]:
-        ax.plot([x], [0.96], "^", ms=4, transform=ax.get_xaxis_transform(), **how)
+        ax.plot([x], [0.96], "^", ms=4, transform=ax.get_xaxis_transform(), **kwargs)
         return [paper.point("ends above the panel", "^", mfc="none", ms=4)]
     if status == "finished":
         return []
-    shape, told = ("x", "killed") if status == "killed" else ("o", "not finished")
-    ax.plot([x], [y], shape, mew=1.2, **how)
-    return [paper.point(told, shape, mfc="none", mew=1.2)]
+    shape, label = ("x", "killed") if status == "killed" else ("o", "not finished")
+    ax.plot([x], [y], shape, mew=1.2, **kwargs)
+    return [paper.point(label, shape, mfc="none", mew=1.2)]
 
 
 def _draw_differences(ax: Axes, group: pd.DataFrame, curves: Curves, styles: Styles) -> bool:
@@ -181,14 +181,14 @@ def pareto_figure(runs: pd.DataFrame, styles: Styles, output: Path) -> bool:
         return False
     column = column_of("bits_per_byte", group)
     group = group.dropna(subset=[column])
-    beside, one_device = side_by_side(group), group["device_name"].nunique() <= 1
+    reference, one_device = side_by_side(group), group["device_name"].nunique() <= 1
     panels = []
     for key, label, scale in _COSTS:
         shown = group
-        if key.startswith("latency") and beside is not None:
+        if key.startswith("latency") and reference is not None:
             length = key.rpartition("_l")[2]
-            key, label = f"latency_ratio_l{length}", f"Latency over {beside}'s, L = {length}"
-            shown = group.assign(**{key: group[key].where(group["latency_ratio_to"] == beside)})
+            key, label = f"latency_ratio_l{length}", f"Latency over {reference}'s, L = {length}"
+            shown = group.assign(**{key: group[key].where(group["latency_ratio_to"] == reference)})
             measured = shown.dropna(subset=[key])["configuration"]
             shown = shown[shown["configuration"].isin(measured)]
         elif key.startswith("latency") and not one_device:
@@ -213,7 +213,7 @@ def pareto_figure(runs: pd.DataFrame, styles: Styles, output: Path) -> bool:
         note = f"{len(group)} of {len(finished)} finished runs: "
         note += "ranking" if first["phase"] == "rank" else "full"
         note += f", {tokens_text(first['budget'])} tokens"
-        if not one_device and beside is None and group["latency_ms_p50_l128"].notna().any():
+        if not one_device and reference is None and group["latency_ms_p50_l128"].notna().any():
             note += "; no latency, for their devices differ"
         paper.finish(figure, handles, f"{paper.words(column)} against cost", group, styles, note)
         paper.save(figure, output)
@@ -267,10 +267,10 @@ def _draw_front(
     if len(front) < len(points):
         handles.append(paper.point("hollow: beaten in both", "o", mfc="none"))
     if bar is not None:
-        how: dict[str, Any] = {"color": "#009E73", "alpha": 0.13}
+        kwargs: dict[str, Any] = {"color": "#009E73", "alpha": 0.13}
         ends = [ax.get_xlim()[0], base[key].mean() * scale]
-        ax.fill_between(ends, ax.get_ylim()[0], bar, lw=0, zorder=0, **how)
-        handles.append(Patch(label="5 % lower PPL at no more cost", **how))
+        ax.fill_between(ends, ax.get_ylim()[0], bar, lw=0, zorder=0, **kwargs)
+        handles.append(Patch(label="5 % lower PPL at no more cost", **kwargs))
     return handles
 
 
@@ -287,39 +287,41 @@ def rank_agreement_figure(runs: pd.DataFrame, styles: Styles, output: Path) -> b
     Means are over equal seeds of both budgets; Spearman's correlation stands in each panel's title.
     """
     done = runs[(runs["status"] == "finished") & runs["dev_perplexity"].notna()]
-    found = []
-    for sweep, mine in done.groupby("sweep"):
+    panels = []
+    for sweep, sweep_runs in done.groupby("sweep"):
         short, full = (
-            {name: dict(zip(cell["seed"], cell["dev_perplexity"], strict=True))
-             for name, cell in mine[mine["phase"] == phase].groupby("experiment")}
+            {name: dict(zip(group["seed"], group["dev_perplexity"], strict=True))
+             for name, group in sweep_runs[sweep_runs["phase"] == phase].groupby("experiment")}
             for phase in ("rank", "full")
         )  # fmt: skip
         try:
-            one = rank_agreement(short, full)
+            agreement = rank_agreement(short, full)
         except ValueError:
             continue
-        if one.n >= 2:
-            found.append((str(sweep), mine, one))
-    if not found:
+        if agreement.n >= 2:
+            panels.append((str(sweep), sweep_runs, agreement))
+    if not panels:
         return False
     with paper.style():
-        figure, axes = paper.grid(len(found))
+        figure, axes = paper.grid(len(panels))
         handles: list[Any] = []
-        for ax, (sweep, mine, one) in zip(axes, found, strict=True):
-            of = dict(zip(mine["experiment"], mine["configuration"], strict=True))
-            names = [of[name] for name in one.names]
-            paper.hold(ax, "x", one.short)
-            paper.hold(ax, "y", one.full)
-            for name, x, y in zip(names, one.short, one.full, strict=True):
+        for ax, (sweep, sweep_runs, agreement) in zip(axes, panels, strict=True):
+            configuration_of = dict(
+                zip(sweep_runs["experiment"], sweep_runs["configuration"], strict=True)
+            )
+            names = [configuration_of[name] for name in agreement.names]
+            paper.hold(ax, "x", agreement.short)
+            paper.hold(ax, "y", agreement.full)
+            for name, x, y in zip(names, agreement.short, agreement.full, strict=True):
                 ax.plot([x], [y], styles[name].marker, color=styles[name].colour)
-            handles += paper.named(names, styles, mine["baseline_configuration"])
-            told = f"{Path(sweep).stem}: {one.n} configurations"
-            told += "" if one.spearman is None else f", Spearman {one.spearman:+.2f}"
-            told += f"\n{one.left_out} runs without a partner" if one.left_out else ""
-            paper.title(ax, told)
+            handles += paper.named(names, styles, sweep_runs["baseline_configuration"])
+            title = f"{Path(sweep).stem}: {agreement.n} configurations"
+            title += "" if agreement.spearman is None else f", Spearman {agreement.spearman:+.2f}"
+            title += f"\n{agreement.left_out} runs without a partner" if agreement.left_out else ""
+            paper.title(ax, title)
             ax.set_xlabel("Dev perplexity, ranking budget")
             ax.set_ylabel("Dev perplexity, full budget")
-        drawn = pd.concat([mine for _, mine, _ in found])
+        drawn = pd.concat([sweep_runs for _, sweep_runs, _ in panels])
         paper.finish(figure, handles, "Do short rankings foretell full ones?", drawn, styles)
         paper.save(figure, output)
     return True

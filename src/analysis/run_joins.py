@@ -27,7 +27,7 @@ class Sweeps:
 
     def __init__(self) -> None:
         # By file and phase; the phase is None where no seeds are listed for it.
-        self._found: dict[tuple[str, str | None], Sweep] = {}
+        self._sweeps: dict[tuple[str, str | None], Sweep] = {}
 
     def add(self, config: Mapping[str, Any]) -> None:
         sweep = config.get("sweep")
@@ -37,8 +37,8 @@ class Sweeps:
             return
         planned = sweep.get("seeds") and sweep.get("phase") == config.get("phase")
         key = (sweep["file"], sweep.get("phase") if planned else None)
-        if _size(sweep) > _size(self._found.setdefault(key, sweep)):
-            self._found[key] = sweep
+        if _size(sweep) > _size(self._sweeps.setdefault(key, sweep)):
+            self._sweeps[key] = sweep
 
     def unbegun(self, rows: Iterable[Row], prefix: str = "") -> list[Row]:
         """Runs that a sweep lists, in a phase that was begun, and that were not begun themselves.
@@ -47,17 +47,17 @@ class Sweeps:
         A sweep that lists no seeds lacks an experiment only where no run of it was begun. A seed
         that other experiments were given by hand is nobody's plan: its row is only a question.
         """
-        mine = [row for row in rows if row["run"].startswith(prefix)]
-        known = {row["run"] for row in mine}  # a run whose config.yaml is not readable, too
-        listed = [row | {"run": f"{prefix}{row['run']}"} for row in self._listed(mine)]
+        begun = [row for row in rows if row["run"].startswith(prefix)]
+        known = {row["run"] for row in begun}  # a run whose config.yaml is not readable, too
+        listed = [row | {"run": f"{prefix}{row['run']}"} for row in self._listed(begun)]
         return [row for row in listed if row["run"] not in known]
 
     def _listed(self, rows: Sequence[Row]) -> Iterator[Row]:
-        who = ("sweep", "phase", "experiment", "seed")
-        begun = {tuple(row.get(key) for key in who) for row in rows}
+        identity = ("sweep", "phase", "experiment", "seed")
+        begun = {tuple(row.get(key) for key in identity) for row in rows}
         named = {(file, name) for file, _, name, _ in begun}
-        planned = {file for file, phase in self._found if phase is not None}
-        for (file, phase), sweep in sorted(self._found.items(), key=lambda item: str(item[0])):
+        planned = {file for file, phase in self._sweeps if phase is not None}
+        for (file, phase), sweep in sorted(self._sweeps.items(), key=lambda item: str(item[0])):
             seeds = {s for f, p, _, s in begun if (f, p) == (file, phase) and s is not None}
             for name in map(str, sweep.get("experiments") or ()):
                 row = _missing(sweep, name)
@@ -75,8 +75,8 @@ class Sweeps:
 def each_once(rows: Iterable[Row]) -> list[Row]:
     """Rows without those of copied directories; the furthest copy is kept and names the others."""
     kept: dict[Any, Row] = {}
-    for place, row in enumerate(rows):
-        key = same_copy(row) or place
+    for index, row in enumerate(rows):
+        key = same_copy(row) or index
         other = kept.setdefault(key, row)
         if other is not row:
             better, worse = sorted((other, row), key=lambda r: STATUSES.index(r["status"]))
@@ -107,22 +107,22 @@ def provided(unbegun: Iterable[Row], rows: Sequence[Row]) -> Iterator[Row]:
 def aliases(study: Mapping[str, Any], rows: Sequence[Row], prefix: str = "") -> list[Row]:
     """Configurations that a study did not train because an equal one was."""
     known = {row["run"]: row for row in rows}
-    found = []
+    result = []
     for alias in study.get("aliases", []):
         other = known.get(f"{prefix}{alias['alias_of']}", {})
         name = f"{prefix}{alias['run']}"
         if other.get("status") in ("finished", "killed") and name not in known:
-            found.append(stands_for(other, {**alias, "run": name}))
-    return found
+            result.append(stands_for(other, {**alias, "run": name}))
+    return result
 
 
 def stands_for(other: Row, own: Mapping[str, Any]) -> Row:
     """The row of a run under its own name, with what the other asked for and measured."""
     names = ("run", "experiment", "sweep", "baseline", "baseline_name")
-    asked = {key: own[key] for key in (*names, *(q.asked for q in REQUESTS)) if key in own}
+    requested = {key: own[key] for key in (*names, *(q.asked for q in REQUESTS)) if key in own}
     kept = {key: value for key, value in other.items() if key not in _OWN}
-    told = f"the same model and training as {other['run']}"
-    return kept | asked | {"same_as": other["run"], "reason": told}
+    reason = f"the same model and training as {other['run']}"
+    return kept | requested | {"same_as": other["run"], "reason": reason}
 
 
 def _data_of(row: Row, rows: Sequence[Row]) -> Row:
@@ -132,15 +132,15 @@ def _data_of(row: Row, rows: Sequence[Row]) -> Row:
     corpora = {r.get("corpus") for r in rows if r.get("sweep") == row["sweep"]}
     near = [r for r in alike if r.get("sweep") == row["sweep"]]
     near = near or [r for r in alike if r.get("corpus") in corpora]
-    found = {tuple(r.get(key) for key in DATA) for r in near}
-    return dict(zip(DATA, found.pop(), strict=True)) if len(found) == 1 else {}
+    datasets = {tuple(r.get(key) for key in DATA) for r in near}
+    return dict(zip(DATA, datasets.pop(), strict=True)) if len(datasets) == 1 else {}
 
 
 def built_of(sweep: Mapping[str, Any], experiment: Any) -> Row:
     """What the sweep's config.yaml says would be built of an experiment, if it says it."""
-    every = sweep.get("built")
-    found = every.get(experiment) if isinstance(every, dict) else None
-    return found if isinstance(found, dict) else {}
+    built = sweep.get("built")
+    shape = built.get(experiment) if isinstance(built, dict) else None
+    return shape if isinstance(shape, dict) else {}
 
 
 def _missing(sweep: Sweep, name: str) -> Row:

@@ -19,7 +19,7 @@ import yaml
 
 from src.analysis.run_csv import Row
 from src.analysis.run_joins import Sweeps, aliases, and_also, built_of, each_once, provided
-from src.evaluation import metrics as record
+from src.evaluation import metrics as run_metrics
 from src.spec import run_identity
 from src.spec.metric_keys import KEYS, SMALLBENCH
 from src.storage import run_dir
@@ -31,13 +31,13 @@ _MARKS = ("config.yaml", "metrics.json", "metrics.jsonl", "failure.json", "check
 
 def find_runs(log_dir: Path) -> list[Path]:
     """Every run directory at or below log_dir, in name order; nothing inside a run is searched."""
-    found = []
+    runs = []
     for folder, names, files in os.walk(log_dir):
         if any(mark in files or mark in names for mark in _MARKS):
-            found.append(Path(folder))
+            runs.append(Path(folder))
             names.clear()
         names.sort()
-    return found
+    return runs
 
 
 def read_rows(*log_dirs: Path) -> list[Row]:
@@ -54,9 +54,9 @@ def read_rows(*log_dirs: Path) -> list[Row]:
             "different names, for the runs are called by them"
         )
     prefixes = [f"{name}/" if len(names) > 1 else "" for name in names]
-    found = [_read(*one) for one in zip(log_dirs, prefixes, strict=True)]
-    rows = each_once(row for rows, _, _ in found for row in rows)
-    for (_, sweeps, study), prefix in zip(found, prefixes, strict=True):
+    contents = list(map(_read, log_dirs, prefixes))
+    rows = each_once(row for rows, _, _ in contents for row in rows)
+    for (_, sweeps, study), prefix in zip(contents, prefixes, strict=True):
         rows += aliases(study, rows, prefix)
         rest = provided(sweeps.unbegun(rows, prefix), rows)
         rows += [
@@ -89,33 +89,33 @@ def _is_planned(row: Row, study: Mapping[str, Any], prefix: str) -> bool:
 
 def _read_run(path: Path, config: Mapping[str, Any]) -> Row:
     """What the run's directory says of it, but for its name and place."""
-    asked = _from_config(config)
+    known = _from_config(config)
 
     def failed(reason: str) -> Row:
-        return asked | {"status": "failed", "reason": reason}
+        return known | {"status": "failed", "reason": reason}
 
     if (path / "metrics.json").exists():
         metrics = read_object(path / "metrics.json")
         if metrics is None:
             return failed("metrics.json is not a JSON object")
-        row = asked | {key: value for key, value in _flatten(metrics).items() if value is not None}
+        row = known | {key: value for key, value in _flatten(metrics).items() if value is not None}
         if lacks := [key for key in ("experiment", "phase", "seed") if row.get(key) is None]:
             return failed(f"metrics.json is of no run of this project: no {', '.join(lacks)}")
         if row.get("status") not in ("finished", "killed"):
             row |= {"status": "failed", "reason": f"metrics.json says status {row.get('status')!r}"}
         return row
-    asked |= (last := _last_row(path))
+    known |= (last := _last_row(path))
     if (path / "failure.json").exists():
         failure = read_object(path / "failure.json") or {}
-        told = [str(failure[key]) for key in ("kind", "reason", "message") if failure.get(key)]
-        return failed(": ".join(told) or "failure.json gives no reason")
+        parts = [str(failure[key]) for key in ("kind", "reason", "message") if failure.get(key)]
+        return failed(": ".join(parts) or "failure.json gives no reason")
     at = f"step {last['steps']:,}" if last else "before its first row"
-    return asked | {"status": "unfinished", "reason": f"stopped at {at}, no metrics.json yet"}
+    return known | {"status": "unfinished", "reason": f"stopped at {at}, no metrics.json yet"}
 
 
 def _from_config(config: Mapping[str, Any]) -> Row:
     """What a run that never wrote metrics.json is known to be: who it is and what was asked."""
-    asked, model, training, built, params, sweep = (
+    requested, model, training, built, params, sweep = (
         part if isinstance(part := config.get(name), dict) else {}
         for name in ("asked", "model", "training", "built", "params", "sweep")
     )
@@ -126,7 +126,7 @@ def _from_config(config: Mapping[str, Any]) -> Row:
         "baseline": None if experiment is None or baseline is None else experiment == baseline,
         "baseline_name": baseline,
         **built_of(sweep, experiment),
-        **asked, **built, **model,
+        **requested, **built, **model,
         **{f"params_{block}": count for block, count in params.items()},
         **{key: training.get(key) for key in ("batch_size", "seq_len", "learning_rate")},
     }  # fmt: skip
@@ -143,19 +143,19 @@ def _last_row(path: Path) -> dict[str, int]:
         rows = run_dir.read_rows(path / "metrics.jsonl")
     except ValueError:
         return {}
-    told = [row for row in rows if "step" in row and "tokens" in row]
-    return {"steps": told[-1]["step"], "tokens": told[-1]["tokens"]} if told else {}
+    progress = [row for row in rows if "step" in row and "tokens" in row]
+    return {"steps": progress[-1]["step"], "tokens": progress[-1]["tokens"]} if progress else {}
 
 
 def computed(path: Path) -> Row:
     """What environment.json says of the program and the processors that computed a run, for those
     whose metrics.json is older than these keys; nothing where it does not say."""
-    found = (read_object(path / "environment.json") or {}).get("computed")
-    if not found or not all(isinstance(one, dict) and one for one in found):
+    conditions = (read_object(path / "environment.json") or {}).get("computed")
+    if not conditions or not all(isinstance(part, dict) and part for part in conditions):
         return {}
     return {
-        "program_digest": run_identity.program_digest(found),
-        "processors": run_identity.processors(found),
+        "program_digest": run_identity.program_digest(conditions),
+        "processors": run_identity.processors(conditions),
     }
 
 
@@ -200,7 +200,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], str | None]:
         return {}, f"config.yaml cannot be read ({type(error).__name__})"
     if not isinstance(config, dict):
         return {}, "config.yaml is no mapping"
-    if record.edited(config):
+    if run_metrics.edited(config):
         return {}, "config.yaml is not as the run wrote it (its digest differs), so it was not read"
     return config, None
 
@@ -227,18 +227,18 @@ def read_ratios(log_dir: Path) -> dict[str, dict[str, Any]]:
     baseline of most comparisons counts.
     """
     files = sorted((log_dir / "latency").glob("*.json"))
-    found = [one for file in files if _is_comparison(one := read_object(file) or {})]
-    counts = Counter(one["baseline"] for one in found)
+    comparisons = [content for file in files if _is_comparison(content := read_object(file) or {})]
+    counts = Counter(content["baseline"] for content in comparisons)
     ratios: dict[str, dict[str, Any]] = {}
-    for one in sorted(found, key=lambda one: counts[one["baseline"]]):
-        to = {"latency_ratio_to": one["baseline"]}
-        rows = {key: one["comparison"][key] for key in LENGTHS}
-        ratios[one["ours"]] = to | {
+    for content in sorted(comparisons, key=lambda content: counts[content["baseline"]]):
+        reference = {"latency_ratio_to": content["baseline"]}
+        rows = {key: content["comparison"][key] for key in LENGTHS}
+        ratios[content["ours"]] = reference | {
             f"latency_{name}_{key}": row[name]
             for key, row in rows.items()
             for name in ("ratio", "ratio_low", "ratio_high")
         }
-        ratios[one["baseline"]] = to | {f"latency_ratio_{key}": 1.0 for key in rows}
+        ratios[content["baseline"]] = reference | {f"latency_ratio_{key}": 1.0 for key in rows}
     return ratios
 
 

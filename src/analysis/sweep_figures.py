@@ -63,11 +63,11 @@ def runs_of_axis(runs: pd.DataFrame, axis: Axis) -> pd.DataFrame:
     """
     done = runs[runs["status"].isin(["finished", "killed"]) & runs[axis.quantity.built].notna()]
     sweep = done["sweep"].fillna("")
-    here, there = (
+    values, other_values = (
         done[q.asked].fillna(done[q.built].round(3)).round(4).groupby(sweep).nunique()
         for q in (axis.quantity, axis.other)
     )
-    return done[sweep.isin(here.index[(here > 1) | (there <= 1)])]
+    return done[sweep.isin(values.index[(values > 1) | (other_values <= 1)])]
 
 
 def refuse_mixed_tokenizers(runs: pd.DataFrame, metric: str) -> None:
@@ -80,13 +80,14 @@ def refuse_mixed_tokenizers(runs: pd.DataFrame, metric: str) -> None:
         return
     names = runs.groupby("tokenizer_sha256")["run"].agg(sorted)
     if len(names) > 1:
-        told = "; ".join(
-            f"{key[:12]}: {', '.join(some[:4])}{' ...' * (len(some) > 4)}"
-            for key, some in names.items()
+        listing = "; ".join(
+            f"{key[:12]}: {', '.join(run_names[:4])}{' ...' * (len(run_names) > 4)}"
+            for key, run_names in names.items()
         )
         raise MixedTokenizers(
             f"token perplexities of {len(names)} different tokenizers cannot stand in one figure "
-            f"({told}). Pass --metric bits_per_byte, or aggregate the runs of each tokenizer apart."
+            f"({listing}). Pass --metric bits_per_byte, or aggregate the runs of each tokenizer "
+            "apart."
         )
 
 
@@ -135,12 +136,12 @@ def _draw(ax: Axes, block: Block, axis: Axis, column: str, styles: Styles) -> li
     low, high = best[column].min(), best[column].max()
     room = (high - low) or 0.05 * high
     near = others[column][others[column] <= high + 1.5 * room]
-    held = [low, high, *near, *([] if bar is None else [bar])]
+    y_values = [low, high, *near, *([] if bar is None else [bar])]
     ends = pd.concat([points["low"], points["high"]]).dropna()
-    held += [*ends.clip(low - room, high + room)]
+    y_values += [*ends.clip(low - room, high + room)]
     if len(block.killed):
-        held.append(max(held) + 0.2 * (max(held) - min(held) or room))
-    paper.hold(ax, "y", held)
+        y_values.append(max(y_values) + 0.2 * (max(y_values) - min(y_values) or room))
+    paper.hold(ax, "y", y_values)
     paper.hold(ax, "x", axis.scale * pd.concat([runs, block.killed])[axis.quantity.built])
     handles = _draw_rates(ax, others, axis, column, styles) if len(others) else []
     handles += _draw_points(ax, points, best, column, styles)
@@ -162,13 +163,13 @@ def _title(
 ) -> str:
     seeds = best.groupby("configuration")["seed"].nunique()
     least, most = seeds.min(), seeds.max()
-    told = [f"{least if least == most else f'{least} to {most}'} seed{'s' * bool(most > 1)}"]
+    parts = [f"{least if least == most else f'{least} to {most}'} seed{'s' * bool(most > 1)}"]
     if base.empty and block.baseline is not None:
         gone = (block.killed["configuration"] == block.baseline).any()
-        told.append(f"baseline {block.baseline} {'was killed' if gone else 'is not finished'}")
+        parts.append(f"baseline {block.baseline} {'was killed' if gone else 'is not finished'}")
     if len(block.runs) > len(runs):
-        told.append(f"{len(block.runs) - len(runs)} runs without {column}")
-    return f"{block.kind}\n{block.file}: {'; '.join(told)}"
+        parts.append(f"{len(block.runs) - len(runs)} runs without {column}")
+    return f"{block.kind}\n{block.file}: {'; '.join(parts)}"
 
 
 def _series(best: pd.DataFrame, axis: Axis, many_rates: bool) -> pd.Series:
@@ -183,21 +184,21 @@ def _series(best: pd.DataFrame, axis: Axis, many_rates: bool) -> pd.Series:
     if not many_rates:
         names["learning_rate"] = lambda v: f"rate {spelled(v)}"
     table = best["embedding_dim"].notna().map({True: "factorised table", False: "whole table"})
-    told, label = best.assign(table=table), pd.Series("", index=best.index)
+    frame, label = best.assign(table=table), pd.Series("", index=best.index)
     for key, write in names.items():
-        if told[key].nunique() > 1:
-            label += told[key].map(lambda v, write=write: "" if pd.isna(v) else f", {write(v)}")
+        if frame[key].nunique() > 1:
+            label += frame[key].map(lambda v, write=write: "" if pd.isna(v) else f", {write(v)}")
     return label.str.removeprefix(", ")
 
 
 def _points(best: pd.DataFrame, axis: Axis, column: str) -> pd.DataFrame:
     """A row a configuration and series: x, the mean over seeds and its 95 % t interval."""
     grouped, x = best.groupby(["series", "configuration"]), (axis.quantity.built, "mean")
-    found = grouped.agg(x=x, **{how: (column, how) for how in ("mean", "std", "size")})
-    found = found.rename(columns={"std": "sd", "size": "n"}).reset_index()
-    found["x"] *= axis.scale
-    half = stats.t.ppf(0.975, (found["n"] - 1).clip(lower=1)) * found["sd"] / found["n"] ** 0.5
-    return found.assign(low=found["mean"] - half, high=found["mean"] + half)
+    points = grouped.agg(x=x, **{how: (column, how) for how in ("mean", "std", "size")})
+    points = points.rename(columns={"std": "sd", "size": "n"}).reset_index()
+    points["x"] *= axis.scale
+    half = stats.t.ppf(0.975, (points["n"] - 1).clip(lower=1)) * points["sd"] / points["n"] ** 0.5
+    return points.assign(low=points["mean"] - half, high=points["mean"] + half)
 
 
 def _draw_points(
@@ -206,20 +207,20 @@ def _draw_points(
     handles = []
     many = points["series"].nunique() > 1
     aside = 0.018 * (ax.get_xlim()[1] - ax.get_xlim()[0])
-    for place, (label, mine) in enumerate(points.groupby("series")):
-        how = {"color": paper.GREY, "lw": 0.8, "ls": paper.DASHES[place % len(paper.DASHES)]}
-        mine = mine.sort_values("x")
-        ax.plot(mine["x"], mine["mean"], zorder=2, **how)
+    for index, (label, line) in enumerate(points.groupby("series")):
+        kwargs = {"color": paper.GREY, "lw": 0.8, "ls": paper.DASHES[index % len(paper.DASHES)]}
+        line = line.sort_values("x")
+        ax.plot(line["x"], line["mean"], zorder=2, **kwargs)
         if many:
-            handles.append(paper.line(str(label), **how))
-        for point in mine.itertuples():
+            handles.append(paper.line(str(label), **kwargs))
+        for point in line.itertuples():
             look = styles[point.configuration]
             if point.n > 1:
-                own = best[(best["configuration"] == point.configuration)
-                           & (best["series"] == label)][column]  # fmt: skip
-                beside = [point.x - aside] * len(own)  # else the mean would hide the middle seed
+                seeds = best[(best["configuration"] == point.configuration)
+                             & (best["series"] == label)][column]  # fmt: skip
+                beside = [point.x - aside] * len(seeds)  # else the mean would hide the middle seed
                 ring: dict[str, Any] = {"ms": 3.5, "mfc": "none", "mew": 0.7}
-                ax.plot(beside, own, "o", color=look.colour, zorder=4, **ring)
+                ax.plot(beside, seeds, "o", color=look.colour, zorder=4, **ring)
                 leaves = paper.draw_interval(ax, point.x, point.low, point.high, look.colour)
                 handles.append(paper.point("one seed", "o", **ring))
                 handles.append(paper.point("mean, 95 % t interval", "_", ms=8))
@@ -236,8 +237,8 @@ def _draw_rates(
     handles: list[Any] = [paper.line("each at its own best rate", lw=0.8)]
     top = ax.get_ylim()[1]
     rates = sorted(others["learning_rate"].unique())
-    for (rate, name), mine in others.groupby(["learning_rate", "configuration"]):
-        x, y = axis.scale * mine[axis.quantity.built].mean(), mine[column].mean()
+    for (rate, name), group in others.groupby(["learning_rate", "configuration"]):
+        x, y = axis.scale * group[axis.quantity.built].mean(), group[column].mean()
         colour, shape = styles[str(name)].colour, "1234"[rates.index(rate) % 4]
         if y > top:
             hollow: dict[str, Any] = {"mfc": "none", "ms": 4}

@@ -33,8 +33,8 @@ def mean_sd(values: pd.Series, digits: int) -> str:
     known = values.dropna()
     if known.empty:
         return DASH
-    told = fixed(known.mean(), digits)
-    return told if len(known) == 1 else f"{told} ± {known.std():.{digits}f}"
+    mean = fixed(known.mean(), digits)
+    return mean if len(known) == 1 else f"{mean} ± {known.std():.{digits}f}"
 
 
 def total(values: pd.Series, digits: int) -> str:

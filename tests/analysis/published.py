@@ -37,8 +37,8 @@ def content(path: Path) -> Any:
 
 
 def training(folder: Path, run: str) -> dict[str, Any]:
-    found: dict[str, Any] = content(folder / "results_bundle.json")["runs"][run]["training"]
-    return found
+    section: dict[str, Any] = content(folder / "results_bundle.json")["runs"][run]["training"]
+    return section
 
 
 def sd(values: Sequence[float]) -> float:

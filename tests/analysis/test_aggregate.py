@@ -58,8 +58,8 @@ def tabulated(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def metrics_of(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "metrics.json").read_text())
-    return found
+    metrics: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    return metrics
 
 
 def is_png(path: Path) -> bool:
@@ -101,9 +101,9 @@ def test_every_run_is_a_row_with_its_status(study: Path) -> None:
     assert rows["emb45"]["reason"] == "out_of_memory: CUDA out of memory at step 12"
     assert (rows["emb25-seed3"]["tokens"], rows["emb25-seed3"]["seed"]) == ("20000000", "3")
     assert rows["emb15"]["sweep"] == SHARE_FILE
-    told = (study / "stdout").read_text()
+    message = (study / "stdout").read_text()
     for run in ("emb45-rank", "emb45", "emb25-seed3", "emb15"):
-        assert f": {run}: " in told
+        assert f": {run}: " in message
 
 
 def test_values_arrive_unchanged_and_missing_ones_stay_empty(study: Path) -> None:
@@ -175,13 +175,13 @@ def test_the_bundle_has_what_repeats_every_run_and_is_the_same_each_time(
     study: Path, tmp_path: Path
 ) -> None:
     path = study / "results" / "results_bundle.json"
-    found, metrics = json.loads(path.read_text()), metrics_of(study / "logs/emb25-seed1")
-    assert metrics["tokenizer_sha256"] in {t["tokenizer_sha256"] for t in found["tokens"]}
-    assert metrics["git_sha"] in {code["git_sha"] for code in found["code"]}
-    assert 1 in found["seeds"]["emb25"]["full"]
+    bundle, metrics = json.loads(path.read_text()), metrics_of(study / "logs/emb25-seed1")
+    assert metrics["tokenizer_sha256"] in {t["tokenizer_sha256"] for t in bundle["tokens"]}
+    assert metrics["git_sha"] in {code["git_sha"] for code in bundle["code"]}
+    assert 1 in bundle["seeds"]["emb25"]["full"]
     config = yaml.safe_load((study / "logs/emb25-seed1/config.yaml").read_text())
-    assert found["runs"]["emb25-seed1"] == config and "emb15" not in found["runs"]
-    assert found["study"]["decisions"] and "costs" not in found["study"]
+    assert bundle["runs"]["emb25-seed1"] == config and "emb15" not in bundle["runs"]
+    assert bundle["study"]["decisions"] and "costs" not in bundle["study"]
     tabulate(study, "--log_dir", "logs", "--output", tmp_path / "a.csv")
     assert (tmp_path / "results_bundle.json").read_bytes() == path.read_bytes()
 
@@ -207,7 +207,7 @@ def test_what_a_csv_holds_comes_back_with_its_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         (("--from_csv", "x.csv", "--output", "y.csv"), "--report"),
         (("--from_csv", "x.csv"), "--report"),
@@ -220,7 +220,7 @@ def test_what_a_csv_holds_comes_back_with_its_type(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_are_one_sentence_and_nothing_is_written(
-    tmp_path: Path, wrong: tuple[str, ...], told: str
+    tmp_path: Path, wrong: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "x.csv").write_text("run,status\na,finished\n")
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
@@ -228,7 +228,7 @@ def test_wrong_arguments_are_one_sentence_and_nothing_is_written(
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.iterdir())
     done = aggregate(tmp_path, *wrong, code=78)
-    assert told in done.stderr and done.stderr.count("\n") == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -358,17 +358,17 @@ def test_the_report_made_from_the_csv_is_the_same_and_can_be_checked(
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         ("<!-- table:metrcs -->\n<!-- /table:metrcs -->", "metrics-full"),
         ("<!-- table:metrics -->\n", "no <!-- /table:metrics -->"),
         ("<!-- table:decisions --><!-- /table:decisions -->", "study.json"),
     ],
 )
-def test_a_marker_that_cannot_be_served_is_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_a_marker_that_cannot_be_served_is_refused(tmp_path: Path, text: str, message: str) -> None:
     write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP[:1])
     (tmp_path / "REPORT.md").write_text(text)
-    assert told in tabulate(tmp_path, "--report", "REPORT.md", code=78).stderr
+    assert message in tabulate(tmp_path, "--report", "REPORT.md", code=78).stderr
     assert (tmp_path / "REPORT.md").read_text() == text
 
 
@@ -387,13 +387,13 @@ def panels(logs: Path) -> dict[str, list[list[object]]]:
 
 
 def test_phases_sweeps_and_budgets_never_share_a_panel(study: Path, tmp_path: Path) -> None:
-    found = panels(study / "logs")
+    drawn = panels(study / "logs")
     full = [f"{name}{seed}" for name in ("emb25", "emb35") for seed in ("", "-seed1", "-seed2")]
-    assert found["embedding_ratio_built"] == [
+    assert drawn["embedding_ratio_built"] == [
         [SHARE_FILE, "rank", 5.0e6, ["emb25-rank", "emb35-rank"], ["emb45-rank"]],
         [SHARE_FILE, "full", 5.0e7, full, []],
     ]
-    assert found["glu_expansion_built"] == [
+    assert drawn["glu_expansion_built"] == [
         [GLU_FILE, "full", 5.0e7, ["glu266x", "glu2x", "glu3x", "glu4x"], []]
     ]
     write_sweep(tmp_path, SHARE_FILE, SHARE_SWEEP[:2], tokens=50_000_000)

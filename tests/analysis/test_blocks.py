@@ -24,11 +24,11 @@ def logs(tmp_path: Path) -> list[Path]:
     write_sweep(prd, SHARE, SHARE_SWEEP, phase="rank", tokens=5_000_000, **HERE)
     names = [f"{cell.name}-lr{rate}" for cell in SHARE_SWEEP for rate in RATES]
     for cell in SHARE_SWEEP:
-        for told, rate in RATES.items():
-            best = BEST[cell.name] == told
+        for label, rate in RATES.items():
+            best = BEST[cell.name] == label
             gain = {"emb35": -0.1, "emb25": -0.05, "emb45": 0.0}[cell.name] + (not best) * 0.2
             write_sweep(
-                rates, SHARE, [replace(cell, name=f"{cell.name}-lr{told}", gain=gain)],
+                rates, SHARE, [replace(cell, name=f"{cell.name}-lr{label}", gain=gain)],
                 baseline="emb35-lr2e-3", names=names, phase="rank", tokens=5_000_000,
                 seeds=(0, 1, 2) if best else (0,), learning_rate=rate, batch_size=64, steps=611,
                 **(HERE | ({"processors": "AMD EPYC AVX2"} if cell.name == "emb45" else {})),
@@ -63,41 +63,47 @@ def test_who_leads_at_its_own_rate_and_whether_blocks_agree(logs: list[Path]) ->
 
 def test_the_compact_tables(logs: list[Path]) -> None:
     runs = run_csv.table(run_table.read_rows(*logs))
-    made = report_tables.summary_table(runs)
-    heads = [line for line in made.splitlines() if line.startswith("| configuration")]
+    summary = report_tables.summary_table(runs)
+    heads = [line for line in summary.splitlines() if line.startswith("| configuration")]
     assert len(heads) == 2 and all(head.count(" | ") == 7 for head in heads)
-    (line,) = [line for line in made.splitlines() if "| 8e-3 | 3 |" in line]
+    (line,) = [line for line in summary.splitlines() if "| 8e-3 | 3 |" in line]
     assert line.startswith("| emb25 |") and " % (" in line and "no pairs" not in line
-    alone = [line for line in made.splitlines() if "| 4e-3 | 1 |" in line]
-    assert len(alone) == 3 and not any(" to " in line for line in alone), "one seed: no interval"
+    single_seed = [line for line in summary.splitlines() if "| 4e-3 | 1 |" in line]
+    assert len(single_seed) == 3 and not any(" to " in line for line in single_seed), (
+        "one seed: no interval"
+    )
     rates = report_tables.rates_table(runs)
     assert "configuration | 2e-3 | 4e-3 | 8e-3 |" in rates and rates.count("**") == 2 * 4
 
 
 def test_runs_of_two_processors_are_compared_and_that_is_said(logs: list[Path]) -> None:
     runs = run_csv.table(run_table.read_rows(*logs))
-    (told,) = report_tables.processors_differ(runs)
-    assert "in 611 steps" in told and "2 kinds of processor" in told
-    assert "AMD EPYC AVX2: 5" in told and "compared all the same" in told
+    (sentence,) = report_tables.processors_differ(runs)
+    assert "in 611 steps" in sentence and "2 kinds of processor" in sentence
+    assert "AMD EPYC AVX2: 5" in sentence and "compared all the same" in sentence
     other = runs["program_digest"].where(runs["experiment"] != "emb25", "q" * 64)
-    (told, _) = report_tables.processors_differ(runs.assign(program_digest=other))
-    assert "computed by 2 programs" in told
+    (sentence, _) = report_tables.processors_differ(runs.assign(program_digest=other))
+    assert "computed by 2 programs" in sentence
 
 
 def test_a_table_says_which_seeds_and_pairs_it_rests_on(logs: list[Path]) -> None:
     """One seed of one rate is lost, and a third one was computed by another program."""
     runs = run_csv.table(run_table.read_rows(*logs))
     here = (runs["experiment"] == "emb45-lr4e-3") & (runs["batch_size"] == 64)
-    some = runs[~(here & (runs["seed"] == 2))]
-    (told,) = (line for line in blocks.order_sentences(some) if "611 steps" in line and "<" in line)
-    assert "dev perplexity over seeds 0, 1 emb35" in told
+    fewer = runs[~(here & (runs["seed"] == 2))]
+    (sentence,) = (
+        line for line in blocks.order_sentences(fewer) if "611 steps" in line and "<" in line
+    )
+    assert "dev perplexity over seeds 0, 1 emb35" in sentence
     moved = runs["program_digest"].where(~(here & (runs["seed"] == 0)), "q" * 64)
-    made = report_tables.summary_table(runs.assign(program_digest=moved))
-    (line,) = (line for line in made.splitlines() if "| emb45 |" in line and "| 4e-3 | 3 |" in line)
+    summary = report_tables.summary_table(runs.assign(program_digest=moved))
+    (line,) = (
+        line for line in summary.splitlines() if "| emb45 |" in line and "| 4e-3 | 3 |" in line
+    )
     assert ", 2 pairs)" in line
     beside = (runs["experiment"] == "emb35-lr4e-3") & (runs["batch_size"] == 64)
     first = blocks.gap("emb45", "emb35", runs[here | beside], "dev_loss")
-    second = blocks.gap("emb45", "emb35", some[some["seed"] == 0], "dev_loss")
+    second = blocks.gap("emb45", "emb35", fewer[fewer["seed"] == 0], "dev_loss")
     assert first is not None and second is not None and (first.pairs, second.pairs) == (3, 0)
     assert second.interval.seeds == 1 and second.seeds == (0,)
     more = runs["dev_perplexity"].where(~(here & (runs["seed"] > 0)), 999.0)
@@ -109,14 +115,14 @@ def test_a_table_says_which_seeds_and_pairs_it_rests_on(logs: list[Path]) -> Non
 def test_two_configurations_that_seeds_do_not_part_are_not_ordered(logs: list[Path]) -> None:
     runs = run_csv.table(run_table.read_rows(*logs))
     noisy = runs["dev_loss"] + 0.3 * ((runs["seed"] == 1) & (runs["configuration"] == "emb35"))
-    told = blocks.order_sentences(runs.assign(dev_loss=noisy))
-    assert any("emb35 and emb25 are not told apart" in line for line in told)
+    sentences = blocks.order_sentences(runs.assign(dev_loss=noisy))
+    assert any("emb35 and emb25 are not told apart" in line for line in sentences)
 
 
 def test_a_glu_sweep_is_in_the_order_of_what_was_built(tmp_path: Path) -> None:
     write_sweep(tmp_path, "glu_expansion.yaml", GLU_SWEEP, phase="rank", tokens=5_000_000)
-    made = report_tables.summary_table(run_csv.table(run_table.read_rows(tmp_path)))
-    head, _, *lines = made.splitlines()[2:]
+    summary = report_tables.summary_table(run_csv.table(run_table.read_rows(tmp_path)))
+    head, _, *lines = summary.splitlines()[2:]
     assert "| GLU |" in head and "| share |" not in head
     built = [float(line.split(" | ")[1]) for line in lines]
     assert len(built) > 2 and built == sorted(built)

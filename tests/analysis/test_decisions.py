@@ -17,14 +17,14 @@ NOISE = Noise(sd=0.005, df=4)  # t(0.975, 4) = 2.776: threshold 0.0196 for one s
 
 
 @pytest.mark.parametrize(
-    ("second", "promoted", "told"),
+    ("second", "promoted", "message"),
     [(3.50, ("emb25",), "one goes on"), (3.475, ("emb25", "emb35"), "two go on")],
 )
 def test_a_clear_lead_promotes_one_and_a_thin_one_two(
-    second: float, promoted: tuple[str, ...], told: str
+    second: float, promoted: tuple[str, ...], message: str
 ) -> None:
     result = promote({"emb35": [second], "emb25": [3.46], "emb45": [3.60]}, NOISE)
-    assert result.promoted == promoted and told in result.reason
+    assert result.promoted == promoted and message in result.reason
     assert [name for name, _ in result.ranking] == ["emb25", "emb35", "emb45"]
     assert result.threshold == pytest.approx(2.7764 * 0.005 * math.sqrt(2), rel=1e-4)
 
@@ -62,7 +62,7 @@ BASE = measured("emb35", 100.0)
 
 
 @pytest.mark.parametrize(
-    ("ppl", "cost", "strict", "margin", "told"),
+    ("ppl", "cost", "strict", "margin", "message"),
     [
         (95.0, {}, "emb25", "emb25", "at least 5% below"),
         (95.1, {}, None, None, "not 5% below"),
@@ -74,11 +74,11 @@ BASE = measured("emb35", 100.0)
     ],
 )
 def test_five_percent_at_equal_cost_wins_and_three_percent_more_cost_with_the_margin(
-    ppl: float, cost: dict[str, Any], strict: str | None, margin: str | None, told: str
+    ppl: float, cost: dict[str, Any], strict: str | None, margin: str | None, message: str
 ) -> None:
     result = winner(BASE, [measured("emb25", ppl, **cost)])
     assert (result.winner_strict, result.winner_margin) == (strict, margin)
-    assert told in "; ".join(result.candidates[0].reasons)
+    assert message in "; ".join(result.candidates[0].reasons)
     assert f"strict: {strict or 'no winner'};" in result.readings
     assert result.readings.endswith(f"margin: {margin or 'no winner'}")
 

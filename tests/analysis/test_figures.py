@@ -73,10 +73,10 @@ def rates(logs: Path) -> None:
     """Three shares at three rates, each with another best one; at one of them emb45 is far off."""
     names = [f"{cell.name}-lr{rate}" for cell in SHARE_SWEEP for rate in RATES]
     for cell in SHARE_SWEEP:
-        for told, rate in RATES.items():
-            best = BEST[cell.name] == told
-            gain = cell.gain + (0.0 if best else 0.05 if told == "4e-3" else 1.5)
-            run = replace(cell, name=f"{cell.name}-lr{told}", gain=gain)
+        for label, rate in RATES.items():
+            best = BEST[cell.name] == label
+            gain = cell.gain + (0.0 if best else 0.05 if label == "4e-3" else 1.5)
+            run = replace(cell, name=f"{cell.name}-lr{label}", gain=gain)
             seeds = (0, 1) if best else (0,)
             write_sweep(
                 *(logs, SHARE, [run]), baseline="emb35-lr2e-3", names=names, phase="rank",
@@ -97,10 +97,10 @@ Drawn = dict[str, Figure]
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drawn]:
     """Every figure of every study by file name, laid out as it would be saved."""
-    found: dict[str, Drawn] = {}
+    figures: dict[str, Drawn] = {}
     with pytest.MonkeyPatch.context() as patch:
         for name, write in STUDIES.items():
-            logs, kept = tmp_path_factory.mktemp(name), found.setdefault(name, {})
+            logs, kept = tmp_path_factory.mktemp(name), figures.setdefault(name, {})
 
             def keep(figure: Figure, path: Path, kept: Drawn = kept) -> None:
                 figure.draw_without_rendering()
@@ -110,7 +110,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drawn]:
             patch.setattr(paper, "save", keep)
             write(logs)
             assert aggregate._draw(read_rows(logs), logs, "perplexity") == 0
-    return found
+    return figures
 
 
 def axes_of(figures: Drawn) -> list[tuple[str, Axes]]:
@@ -195,7 +195,7 @@ def test_a_configuration_has_one_colour_and_shape_everywhere(drawn, study: str) 
         explained = {to_hex(handle.get_color()) for handle in handles.values()}
         lines_between_and_bar = {paper.GREY, "#444444"}
         assert shown <= explained | {paper.BLACK, *lines_between_and_bar}
-    assert {name: found for name, found in colours.items() if len(found) > 1} == {}
+    assert {name: shades for name, shades in colours.items() if len(shades) > 1} == {}
 
 
 def test_twelve_configurations_look_different(drawn) -> None:
@@ -214,9 +214,12 @@ def test_legends_name_what_is_drawn_and_nothing_else(drawn) -> None:
     assert killed == one | {"killed, no final value"}
     curves = set(legend(drawn["killed_and_diverged"]["learning_curves.png"]))
     assert {"killed", "ends above the panel", "emb15"} < curves and "not finished" not in curves
-    told = "train loss jumped by more than 1 nat here"
-    curved = {study: all_of.get("learning_curves.png") for study, all_of in drawn.items()}
-    jumped = [study for study, figure in curved.items() if figure and told in legend(figure)]
+    jump = "train loss jumped by more than 1 nat here"
+    curved = {
+        study: figures_by_name.get("learning_curves.png")
+        for study, figures_by_name in drawn.items()
+    }
+    jumped = [study for study, figure in curved.items() if figure and jump in legend(figure)]
     assert jumped == ["no_baseline"]
     for figures in drawn.values():
         for figure in figures.values():

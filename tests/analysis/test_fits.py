@@ -78,15 +78,15 @@ def test_edges_downward_curves_and_points_without_freedom():
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "told"),
+    ("x", "y", "message"),
     [
         ([1, 2], [1, 2], "three different x, found 2"),
         ([1, 2, 3], [1, 2], "equally long"),
         ([1, 2, 3], [1, 2, math.nan], "finite"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused(x, y, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_fitted_is_refused(x, y, message):
+    with pytest.raises(ValueError, match=message):
         fits.quadratic(x, y)
 
 
@@ -103,13 +103,13 @@ def test_the_surface_finds_known_coefficients():
     share, glu, layers = design().T
     s, g = share - share.mean(), glu - glu.mean()
     y = 0.2 + 0.3 * s + 1.2 * s**2 - 0.02 * g + 0.015 * g**2 + 0.1 * s * g - 0.03 * np.log(layers)
-    found = surface.response_surface(share, glu, layers, y)
+    result = surface.response_surface(share, glu, layers, y)
     truth = {"share": 0.3, "share^2": 1.2, "glu": -0.02, "glu^2": 0.015, "share*glu": 0.1}
     for term, value in {**truth, "ln L": -0.03}.items():
-        assert found.coefficients[term].value == pytest.approx(value), term
-    assert found.best_share.value == pytest.approx(share.mean() - 0.3 / 2.4)
-    assert found.coefficients["mean"].value == pytest.approx(y.mean())
-    assert found.sd < 1e-10 and found.points == len(y)
+        assert result.coefficients[term].value == pytest.approx(value), term
+    assert result.best_share.value == pytest.approx(share.mean() - 0.3 / 2.4)
+    assert result.coefficients["mean"].value == pytest.approx(y.mean())
+    assert result.sd < 1e-10 and result.points == len(y)
 
 
 def test_the_best_share_stays_within_the_shares_tried():
@@ -125,20 +125,20 @@ def test_the_best_share_stays_within_the_shares_tried():
 def test_inflation_is_one_over_one_less_r_squared():
     share, glu, layers = design().T
     terms = ("share", "share^2", "ln L")
-    found = surface.response_surface(share, glu, layers, share, terms=terms)
+    result = surface.response_surface(share, glu, layers, share, terms=terms)
     s = share - share.mean()
     others = np.column_stack([np.ones_like(s), s, s**2])
     depth = np.log(layers)
     residual = depth - others @ np.linalg.lstsq(others, depth, rcond=None)[0]
     r_squared = 1 - residual @ residual / ((depth - depth.mean()) ** 2).sum()
-    assert found.inflation["ln L"] == pytest.approx(1 / (1 - r_squared))
+    assert result.inflation["ln L"] == pytest.approx(1 / (1 - r_squared))
 
 
 def test_the_frontier_alone_cannot_tell_share_from_depth_and_is_told_so():
     terms = ("share", "share^2", "ln L")
     alone, both = (
-        surface.response_surface(*cells.T, cells[:, 0], terms=terms)
-        for cells in (
+        surface.response_surface(*shapes.T, shapes[:, 0], terms=terms)
+        for shapes in (
             simulated_studies.configurations_of("frontier"),
             simulated_studies.configurations_of("frontier", "factorised"),
         )
@@ -149,7 +149,7 @@ def test_the_frontier_alone_cannot_tell_share_from_depth_and_is_told_so():
     assert not both.warnings and both.best_share is not None and alone.best_share is None
 
 
-def test_a_surface_that_the_cells_do_not_span_is_refused():
+def test_a_surface_that_the_configurations_do_not_span_is_refused():
     share, layers = X, np.array([26, 17, 11, 8, 6, 4])
     with pytest.raises(ValueError, match="6 configurations tell only . of 6 terms apart"):
         surface.response_surface(share, np.full(6, 2.67), layers, share)

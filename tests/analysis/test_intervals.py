@@ -50,10 +50,10 @@ def test_p_and_the_interval_say_the_same() -> None:
     rng, close = np.random.default_rng(10), 0
     for study in range(60):
         a, b, tokens = simulate(rng, 0.0165, 3, 40, seed_sd=0.004)
-        found = paired_bootstrap(a, b, tokens, seed=study)
-        assert found.p is not None
-        assert (found.p <= 0.05) == (found.low > 0 or found.high < 0)
-        close += 0.03 < found.p < 0.07
+        result = paired_bootstrap(a, b, tokens, seed=study)
+        assert result.p is not None
+        assert (result.p <= 0.05) == (result.low > 0 or result.high < 0)
+        close += 0.03 < result.p < 0.07
     assert close > 5
 
 
@@ -78,9 +78,9 @@ def test_one_seed_has_document_noise_and_no_verdict(others: int) -> None:
     interval = paired_bootstrap(a[0], b, tokens, paired_seeds=others == 1, draws=500)
     assert interval.seeds == 1 and interval.p is None
     assert 0 < interval.low < interval.high < 0.1
-    says = equivalence(interval)
-    assert says.verdict == "no verdict" and not says.told_apart
-    assert "document noise only" in says.statement
+    result = equivalence(interval)
+    assert result.verdict == "no verdict" and not result.told_apart
+    assert "document noise only" in result.statement
 
 
 def test_one_seed_has_no_verdict_even_where_other_pairs_tell_the_noise() -> None:
@@ -172,7 +172,7 @@ def test_seed_interval_matches_the_textbook_paired_t() -> None:
 def test_seed_intervals_are_those_of_scipy() -> None:
     rng = np.random.default_rng(7)
     a, b, more = (rng.normal(3, 0.1, n).tolist() for n in (5, 5, 3))
-    for found, test in (
+    for result, test in (
         (seed_interval(a, b), stats.ttest_rel(a, b)),
         (seed_interval(a, more, paired_seeds=False), stats.ttest_ind(a, more, equal_var=False)),
         (seed_interval(a, b, noise=paired_noise({
@@ -181,8 +181,8 @@ def test_seed_intervals_are_those_of_scipy() -> None:
         })), stats.ttest_rel(a, b)),
     ):  # fmt: skip
         bounds = test.confidence_interval()
-        assert (found.low, found.high) == pytest.approx((bounds.low, bounds.high))
-        assert found.p == pytest.approx(test.pvalue)
+        assert (result.low, result.high) == pytest.approx((bounds.low, bounds.high))
+        assert result.p == pytest.approx(test.pvalue)
     same = seed_interval([3.0, 3.1], [3.0, 3.1])
     assert (same.estimate, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
 

@@ -27,9 +27,9 @@ def test_a_replay_tells_false_kills_and_tokens_saved(
     perplexities: tuple[float, ...], margin: float, killed_at: int | None, false: bool, saved: int
 ) -> None:
     run = list(zip((1, 2, 3, 4), perplexities, strict=True))
-    found = replay(BASE, run, above(margin))
-    assert (found.killed_at, found.false_kill, found.tokens_saved) == (killed_at, false, saved)
-    assert (found.final_gap_ppl, found.budget) == (perplexities[-1] - 25.0, 4)
+    result = replay(BASE, run, above(margin))
+    assert (result.killed_at, result.false_kill, result.tokens_saved) == (killed_at, false, saved)
+    assert (result.final_gap_ppl, result.budget) == (perplexities[-1] - 25.0, 4)
 
 
 @pytest.mark.parametrize("cut", [[(1, 5.0)], []])

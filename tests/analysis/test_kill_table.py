@@ -55,8 +55,8 @@ def printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str]
     report.write_text("<!-- table:kill-rule --><!-- /table:kill-rule -->\n")
     arguments = ["--log_dir", str(folder / "logs"), "--output", str(folder / "runs.csv")]
     assert aggregate.main([*arguments, "--report", str(report), "--no_figures"]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "kill rule" in line]
-    return said, report.read_text()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "kill rule" in line]
+    return lines, report.read_text()
 
 
 def test_a_run_that_began_before_its_baseline_is_named(tmp_path: Path, capsys) -> None:
@@ -65,9 +65,9 @@ def test_a_run_that_began_before_its_baseline_is_named(tmp_path: Path, capsys) -
     write_run(logs, "early", BAD, kill_verdict="none", kill_checks_without_baseline=4)
     write_run(logs, "fine", BASE, kill_verdict="keep")
     write_run(logs, "stopped", BAD[:2], kill_verdict="kill", kill_tokens=20)
-    said, report = printed(tmp_path, capsys)
-    assert "3 runs judged, 1 otherwise" in said[0]
-    assert len(said) == 2 and "early: live none, over the whole curves kill at 20" in said[1]
+    lines, report = printed(tmp_path, capsys)
+    assert "3 runs judged, 1 otherwise" in lines[0]
+    assert len(lines) == 2 and "early: live none, over the whole curves kill at 20" in lines[1]
     assert "| early | base | stop | none | **kill at 20** | +10.00 | 20 |" in report
     assert "| fine | base | stop | keep | keep | +0.00 | 0 |" in report
     assert "| stopped | base | stop | kill at 20 | kill at 20 | – | 20 |" in report
@@ -80,11 +80,11 @@ def test_what_recorded_verdicts_would_have_saved_and_cost(tmp_path: Path, capsys
     write_run(logs, "base", BASE)
     write_run(logs, "bad", BAD, **recorded)
     write_run(logs, "late", LATE, **recorded)
-    said, report = printed(tmp_path, capsys)
-    assert len(said) == 1, "the live verdicts are those of the whole curves"
+    lines, report = printed(tmp_path, capsys)
+    assert len(lines) == 1, "the live verdicts are those of the whole curves"
     wrong = "kills 2, 1 of which ended no worse than the baseline (1 of 1 such, 95 % interval 3 to "
-    assert f"the rule {wrong}100 %); it saves 40 of 80 tokens" in said[0]
-    assert f"its literal reading (no grace) {wrong}" in said[0]
+    assert f"the rule {wrong}100 %); it saves 40 of 80 tokens" in lines[0]
+    assert f"its literal reading (no grace) {wrong}" in lines[0]
     assert (
         "| late | base | record | kill at 20 | kill at 20 | -1.00, killed wrongly | 20 |" in report
     )
@@ -100,9 +100,9 @@ def test_a_baseline_under_another_name_or_none_at_all(tmp_path: Path, capsys) ->
     assert "| early | – | stop | none | no finished baseline | – | – |" in alone
     alias = {"run": "base", "alias_of": "twin", "experiment": "base", "sweep": "s.yaml"}
     (logs / "study.json").write_text(json.dumps({"aliases": [alias], "decisions": []}))
-    said, report = printed(tmp_path, capsys)
+    lines, report = printed(tmp_path, capsys)
     assert "| early | twin | stop | none | **kill at 20** | +10.00 | 20 |" in report
-    assert "| other | twin | stop | none | none | – | – |" in report and len(said) == 2
+    assert "| other | twin | stop | none | none | – | – |" in report and len(lines) == 2
 
 
 def test_a_kill_that_came_late_or_unfounded_is_named(tmp_path: Path, capsys) -> None:
@@ -110,9 +110,9 @@ def test_a_kill_that_came_late_or_unfounded_is_named(tmp_path: Path, capsys) -> 
     write_run(logs, "base", BASE)
     write_run(logs, "behind", BAD, kill_verdict="kill", kill_tokens=40)
     write_run(logs, "wrong", BASE[:2], kill_verdict="kill", kill_tokens=20)
-    said, _ = printed(tmp_path, capsys)
-    assert any("behind: live kill at 40, over the whole curves kill at 20" in s for s in said)
-    assert any("wrong: live kill at 20, over the whole curves keep" in s for s in said)
+    lines, _ = printed(tmp_path, capsys)
+    assert any("behind: live kill at 40, over the whole curves kill at 20" in s for s in lines)
+    assert any("wrong: live kill at 20, over the whole curves keep" in s for s in lines)
 
 
 def test_an_unfinished_baseline_is_no_whole_curve() -> None:
@@ -120,5 +120,5 @@ def test_an_unfinished_baseline_is_no_whole_curve() -> None:
            "baseline_name": "base", "kill_verdict": "keep", "tokens": 40}  # fmt: skip
     base = {"run": "base", "path": "base", "status": "unfinished"}
     config = {"kill_rule": {"margin_ppl": 1.0}, "training": {"tokens": 40}}
-    (found,) = kill_table.judged([row, base], {"a": config})
-    assert (found.baseline, found.whole, found.replayed) == (None, None, None)
+    (run,) = kill_table.judge_runs([row, base], {"a": config})
+    assert (run.baseline, run.whole, run.replayed) == (None, None, None)

@@ -30,18 +30,18 @@ def test_ratios_are_to_the_baseline_of_most_comparisons(tmp_path: Path) -> None:
     write(tmp_path, "b", "a", 1.4)
     for name, other in (("empty", {}), ("notes", {"comparison": "of two cards"})):
         (tmp_path / "latency" / f"{name}.json").write_text(json.dumps(other))
-    found = read_ratios(tmp_path)
-    assert {run: row["latency_ratio_l128"] for run, row in found.items()} == {
+    ratios = read_ratios(tmp_path)
+    assert {run: row["latency_ratio_l128"] for run, row in ratios.items()} == {
         "a": 0.8,
         "b": 1.1,
         "base": 1.0,
     }
-    assert found["b"]["latency_ratio_to"] == found["a"]["latency_ratio_to"] == "base"
-    assert (found["b"]["latency_ratio_low_l512"], found["b"]["latency_ratio_high_l512"]) == (
+    assert ratios["b"]["latency_ratio_to"] == ratios["a"]["latency_ratio_to"] == "base"
+    assert (ratios["b"]["latency_ratio_low_l512"], ratios["b"]["latency_ratio_high_l512"]) == (
         pytest.approx(1.09),
         pytest.approx(1.11),
     )
-    runs = [{"experiment": name, **row} for name, row in found.items()]
+    runs = [{"experiment": name, **row} for name, row in ratios.items()]
     assert side_by_side(table([*runs, {"experiment": "c"}])) == "base"
     assert side_by_side(table([runs[0], {"experiment": "c"}])) is None
 
@@ -50,7 +50,7 @@ def rows(with_ratio: bool) -> list[dict[str, Any]]:
     """The slow model measured on an idle machine, the fast one's seeds beside other runs."""
     common = {"status": "finished", "phase": "full", "sweep": "s", "tokens": 1000, "corpus": "c",
               "device_name": "d"}  # fmt: skip
-    made: list[dict[str, Any]] = [
+    result: list[dict[str, Any]] = [
         common | {"experiment": name, "seed": seed, "run": f"{name}-{seed}", "baseline": base,
                   "test_bits_per_byte": bits, "latency_ms_p50_l128": ms,
                   "latency_ms_p50_l512": 2 * ms}
@@ -60,15 +60,15 @@ def rows(with_ratio: bool) -> list[dict[str, Any]]:
     ]  # fmt: skip
     if with_ratio:
         for place, ratio in ((0, 1.0), (2, 0.7)):
-            made[place] |= {"latency_ratio_to": "slow-0", "latency_ratio_l128": ratio,
+            result[place] |= {"latency_ratio_to": "slow-0", "latency_ratio_l128": ratio,
                             "latency_ratio_l512": ratio}  # fmt: skip
-    return made
+    return result
 
 
-def drawn(made: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def drawn(run_rows: list[dict[str, Any]], path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     kept = []
     monkeypatch.setattr(paper, "save", lambda figure, _: kept.append(figure))
-    runs = table(made)
+    runs = table(run_rows)
     assert run_figures.pareto_figure(runs, paper.looks(runs), path)
     return kept[0].axes[0]
 

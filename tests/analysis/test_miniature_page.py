@@ -41,17 +41,17 @@ def compared(folder: Path, ours: Sequence[str], baseline: Sequence[str]) -> dict
 
 
 def metrics(folder: Path, run: str) -> dict[str, Any]:
-    found: dict[str, Any] = content(folder / "runs" / run / "metrics.json")
-    return found
+    section: dict[str, Any] = content(folder / "runs" / run / "metrics.json")
+    return section
 
 
 def seeds_of(name: str) -> list[str]:
     return [name + seed for seed in SEEDS]
 
 
-def percent(found: Mapping[str, Any]) -> str:
-    low, high = (f"{found[f'{end}_percent']:+.1f}" for end in ("low", "high"))
-    return f"{found['percent']:+.1f} % ({low} to {high})"
+def percent(comparison: Mapping[str, Any]) -> str:
+    low, high = (f"{comparison[f'{end}_percent']:+.1f}" for end in ("low", "high"))
+    return f"{comparison['percent']:+.1f} % ({low} to {high})"
 
 
 def perplexity(run: str) -> float:
@@ -96,11 +96,11 @@ def set_up() -> Iterator[str]:
 
 
 def decision() -> Iterator[str]:
-    found = compared(COMPLETE, seeds_of(EMB45), seeds_of(EMB35))
-    assert found["verdict"] == "different" and found["seeds"] == 3
+    share = compared(COMPLETE, seeds_of(EMB45), seeds_of(EMB35))
+    assert share["verdict"] == "different" and share["seeds"] == 3
     yield (
-        f"{percent(found)} in test perplexity for mini-emb45 against mini-emb35, three seeds each "
-        f"as two groups, {found['documents']} documents"
+        f"{percent(share)} in test perplexity for mini-emb45 against mini-emb35, three seeds each "
+        f"as two groups, {share['documents']} documents"
     )
     two = like_pairs(pooled=False)
     yield f"are two pairs, {percent(two)}"
@@ -110,10 +110,10 @@ def decision() -> Iterator[str]:
     glu = compared(COMPLETE, seeds_of(GLU4X), seeds_of(EMB45))
     assert glu["verdict"] == "undecided"
     measured = {name: judged(name) for name in (EMB35, EMB45, GLU4X)}
-    rule = decisions.winner(
+    winner = decisions.winner(
         measured[EMB35], [measured[EMB45], measured[GLU4X]], ties={frozenset((EMB45, GLU4X))}
     )
-    assert (rule.winner_strict, rule.winner_margin) == (EMB45, GLU4X)
+    assert (winner.winner_strict, winner.winner_margin) == (EMB45, GLU4X)
     yield "strictly it names mini-emb45; with a 3 % margin on cost mini-glu4x-mini-emb45"
     more = rows(COMPLETE)[GLU4X]["peak_memory_mib"] - rows(COMPLETE)[EMB35]["peak_memory_mib"]
     lower = compared(COMPLETE, seeds_of(GLU4X), seeds_of(EMB35))
@@ -131,8 +131,8 @@ def decision() -> Iterator[str]:
         for name in (EMB35, EMB45)
     }
     assert stats.ttest_ind(*outside.values(), equal_var=False).pvalue > 0.05
-    told = [f"{np.mean(values):.3f} (sd {sd(values):.3f})" for values in outside.values()]
-    yield f"{told[0]} bits per byte for mini-emb35 and {told[1]} for mini-emb45"
+    levels = [f"{np.mean(values):.3f} (sd {sd(values):.3f})" for values in outside.values()]
+    yield f"{levels[0]} bits per byte for mini-emb35 and {levels[1]} for mini-emb45"
 
 
 def judged(name: str) -> decisions.Measured:
@@ -152,8 +152,8 @@ def judged(name: str) -> decisions.Measured:
 
 def latency(name: str, length: int) -> dict[str, float]:
     run = "mini-glu266x-mini-emb45-seed1" if name == EMB45 else name
-    found = content(STUDY / f"latency/{run}-against-mini-emb35.json")["comparison"]
-    return found[f"l{length}"]
+    comparison = content(STUDY / f"latency/{run}-against-mini-emb35.json")["comparison"]
+    return comparison[f"l{length}"]
 
 
 def like_pairs(*, pooled: bool) -> dict[str, float]:
@@ -182,15 +182,15 @@ def like_pairs(*, pooled: bool) -> dict[str, float]:
 
 
 def discussion() -> Iterator[str]:
-    (arm,) = (
-        arm for arm in content(RESULTS / "science/miniature-complete/science.json")["sweeps"]
-        if arm["axis"] == "share"
+    (sweep,) = (
+        sweep for sweep in content(RESULTS / "science/miniature-complete/science.json")["sweeps"]
+        if sweep["axis"] == "share"
     )  # fmt: skip
-    optimum = arm["curves"]["share"]["optimum"]
+    optimum = sweep["curves"]["share"]["optimum"]
     tried = max(
         row["embedding_ratio_built"]
         for row in rows(COMPLETE).values()
-        if row["sweep"] == arm["sweep"]
+        if row["sweep"] == sweep["sweep"]
     )
     assert optimum["value"] == pytest.approx(tried) and optimum["high"] is None
     yield "Perplexity falls with the share all the way (three shares: the best one has no interval"
@@ -238,8 +238,8 @@ def kills() -> Iterator[str]:
     )
     yield f"0.5 PPL is {0.5 / perplexity(EMB45):.1%} at these perplexities".replace("%", " %")
     configs = content(STUDY / "results_bundle.json")["runs"]
-    found = kill_table.judged(list(rows(STUDY).values()), configs)
-    late = [(one.live, one.whole) for one in found if one.differs]
+    judged = kill_table.judge_runs(list(rows(STUDY).values()), configs)
+    late = [(one.live, one.whole) for one in judged if one.differs]
     assert {(live, whole.kind) for live, whole in late} == {("none", "kill")} and len(late) == 2
     yield f"kills both at {late[0][1].tokens:,} tokens"
     both = [
@@ -283,14 +283,14 @@ def noise() -> Iterator[str]:
 
 def speed() -> Iterator[str]:
     for name in (EMB45, GLU4X):
-        told = []
+        parts = []
         for length in (128, 512):
             ratio = latency(name, length)
             value, low, high = (
                 f"{100 * (ratio[key] - 1):.0f}" for key in ("ratio", "ratio_low", "ratio_high")
             )
-            told.append(f"{value} % ({low} to {high})")
-        yield f"{name} {told[0]} at L = 128 and {told[1]} at 512"
+            parts.append(f"{value} % ({low} to {high})")
+        yield f"{name} {parts[0]} at L = 128 and {parts[1]} at 512"
 
 
 def smallbench() -> Iterator[str]:

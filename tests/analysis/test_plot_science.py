@@ -12,9 +12,9 @@ from src.analysis.science import figures as plot_science
 
 
 @pytest.fixture(scope="module")
-def found(found):
+def analysis(analysis):
     """Of the full runs alone: the titles of two panels a row fit on it whole."""
-    return {**found, "sweeps": [one for one in found["sweeps"] if one["phase"] == "full"]}
+    return {**analysis, "sweeps": [one for one in analysis["sweeps"] if one["phase"] == "full"]}
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def figures(monkeypatch):
     plt.close("all")
 
 
-def test_every_figure_of_a_whole_study_is_made(found, tmp_path, capsys):
+def test_every_figure_of_a_whole_study_is_made(analysis, tmp_path, capsys):
     file = tmp_path / "science.json"
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(analysis))
     assert plot_science.main(["--science", str(file), "--output", str(tmp_path / "out")]) == 0
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made == {f"{name}.png" for name in plot_science.FIGURES}
@@ -37,26 +37,26 @@ def test_every_figure_of_a_whole_study_is_made(found, tmp_path, capsys):
     assert "glu_sweeps.png" in capsys.readouterr().out
 
 
-def test_share_sweeps_draws_means_fit_optimum_and_both_laws(found, figures, tmp_path):
-    assert plot_science.share_sweeps(found, tmp_path / "share_sweeps.png")
+def test_share_sweeps_draws_means_fit_optimum_and_both_laws(analysis, figures, tmp_path):
+    assert plot_science.share_sweeps(analysis, tmp_path / "share_sweeps.png")
     figure = figures["share_sweeps.png"]
     titles = [ax.get_title(loc="left") for ax in figure.axes[:2]]
     top = figure.axes[titles.index("Full runs, 50.0 M tokens, 10.5 M")]
     lines = [line for line in top.get_lines() if line.get_xydata().size]
-    frontier = next(a for a in found["sweeps"] if a["sweep"] == "frontier.yaml")
+    frontier = next(a for a in analysis["sweeps"] if a["sweep"] == "frontier.yaml")
     at = frontier["curves"]["ln share"]["optimum"]
     bars = [tuple(line.get_xdata()) for line in lines if len(line.get_xdata()) == 2]
     assert (at["low"], at["high"]) in bars
     upright = {line.get_xdata()[0] for line in lines if len(set(line.get_xdata())) == 1}
-    told = frontier["prediction"]
-    assert {told["tao_best_share"], told["levine_best_share"]} <= upright
+    prediction = frontier["prediction"]
+    assert {prediction["tao_best_share"], prediction["levine_best_share"]} <= upright
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert {"factorised", "frontier", "Tao et al., 2026-11-23"} < set(labels)
 
 
-def test_markers_of_the_arms_are_inside_their_panels(found, figures, tmp_path):
+def test_markers_of_the_sweeps_are_inside_their_panels(analysis, figures, tmp_path):
     for draw in (plot_science.share_sweeps, plot_science.glu_sweeps):
-        assert draw(found, tmp_path / f"{draw.__name__}.png")
+        assert draw(analysis, tmp_path / f"{draw.__name__}.png")
         for ax in figures[f"{draw.__name__}.png"].axes:
             (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
             ticks = ax.yaxis.get_ticklocs()

@@ -29,10 +29,12 @@ def last_words(folder: Path, *runs: tuple[str, str, float | str, float | str]) -
 def test_the_last_sentence_follows_the_results(tmp_path: Path) -> None:
     (tmp_path / "ppl_vs_glu_expansion.png").touch()
     broken = ("broken", "failed", "", "")
-    told = last_words(tmp_path, ("a", "finished", 6.0, 0.7), broken, ("b", "finished", 5.25, 0.55))
-    assert told.startswith(f"{tmp_path / 'ppl_vs_glu_expansion.png'}: of 2 finished runs")
-    assert "lowest test perplexity is b 5.250" in told and "highest a 6.000" in told
-    assert "0.5500 bits a byte, 10.0% more than the 0.5000" in told
-    other = last_words(tmp_path, ("a", "finished", 5.0, 0.6), ("b", "finished", 5.25, 0.7))
-    assert "lowest test perplexity is a 5.000" in other and "20.0% more" in other
+    sentence = last_words(
+        tmp_path, ("a", "finished", 6.0, 0.7), broken, ("b", "finished", 5.25, 0.55)
+    )
+    assert sentence.startswith(f"{tmp_path / 'ppl_vs_glu_expansion.png'}: of 2 finished runs")
+    assert "lowest test perplexity is b 5.250" in sentence and "highest a 6.000" in sentence
+    assert "0.5500 bits a byte, 10.0% more than the 0.5000" in sentence
+    second = last_words(tmp_path, ("a", "finished", 5.0, 0.6), ("b", "finished", 5.25, 0.7))
+    assert "lowest test perplexity is a 5.000" in second and "20.0% more" in second
     assert "no run finished" in last_words(tmp_path, broken)

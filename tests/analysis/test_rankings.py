@@ -26,30 +26,30 @@ def test_rank_agreement_on_known_orders() -> None:
 
 def test_ties_share_their_mean_rank() -> None:
     """Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: rho 4.5 / sqrt(4.5 x 5) by hand."""
-    found = rank_agreement(at_seed_0(a=1, b=2, c=2, d=3), at_seed_0(a=1, b=2, c=3, d=4))
-    assert found.spearman == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert found.p == pytest.approx(2 / 24)  # the two orders of the tie
+    result = rank_agreement(at_seed_0(a=1, b=2, c=2, d=3), at_seed_0(a=1, b=2, c=3, d=4))
+    assert result.spearman == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert result.p == pytest.approx(2 / 24)  # the two orders of the tie
 
 
 def test_leaders_that_tie_cost_what_the_worse_of_them_costs() -> None:
-    found = rank_agreement(at_seed_0(a=1.0, b=1.0, c=2.0), at_seed_0(a=3.0, b=3.2, c=3.1))
-    assert not found.top1_same and found.top1_regret == pytest.approx(0.2)
+    result = rank_agreement(at_seed_0(a=1.0, b=1.0, c=2.0), at_seed_0(a=3.0, b=3.2, c=3.1))
+    assert not result.top1_same and result.top1_regret == pytest.approx(0.2)
 
 
 def test_rank_agreement_compares_equal_seeds_and_counts_the_others() -> None:
     """b's bad seed 1 was stopped in the full phase: its good seed is not compared with a's mean."""
     short = {"a": {0: 3.0, 1: 3.2}, "b": {0: 2.9, 1: 3.5}}
     full = {"a": {0: 2.0, 1: 2.2}, "b": {0: 2.1}}
-    found = rank_agreement(short, full)
-    assert (found.names, found.short, found.left_out) == (("a", "b"), (3.0, 2.9), 2)
-    assert not found.top1_same and found.top1_regret == pytest.approx(0.1)
+    result = rank_agreement(short, full)
+    assert (result.names, result.short, result.left_out) == (("a", "b"), (3.0, 2.9), 2)
+    assert not result.top1_same and result.top1_regret == pytest.approx(0.1)
 
 
 def test_rank_agreement_leaves_out_what_one_budget_lacks() -> None:
     short, full = at_seed_0(a=3.0, b=3.1, x=1.0), at_seed_0(a=2.1, b=2.0, y=1.0)
-    found = rank_agreement(short, full)
-    assert (found.n, found.spearman, found.top1_same) == (2, None, False)
-    assert found.left_out == 2
+    result = rank_agreement(short, full)
+    assert (result.n, result.spearman, result.top1_same) == (2, None, False)
+    assert result.left_out == 2
     apart = {"a": {0: 1.0}, "b": {1: 1.0}}
     for short, full in (
         (at_seed_0(a=1.0), at_seed_0(b=1.0)),

@@ -25,7 +25,7 @@ def test_mean_sd_refuses_what_it_cannot_average(values: list[float]) -> None:
         mean_sd(values)
 
 
-def test_pooled_noise_weights_cells_by_degrees_of_freedom() -> None:
+def test_pooled_noise_weights_configurations_by_degrees_of_freedom() -> None:
     noise = pooled_noise({"a": [1.0, 2.0, 3.0], "b": [0.0, 4.0], "c": [9.0]})
     assert noise is not None
     assert noise.df == 3
@@ -40,16 +40,16 @@ def test_only_runs_that_differ_in_nothing_but_the_configuration_pair() -> None:
     """Two of the baseline's three seeds were computed at another commit: one pair is left."""
     ours = {(0, "old"): 6.02, (1, "new"): 6.01, (2, "new"): 6.08}
     theirs = {(0, "old"): 6.11, (1, "old"): 6.10, (2, "old"): 6.18}
-    found = pair(ours, theirs)
-    assert found.labels == ((0, "old"),) and found.pairs == ((6.02, 6.11),)
-    assert len(found.left_out) == 4
-    assert all("computed otherwise" in told for told in found.left_out)
+    result = pair(ours, theirs)
+    assert result.labels == ((0, "old"),) and result.pairs == ((6.02, 6.11),)
+    assert len(result.left_out) == 4
+    assert all("computed otherwise" in reason for reason in result.left_out)
 
 
 def test_what_has_no_partner_is_named_and_unknown_compute_equals_nothing() -> None:
-    found = pair({(0, "a"): 1.0, (3, "a"): 1.0}, {(0, "a"): 2.0})
-    assert found.labels == ((0, "a"),)
-    assert found.left_out == ("ours seed 3 (compute a): the other side has no run of this seed",)
+    result = pair({(0, "a"): 1.0, (3, "a"): 1.0}, {(0, "a"): 2.0})
+    assert result.labels == ((0, "a"),)
+    assert result.left_out == ("ours seed 3 (compute a): the other side has no run of this seed",)
     unknown = pair({(0, None): 1.0}, {(0, None): 2.0})
     assert unknown.labels == () and len(unknown.left_out) == 2
     assert "not recorded" in unknown.left_out[0]
@@ -58,9 +58,9 @@ def test_what_has_no_partner_is_named_and_unknown_compute_equals_nothing() -> No
 def test_one_seed_computed_twice_is_one_pair() -> None:
     """Seed 0 at two micro-batches on both sides is no second seed."""
     side = {(0, "mb8"): 1.0, (0, "mb16"): 1.1, (1, "mb16"): 1.2}
-    found = pair(side, {label: loss + 1 for label, loss in side.items()})
-    assert found.labels == ((0, "mb16"), (1, "mb16"))
-    assert len(found.left_out) == 2 and "paired as computed by mb16" in found.left_out[0]
+    result = pair(side, {label: loss + 1 for label, loss in side.items()})
+    assert result.labels == ((0, "mb16"), (1, "mb16"))
+    assert len(result.left_out) == 2 and "paired as computed by mb16" in result.left_out[0]
 
 
 # --- their noise --------------------------------------------------------------------------------

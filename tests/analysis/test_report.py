@@ -38,8 +38,8 @@ def set_up() -> Iterator[str]:
     budgets = [
         next(o for o in block.overrides if o.startswith("training.tokens=")) for block in later
     ]
-    told = [f"{int(text.partition('=')[2]) // 10**6}M" for text in budgets]
-    yield f"the runs of {' and '.join(told)} tokens"
+    sizes = [f"{int(text.partition('=')[2]) // 10**6}M" for text in budgets]
+    yield f"the runs of {' and '.join(sizes)} tokens"
     assert {row["total_params_asked"] for row in finished()} == {10_000_000}
     assert max(row["epochs"] for row in finished()) < 1
     yield f"{first['total_params_asked'] / 1e6:.1f}M parameters, V = {first['vocab_size']:,}"
@@ -61,16 +61,16 @@ def set_up() -> Iterator[str]:
 
 def ends(name: str) -> dict[float, float]:
     """Dev perplexity of a share by the rates of the block of 611 steps, seed 0."""
-    some = [
+    chosen = [
         row for row in finished() if row["run"].startswith(f"rates/{name}-") and not row["seed"]
     ]
-    return {row["learning_rate"]: row["dev_perplexity"] for row in some}
+    return {row["learning_rate"]: row["dev_perplexity"] for row in chosen}
 
 
 def seeds(name: str, rate: str) -> list[Row]:
     """The runs of a share at a rate of that block."""
-    found = [row for row in finished() if row["run"].startswith(f"rates/{name}-lr{rate}-rank")]
-    return sorted(found, key=lambda row: int(row["seed"]))
+    chosen = [row for row in finished() if row["run"].startswith(f"rates/{name}-lr{rate}-rank")]
+    return sorted(chosen, key=lambda row: int(row["seed"]))
 
 
 def repeated() -> list[list[Row]]:
@@ -80,9 +80,9 @@ def repeated() -> list[list[Row]]:
 
 def pooled() -> repeats.Noise:
     losses = {str(i): [row["dev_loss"] for row in side] for i, side in enumerate(repeated())}
-    found = repeats.pooled_noise(losses)
-    assert found is not None
-    return found
+    estimate = repeats.pooled_noise(losses)
+    assert estimate is not None
+    return estimate
 
 
 def chance() -> float:
@@ -116,8 +116,8 @@ def rates() -> Iterator[str]:
     yield "its list: 2e-3 for emb25 and emb35; 4e-3 for emb45, level with 8e-3"
     assert min(tried["emb45"]) < min(tried["emb45"], key=tried["emb45"].__getitem__)
     assert abs(tried["emb45"][4e-3] / tried["emb45"][8e-3] - 1) < 0.001
-    for rate in {rate for found in tried.values() for rate in found} - {8e-3}:
-        there = {name: found[rate] for name, found in tried.items() if rate in found}
+    for rate in {rate for by_rate in tried.values() for rate in by_rate} - {8e-3}:
+        there = {name: by_rate[rate] for name, by_rate in tried.items() if rate in by_rate}
         assert max(there, key=there.__getitem__) == "emb25"
     assert max(large, key=lambda name: large[name]["dev_perplexity"]) == "emb25"
     best = {"emb35": low["emb35"], "emb45": small["emb45"]}
@@ -126,8 +126,8 @@ def rates() -> Iterator[str]:
         a, b = (block[name]["outside_dev_bits_per_byte"] for name in ("emb35", "emb45"))
         dev = [block[name]["dev_perplexity"] for name in ("emb35", "emb45")]
         assert (a < b) != (dev[0] < dev[1]) and abs(a - b) < max(outside) - min(outside)
-    made = blocks.blocks(run_csv.table(rows(TEN).values()))
-    (small_block,) = (block for block in made if block.steps == small["emb35"]["steps"])
+    all_blocks = blocks.blocks(run_csv.table(rows(TEN).values()))
+    (small_block,) = (block for block in all_blocks if block.steps == small["emb35"]["steps"])
     gap = blocks.gap("emb45", "emb35", blocks.at_own_rates(small_block.runs), "dev_loss")
     assert gap is not None and gap.pairs == 2 and gap.interval.low < 0 < gap.interval.high
     yield f"emb45 ends {100 * (1 - gap.interval.ratio[1]):.1f} % below the baseline over two pairs"
@@ -136,7 +136,7 @@ def rates() -> Iterator[str]:
     yield f"emb25 {100 * above:.1f} % above at seed 0"
     assert above > chance()
     bundled = content(TEN / "results_bundle.json")["runs"]
-    judged = kill_table.judged(list(rows(TEN).values()), bundled)
+    judged = kill_table.judge_runs(list(rows(TEN).values()), bundled)
     wrong = [one for one in judged if one.replayed is not None and one.replayed.false_kill]
     assert [one.run for one in wrong] == [f"rates/emb45-lr{rate}-rank" for rate in ("4e-3", "8e-3")]
     assert {one.baseline for one in wrong} == {"rates/emb35-lr2e-3-rank"}
@@ -182,16 +182,16 @@ def cost() -> Iterator[str]:
 
 
 def laws() -> Iterator[str]:
-    found = predictions.predict([SWEEP], "2026-11-23")["sweeps"][SWEEP.name]
+    sweep = predictions.predict([SWEEP], "2026-11-23")["sweeps"][SWEEP.name]
     tao = {
-        name: 100 * math.expm1(cell["tao_ln_ppl_ratio"])
-        for name, cell in found["configurations"].items()
+        name: 100 * math.expm1(one["tao_ln_ppl_ratio"])
+        for name, one in sweep["configurations"].items()
     }
     yield (
-        f"the best share at {100 * found['tao_best_share']:.0f} %, and perplexity against emb35 "
+        f"the best share at {100 * sweep['tao_best_share']:.0f} %, and perplexity against emb35 "
         f"{tao['emb25']:+.1f} % at 25 and {tao['emb45']:+.1f} % at 45 %"
     )
-    yield f"the best share at {100 * found['levine_best_share']:.0f} %"
+    yield f"the best share at {100 * sweep['levine_best_share']:.0f} %"
 
 
 CLAIMS = (set_up, rates, noise, cost, laws)

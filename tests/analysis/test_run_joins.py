@@ -38,8 +38,8 @@ def both(tmp_path: Path) -> Path:
     """emb35 at three seeds, and a GLU sweep of which glu266x was never begun."""
     same = {"model_digest": MODEL, "training_digest": TRAINING}
     write_sweep(tmp_path, SHARE, SHARE_SWEEP[:1], seeds=(0, 1, 2), planned_seeds=(0,), **same)
-    rest = [cell for cell in GLU_SWEEP if cell.name != "glu266x"]
-    names = [cell.name for cell in GLU_SWEEP]
+    rest = [experiment for experiment in GLU_SWEEP if experiment.name != "glu266x"]
+    names = [experiment.name for experiment in GLU_SWEEP]
     write_sweep(tmp_path, GLU, rest, baseline="glu4x", names=names, planned_seeds=(0,))
     return tmp_path
 
@@ -131,7 +131,7 @@ def test_only_what_is_learned_from_counts_as_training() -> None:
 def test_two_conditions_are_neither_of_them() -> None:
     first, second = {"torch": "1"}, {"torch": "2"}
     both = run_identity.compute_digest([first, second])
-    one, two = (run_identity.compute_digest([found]) for found in (first, second))
+    one, two = (run_identity.compute_digest([condition]) for condition in (first, second))
     assert both == f"{one}+{two}" and one != two
 
 
@@ -140,7 +140,7 @@ def test_a_processor_is_no_other_program() -> None:
     there = {"torch": "1", "device_name": "b", "cpu_capability": "AVX2", "amx": []}
     newer = here | {"torch": "2"}
     one, moved, other = (
-        run_identity.program_digest(found) for found in ([here], [here, there], [newer])
+        run_identity.program_digest(conditions) for conditions in ([here], [here, there], [newer])
     )
     assert one == moved != other
     assert run_identity.compute_digest([here]) != run_identity.compute_digest([there])

@@ -20,25 +20,25 @@ def test_a_clear_effect_is_named_and_no_effect_is_not() -> None:
 
 
 def test_one_seed_names_nobody_where_its_point_alone_would() -> None:
-    found = simulate.rates(0.0, 1, 0.04, 40)
-    assert found.winner_named == 0.0 and found.coverage_of_winner is None
-    assert found.named_by_point_alone > 0.1
-    assert found.coverage < 0.6  # document noise only
+    rates = simulate.rates(0.0, 1, 0.04, 40)
+    assert rates.winner_named == 0.0 and rates.coverage_of_winner is None
+    assert rates.named_by_point_alone > 0.1
+    assert rates.coverage < 0.6  # document noise only
 
 
 def test_the_intervals_cover_and_equals_are_seldom_told_apart() -> None:
     """150 studies, two standard errors and a half around 95 % and below 5 %."""
-    found = simulate.rates(0.0, 3, 0.02, 150)
-    assert 0.9 <= found.coverage <= 0.99
-    assert found.equal_told_apart <= 0.1
+    rates = simulate.rates(0.0, 3, 0.02, 150)
+    assert 0.9 <= rates.coverage <= 0.99
+    assert rates.equal_told_apart <= 0.1
 
 
 @pytest.mark.parametrize("run_sd", [0.005, 0.04])
 def test_of_two_equal_models_the_faster_wins(run_sd: float) -> None:
     """By the old rule, a tie by proof, the faster one is chosen about as often as a coin says."""
-    found = simulate.ties(run_sd, 40)
-    assert found.not_told_apart >= 0.9
-    assert found.equivalent <= 0.8
+    rates = simulate.ties(run_sd, 40)
+    assert rates.not_told_apart >= 0.9
+    assert rates.equivalent <= 0.8
 
 
 def test_equal_seeds_write_equal_tables(

@@ -24,11 +24,11 @@ from src.analysis.blocks import kind_text
 from src.spec.command_line import Parser, refuse
 from src.spec.metric_keys import TOTAL_PARAMS
 
-Found = Mapping[str, Any]
+Content = Mapping[str, Any]
 PREDICTION = "#8B5A2B"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         __doc__.split("\n\n")[0],
         example="python scripts/plot_science.py --science results/science/science.json --output .",
@@ -37,22 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--science", type=Path, required=True, help="what src/analysis/science/report.py wrote"
     )
     parser.add_argument("--output", type=Path, required=True, help="the folder for the figures")
-    options = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     try:
-        found = json.loads(options.science.read_bytes())
-        options.output.mkdir(parents=True, exist_ok=True)
+        content = json.loads(args.science.read_bytes())
+        args.output.mkdir(parents=True, exist_ok=True)
         with paper.style():
             drawn = [
                 path
                 for name, draw in FIGURES.items()
-                if draw(found, path := options.output / f"{name}.png")
+                if draw(content, path := args.output / f"{name}.png")
             ]
     except OSError as error:
         return refuse(error)
     except (ValueError, KeyError, TypeError) as error:
         return refuse(
             ValueError(
-                f"{options.science}: found {type(error).__name__} ({error}), expected the "
+                f"{args.science}: found {type(error).__name__} ({error}), expected the "
                 "science.json of python -m src.analysis.science.report"
             )
         )
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _finish(
-    figure: Any, handles: Sequence[Any], title: str, parts: Sequence[Found], note: str, path: Path
+    figure: Any, handles: Sequence[Any], title: str, parts: Sequence[Content], note: str, path: Path
 ) -> bool:
     runs = pd.DataFrame(
         [{"corpus": p["corpus"], "device_name": p["device_name"],
@@ -75,45 +75,45 @@ def _finish(
 # --- sweeps, fits and depth -----------------------------------------------------------------------
 
 
-def share_sweeps(found: Found, path: Path) -> bool:
+def share_sweeps(content: Content, path: Path) -> bool:
     """Bits per byte against share, all sweeps of a study together, and their depth below."""
-    return _sweeps(found, "share", "Embedding share of all parameters", path)
+    return _sweeps(content, "share", "Embedding share of all parameters", path)
 
 
-def glu_sweeps(found: Found, path: Path) -> bool:
+def glu_sweeps(content: Content, path: Path) -> bool:
     """Bits per byte against GLU expansion, and depth below."""
-    return _sweeps(found, "glu", "GLU expansion, d_ff / d_model", path)
+    return _sweeps(content, "glu", "GLU expansion, d_ff / d_model", path)
 
 
-def _sweeps(found: Found, axis: str, label: str, path: Path) -> bool:
-    studies: dict[tuple[Any, ...], list[Found]] = {}
+def _sweeps(content: Content, axis: str, label: str, path: Path) -> bool:
+    studies: dict[tuple[Any, ...], list[Content]] = {}
     keys = ("corpus", "tokenizer_sha256", TOTAL_PARAMS.asked, "tokens", "batch_size", "phase")
-    for sweep in found["sweeps"]:
+    for sweep in content["sweeps"]:
         if sweep["axis"] == axis and len(sweep["configurations"]) > 2:
             studies.setdefault(tuple(sweep[key] for key in keys), []).append(sweep)
     if not studies:
         return False
     names = list(dict.fromkeys(_name(sweep) for sweeps in studies.values() for sweep in sweeps))
-    looks = {name: paper.look(place) for place, name in enumerate(names)}
+    looks = {name: paper.look(index) for index, name in enumerate(names)}
     width = paper.COLUMN if len(studies) == 1 else paper.PAGE
     figure, axes = plt.subplots(
         2, len(studies), figsize=(width, 3.3), squeeze=False, height_ratios=(2.2, 1)
     )
     handles: list[Any] = []
     for (top, bottom), sweeps in zip(axes.T, studies.values(), strict=True):
-        told = [sweep for sweep in sweeps if sweep["prediction"] and axis == "share"]
+        predicted = [sweep for sweep in sweeps if sweep["prediction"] and axis == "share"]
         configurations = [one for sweep in sweeps for one in sweep["configurations"]]
         paper.hold(bottom, "y", [one["n_layers"] for one in configurations])
         x = [one[axis] for one in configurations]
-        if told:
-            x += [told[0]["prediction"][f"{law}_best_share"] for law in ("tao", "levine")]
+        if predicted:
+            x += [predicted[0]["prediction"][f"{law}_best_share"] for law in ("tao", "levine")]
         for ax in (top, bottom):
             paper.hold(ax, "x", x)
         handles += _draw_sweeps(
-            top, axis, sweeps, looks, {id(sweep): _predicted(sweep) for sweep in told}
+            top, axis, sweeps, looks, {id(sweep): _predicted(sweep) for sweep in predicted}
         )
-        if told:
-            handles += _draw_best_shares(top, told[0]["prediction"])
+        if predicted:
+            handles += _draw_best_shares(top, predicted[0]["prediction"])
         for sweep in sweeps:
             look = looks[_name(sweep)]
             line = sorted((one[axis], one["n_layers"]) for one in sweep["configurations"])
@@ -129,7 +129,7 @@ def _sweeps(found: Found, axis: str, label: str, path: Path) -> bool:
     return _finish(figure, handles, f"{label}, sweep by sweep", parts, note, path)
 
 
-def _name(sweep: Found) -> str:
+def _name(sweep: Content) -> str:
     rate = "" if sweep["rate"] == "one rate" else f", {sweep['rate']}"
     return f"{Path(sweep['sweep']).stem}{rate}"
 
@@ -137,7 +137,7 @@ def _name(sweep: Found) -> str:
 def _draw_sweeps(
     ax: Axes,
     axis: str,
-    sweeps: Sequence[Found],
+    sweeps: Sequence[Content],
     looks: Mapping[str, paper.Look],
     lines: Mapping[int, Sequence[tuple[float, float]]],
 ) -> list[Any]:
@@ -150,17 +150,18 @@ def _draw_sweeps(
     values.append(min(values) - 0.06 * len(sweeps) * (max(values) - min(values)))  # for the bars
     paper.hold(ax, "y", values)
     handles: list[Any] = []
-    for place, sweep in enumerate(sweeps):
+    for index, sweep in enumerate(sweeps):
         look, fit = looks[_name(sweep)], sweep["curves"].get(f"ln {axis}", {})
-        _draw_fit(ax, fit, look.colour, place)
-        for one in sweep["configurations"]:
-            seeds, x = np.exp(one["ln_bpb"]), one[axis]
+        _draw_fit(ax, fit, look.colour, index)
+        for configuration in sweep["configurations"]:
+            ln_bpb, x = configuration["ln_bpb"], configuration[axis]
+            seeds = np.exp(ln_bpb)
             if len(seeds) > 1:
                 ring: dict[str, Any] = {"mfc": "none", "ms": 3.5, "mew": 0.7}
                 ax.plot([x] * len(seeds), seeds, "o", color=look.colour, **ring)
                 handles.append(paper.point("one seed", "o", **ring))
-            face = paper.BLACK if one["baseline"] else look.colour
-            ax.plot([x], [math.exp(np.mean(one["ln_bpb"]))], look.marker, color=face, zorder=4)
+            face = paper.BLACK if configuration["baseline"] else look.colour
+            ax.plot([x], [math.exp(np.mean(ln_bpb))], look.marker, color=face, zorder=4)
         handles.append(paper.line(_name(sweep), color=look.colour, marker=look.marker))
         handles.append(paper.point("black: the baseline", "o", color=paper.BLACK))
         if id(sweep) in lines:
@@ -168,28 +169,28 @@ def _draw_sweeps(
     return handles
 
 
-def _draw_best_shares(ax: Axes, told: Found) -> list[Any]:
+def _draw_best_shares(ax: Axes, prediction: Content) -> list[Any]:
     """Where the published laws put the best share; also the entry of the predicted curve."""
-    handles = [paper.line(f"Tao et al., {told['date']}", color=PREDICTION, ls=paper.BAR_DASH)]
+    handles = [paper.line(f"Tao et al., {prediction['date']}", color=PREDICTION, ls=paper.BAR_DASH)]
     for law, label, dash in (("tao", "their best share", "--"), ("levine", "Levine et al.'s", ":")):
-        how: dict[str, Any] = {"color": PREDICTION, "ls": dash, "lw": 0.9}
-        ax.axvline(told[f"{law}_best_share"], zorder=1, **how)
-        handles.append(paper.line(label, **how))
+        kwargs: dict[str, Any] = {"color": PREDICTION, "ls": dash, "lw": 0.9}
+        ax.axvline(prediction[f"{law}_best_share"], zorder=1, **kwargs)
+        handles.append(paper.line(label, **kwargs))
     return handles
 
 
-def _predicted(sweep: Found) -> list[tuple[float, float]]:
+def _predicted(sweep: Content) -> list[tuple[float, float]]:
     """Tao et al.'s bits per byte by share, through the sweep's baseline; in order of share."""
-    told = sweep["prediction"]["configurations"]
+    ratios = sweep["prediction"]["configurations"]
     level = next(np.mean(c["ln_bpb"]) for c in sweep["configurations"] if c["baseline"])
     return sorted(
-        (c["share"], math.exp(level + math.log1p(told[c["label"]] / sweep["reference_loss"])))
+        (c["share"], math.exp(level + math.log1p(ratios[c["label"]] / sweep["reference_loss"])))
         for c in sweep["configurations"]
-        if c["label"] in told
+        if c["label"] in ratios
     )
 
 
-def _draw_fit(ax: Axes, fit: Found, colour: str, place: int) -> None:
+def _draw_fit(ax: Axes, fit: Content, colour: str, index: int) -> None:
     """A fitted curve with its band, and along the bottom the optimum with its interval, hollow
     where that is not inside the range."""
     if "band" not in fit:
@@ -198,13 +199,13 @@ def _draw_fit(ax: Axes, fit: Found, colour: str, place: int) -> None:
     ax.plot(x, np.exp(y), color=colour, lw=1.2, zorder=3)
     if low[0] is not None:
         ax.fill_between(x, np.exp(low), np.exp(high), color=colour, alpha=0.13, lw=0)
-    at, across = fit["optimum"], ax.get_xaxis_transform()
-    height = 0.04 + 0.04 * place
-    if at["low"] is not None:
-        ax.plot([at["low"], at["high"]], [height] * 2, color=colour, lw=2.5, alpha=0.5,
-                transform=across, solid_capstyle="butt")  # fmt: skip
+    optimum, transform = fit["optimum"], ax.get_xaxis_transform()
+    height = 0.04 + 0.04 * index
+    if optimum["low"] is not None:
+        ax.plot([optimum["low"], optimum["high"]], [height] * 2, color=colour, lw=2.5, alpha=0.5,
+                transform=transform, solid_capstyle="butt")  # fmt: skip
     face = colour if fit["verdict"] == "interior" else "none"
-    ax.plot([at["value"]], [height], "v", color=colour, mfc=face, ms=4, transform=across)
+    ax.plot([optimum["value"]], [height], "v", color=colour, mfc=face, ms=4, transform=transform)
 
 
 FIGURES = {draw.__name__: draw for draw in (share_sweeps, glu_sweeps)}

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
-Floats = NDArray[np.float64]
-LEVEL = 0.95  # of every interval
+from src.analysis.intervals import LEVEL, Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ def quadratic(
     xs, ys = points_of(x, y)
     if log and (xs <= 0).any():
         raise ValueError(f"x must be above 0 for a logarithm, found {xs.min():g}.")
-    back: Callable[[float], float] = math.exp if log else float
+    to_x: Callable[[float], float] = math.exp if log else float
     xs = np.log(xs) if log else xs
     low, high = float(xs.min()), float(xs.max())
     distinct = len(np.unique(xs))
@@ -138,28 +137,28 @@ def quadratic(
     middle, half = (low + high) / 2, (high - low) / 2
     z = (xs - middle) / half
     fit = least_squares(np.column_stack([np.ones_like(z), z, z**2]), ys)
-    best = lowest_place(fit.coefficients[None, :])
-    ends: tuple[float, ...] = ()  # of the optimum's interval, and of the lowest value's
-    depth: tuple[float, ...] = ()
+    best = argmin(fit.coefficients[None, :])
+    optimum_ends: tuple[float, ...] = ()  # of its interval
+    minimum_ends: tuple[float, ...] = ()
     if fit.df:
-        drawn = fit.sampled(draws, np.random.default_rng(seed))
+        samples = fit.sampled(draws, np.random.default_rng(seed))
         tail = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
-        places = lowest_place(drawn)
-        ends = tuple(np.percentile(places, tail))
-        depth = tuple(np.percentile(_quadratic_at(drawn, places), tail))
-    place = Estimate(float(best[0]), *ends)
-    verdict = _verdict(place)
-    optimum = place.map(lambda at: back(middle + half * float(at)))
+        positions = argmin(samples)
+        optimum_ends = tuple(np.percentile(positions, tail))
+        minimum_ends = tuple(np.percentile(_quadratic_at(samples, positions), tail))
+    position = Estimate(float(best[0]), *optimum_ends)
+    verdict = _verdict(position)
+    optimum = position.map(lambda at: to_x(middle + half * float(at)))
     band = []
     for at in np.linspace(-1, 1, 41):
         here = fit.combined(1.0, at, at**2)
-        band.append((back(middle + half * float(at)), here.value, here.low, here.high))
+        band.append((to_x(middle + half * float(at)), here.value, here.low, here.high))
     return CurveFit(
         optimum=optimum,
-        minimum=Estimate(float(_quadratic_at(fit.coefficients[None, :], best)[0]), *depth),
+        minimum=Estimate(float(_quadratic_at(fit.coefficients[None, :], best)[0]), *minimum_ends),
         curvature=fit.combined(0.0, 0.0, 1.0).map(lambda c: c / half**2),
         verdict=verdict,
-        statement=_statement(verdict, optimum, back(low), back(high), place.value < 0),
+        statement=_statement(verdict, optimum, to_x(low), to_x(high), position.value < 0),
         sd=fit.sd if fit.df else None,
         df=fit.df,
         points=len(xs),
@@ -181,7 +180,7 @@ def _quadratic_at(coefficients: Floats, z: Floats) -> Floats:
     return coefficients[:, 0] + coefficients[:, 1] * z + coefficients[:, 2] * z**2
 
 
-def lowest_place(coefficients: Floats) -> Floats:
+def argmin(coefficients: Floats) -> Floats:
     """Where each quadratic (B, p) is lowest on -1..1."""
     _, b, c = coefficients[:, :3].T
     ends = np.where(b > 0, -1.0, 1.0)
@@ -190,13 +189,13 @@ def lowest_place(coefficients: Floats) -> Floats:
     return np.where((c > 0) & (np.abs(vertex) < 1), vertex, ends)
 
 
-def _verdict(place: Estimate) -> Verdict:
+def _verdict(position: Estimate) -> Verdict:
     """place: of the optimum on -1..1."""
-    if place.low is None or place.high is None:
+    if position.low is None or position.high is None:
         return "undecided"
-    if place.low > -1 and place.high < 1:
+    if position.low > -1 and position.high < 1:
         return "interior"
-    return "edge" if place.low == place.high and abs(place.value) == 1 else "undecided"
+    return "edge" if position.low == position.high and abs(position.value) == 1 else "undecided"
 
 
 def _statement(verdict: Verdict, at: Estimate, low: float, high: float, lower: bool) -> str:

@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", nargs="+", type=Path, required=True, help="experiment files")
     parser.add_argument("--date", required=True, help="the day they are made, before any run")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        content = predict(asked.config, asked.date)
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(asked.output, content)
+        content = predict(args.config, args.date)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, content)
     except (ValueError, OSError) as error:
         return refuse(error)
     print(table(content))
@@ -62,7 +62,7 @@ def _sweep(file: Path) -> dict[str, Any]:
     if sweep.rates:
         raise ValueError(f"{file}: found a list of learning rates; the laws know of no rate")
     try:
-        answers = allocation.allocate(
+        allocations = allocation.allocate(
             {run.experiment: run.model for run in sweep.runs}, sweep.baseline
         )
     except ValueError as error:
@@ -77,19 +77,20 @@ def _sweep(file: Path) -> dict[str, Any]:
         "levine_best_share": levine,
         "levine_best_layers": published_laws.levine_depth(levine * total / vocabulary),
         "configurations": {
-            name: _configuration(found, answers[sweep.baseline]) for name, found in answers.items()
+            name: _configuration(built, allocations[sweep.baseline])
+            for name, built in allocations.items()
         },
     }
 
 
-def _configuration(answer: Allocation, base: Allocation) -> dict[str, Any]:
-    ours, theirs, model = answer.params, base.params, answer.model
+def _configuration(built: Allocation, baseline: Allocation) -> dict[str, Any]:
+    ours, reference, model = built.params, baseline.params, built.model
     depth = published_laws.levine_depth(model.d_model)
     return {
         **{key: getattr(model, key) for key in ("n_layers", "d_model", "embedding_dim")},
         "share": ours.share,
         "tao_ln_ppl_ratio": published_laws.tao_log_ratio(
-            ours.share, theirs.share, ours.total, theirs.total
+            ours.share, reference.share, ours.total, reference.total
         ),
         "levine_layers": depth if depth > 0 else None,  # the law is silent below d = 154
     }
@@ -103,13 +104,14 @@ def table(content: dict[str, Any]) -> str:
             f"{name}: best share {sweep['tao_best_share']:.1%} (Tao et al.), "
             f"{sweep['levine_best_share']:.1%} (Levine et al.)"
         )
-        lines += [
-            f"  {one:<16} share {found['share']:6.1%}  {found['n_layers']:2d} layers  PPL against "
-            f"{sweep['baseline']} {math.expm1(found['tao_ln_ppl_ratio']):+.1%} (Tao et al.)"
-            for one, found in sorted(
-                sweep["configurations"].items(), key=lambda item: item[1]["share"]
+        for experiment, built in sorted(
+            sweep["configurations"].items(), key=lambda item: item[1]["share"]
+        ):
+            lines.append(
+                f"  {experiment:<16} share {built['share']:6.1%}  {built['n_layers']:2d} layers  "
+                f"PPL against {sweep['baseline']} {math.expm1(built['tao_ln_ppl_ratio']):+.1%} "
+                "(Tao et al.)"
             )
-        ]
     return "\n".join(lines)
 
 

@@ -42,12 +42,12 @@ def tao_log_ratio(share: float, reference: float, total: float, other_total: flo
 
 def tao_best_share(total: float) -> float:
     """The share of `total` parameters at which the law's loss is lowest."""
-    found = minimize_scalar(
+    result = minimize_scalar(
         lambda share: tao_loss(share * total, (1 - share) * total, 1e9),
         bounds=(1e-3, 1 - 1e-3),
         method="bounded",
     )
-    return float(found.x)
+    return float(result.x)
 
 
 # --- Levine et al. 2020, arXiv 2006.12467 -------------------------------------------------------

@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", nargs="+", type=Path, default=[], help="tables of runs")
     parser.add_argument("--predictions", type=Path, help="results/predictions.json, say")
     parser.add_argument("--output", type=Path, required=True, help="the folder for science.json")
-    asked = parser.parse_args(argv)
-    if not asked.log_dir and not asked.csv:
+    args = parser.parse_args(argv)
+    if not args.log_dir and not args.csv:
         parser.error("name run directories with --log_dir, or tables with --csv")
     try:
-        predictions = read_json(asked.predictions) if asked.predictions else {}
-        content = analyse(read_runs(asked.csv, asked.log_dir), predictions)
-        asked.output.mkdir(parents=True, exist_ok=True)
-        write_json(asked.output / "science.json", content)
+        predictions = read_json(args.predictions) if args.predictions else {}
+        content = analyse(read_runs(args.csv, args.log_dir), predictions)
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_json(args.output / "science.json", content)
     except (ValueError, OSError) as error:
         return refuse(error)
     print(summary(content))
@@ -102,8 +102,8 @@ def analyse(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> dict[str, Any
         "schema": SCHEMA,
         "runs": len(runs),
         "predictions_dated": predictions.get("date"),
-        "sweeps": [found for sweep in sweeps for found in _of_sweep(sweep, predictions)],
-        "surfaces": [found for study in studies for found in _surfaces(study)],
+        "sweeps": [curve for sweep in sweeps for curve in _sweep_curves(sweep, predictions)],
+        "surfaces": [fit for study in studies for fit in _surfaces(study)],
     }
 
 
@@ -139,7 +139,7 @@ def _points(runs: pd.DataFrame, what: str, split: str) -> pd.DataFrame:
 # --- sweeps: a curve over share or expansion ------------------------------------------------------
 
 
-def _of_sweep(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _sweep_curves(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The sweep's curve; with several rates, one at each configuration's own and one at the best
     shared rate."""
     if not many_rates(runs):
@@ -149,11 +149,11 @@ def _of_sweep(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> list[dict[s
     best = at_own_rates(runs)
     if set(own.values()) == {shared}:
         return [_curve_of(best, f"own best and shared rate {shared:g}", predictions)]
-    found = [_curve_of(best, "own best rate", predictions)]
+    curves = [_curve_of(best, "own best rate", predictions)]
     if shared is not None:
-        at = runs[runs["learning_rate"] == shared]
-        found.append(_curve_of(at, f"shared rate {shared:g}", predictions))
-    return found
+        at_shared = runs[runs["learning_rate"] == shared]
+        curves.append(_curve_of(at_shared, f"shared rate {shared:g}", predictions))
+    return curves
 
 
 def _curve_of(runs: pd.DataFrame, rate: str, predictions: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,14 +225,14 @@ def _prediction(runs: pd.DataFrame, predictions: Mapping[str, Any]) -> dict[str,
 def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """All terms over every run of the study, and share against depth where depth is the slack."""
     rate = runs["learning_rate"].mode().iloc[0]
-    at = runs[runs["learning_rate"] == rate]
-    width = at["attention_width_ratio"].fillna(1.0)
-    alike = at[(width - 1).abs() <= USUAL_ATTENTION]
+    at_rate = runs[runs["learning_rate"] == rate]
+    width = at_rate["attention_width_ratio"].fillna(1.0)
+    alike = at_rate[(width - 1).abs() <= USUAL_ATTENTION]
     usual = alike[GLU_EXPANSION.asked].mode()
     depth = alike[alike[GLU_EXPANSION.asked] == usual.iloc[0]] if len(usual) else alike
-    found = []
+    result = []
     for name, terms, used in (
-        ("all configurations", surface.TERMS, at),
+        ("all configurations", surface.TERMS, at_rate),
         ("configurations whose slack is depth, one expansion", DEPTH_TERMS, depth),
     ):
         used = used.drop_duplicates(["model_digest", "seed"])  # each run once
@@ -247,7 +247,7 @@ def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
             )
         except ValueError as error:
             fit = {"unavailable": str(error)}
-        found.append(
+        result.append(
             {
                 **_facts(used),
                 "sweep": sorted(used["sweep"].unique()),
@@ -259,7 +259,7 @@ def _surfaces(runs: pd.DataFrame) -> list[dict[str, Any]]:
                 **fit,
             }
         )
-    return found
+    return result
 
 
 # --- for people ---------------------------------------------------------------------------------
@@ -271,19 +271,19 @@ def summary(content: Mapping[str, Any]) -> str:
     for sweep in content["sweeps"]:
         where = f"{sweep['sweep']}, {sweep['phase']}, {sweep['tokens']:,} tokens, {sweep['rate']}"
         for scale, fit in sweep["curves"].items():
-            told = fit.get("statement") or f"not fitted: {fit['unavailable']}"
-            lines.append(f"{where}: {scale}: {told}")
-    for one in content["surfaces"]:
+            statement = fit.get("statement") or f"not fitted: {fit['unavailable']}"
+            lines.append(f"{where}: {scale}: {statement}")
+    for fit in content["surfaces"]:
         terms = [
             f"{term} {c['value']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})"
-            for term, c in one.get("coefficients", {}).items()
+            for term, c in fit.get("coefficients", {}).items()
         ]
-        told = one.get("unavailable") or f"{one['points']} models, {', '.join(terms[1:])}"
-        lines.append(f"surface, {one['configurations']}: {told}")
-        if best := one.get("best_share"):
+        statement = fit.get("unavailable") or f"{fit['points']} models, {', '.join(terms[1:])}"
+        lines.append(f"surface, {fit['configurations']}: {statement}")
+        if best := fit.get("best_share"):
             ends = f"{best['low']:.1%} to {best['high']:.1%}"
             lines.append(f"  best share, all else equal: {best['value']:.1%} ({ends})")
-        lines += [f"  {warning}" for warning in one.get("warnings", ())]
+        lines += [f"  {warning}" for warning in fit.get("warnings", ())]
     return "\n".join(lines)
 
 

@@ -8,15 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from src.analysis.science.fits import (
-    LEVEL,
-    Estimate,
-    Fit,
-    Floats,
-    least_squares,
-    lowest_place,
-    points_of,
-)
+from src.analysis.intervals import LEVEL, Floats
+from src.analysis.science.fits import Estimate, Fit, argmin, least_squares, points_of
 
 TERMS = ("share", "share^2", "glu", "glu^2", "share*glu", "ln L")
 MOST_INFLATION = 10.0  # the usual alarm for a variance inflation factor
@@ -82,8 +75,8 @@ def response_surface(
     known = {"share", "share^2"} <= set(terms) and not warnings
     return Surface(
         coefficients={
-            term: fit.combined(*np.eye(design.shape[1])[place])
-            for place, term in enumerate(("mean", *terms))
+            term: fit.combined(*np.eye(design.shape[1])[index])
+            for index, term in enumerate(("mean", *terms))
         },
         best_share=_best_share(fit, terms, s) if known else None,
         inflation=inflation,
@@ -103,8 +96,8 @@ def _best_share(fit: Fit, terms: Sequence[str], shares: Floats) -> Estimate:
         b, c = coefficients[:, slope] / half, coefficients[:, bowl]
         # b a + c a^2 of a = share - mean, written over -1..1 of the range.
         offset = (middle - float(shares.mean())) / half
-        return middle + half * lowest_place(np.column_stack([0 * b, b + 2 * c * offset, c]))
+        return middle + half * argmin(np.column_stack([0 * b, b + 2 * c * offset, c]))
 
-    places = lowest(fit.sampled(4000, np.random.default_rng(0)))
-    ends = np.percentile(places, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    positions = lowest(fit.sampled(4000, np.random.default_rng(0)))
+    ends = np.percentile(positions, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return Estimate(float(lowest(fit.coefficients[None, :])[0]), float(ends[0]), float(ends[1]))
