@@ -1,9 +1,9 @@
-"""A study whose truth is known: run directories of real sweeps' cells with planted losses.
+"""A study whose truth is known: run directories of real sweeps' configurations with planted losses.
 
     python -m tests.planted_study --output planted --seeds 3
     python -m src.analysis.science.report --log_dir planted --output planted/science
 
-ln BPB of a cell = 0.2 + 1.2 (share - 0.36)^2 + 0.01 (glu - 3)^2 - 0.03 ln(L / 10)
+ln BPB of a configuration = 0.2 + 1.2 (share - 0.36)^2 + 0.01 (glu - 3)^2 - 0.03 ln(L / 10)
     + 0.02 (ln rate / best)^2, best = 4e-3, in sweeps of rates 4e-3 (0.35 / share)^2, + noise.
 A ranking run adds 0.1 and has three times the noise. Curves fall as tokens^-0.3 to the run's end.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.evaluation import metrics as record
+from src.evaluation import metrics as run_metrics
 from src.spec import allocation, config
 from tests import ROOT
 
@@ -49,34 +49,49 @@ def write(
     seed: int = 0,
     sd: float = SD,
 ) -> None:
-    """Write every cell of configs/<sweep>.yaml below `log_dir`. The same seed, the same noise."""
+    """Write every run of configs/<sweep>.yaml below `log_dir`. The same seed, the same noise."""
     rng = np.random.default_rng(seed)
     for name in sweeps:
         for phase in phases:
             file = ROOT / "configs" / f"{name}.yaml"
             sweep = config.load_sweep(file, overrides, phase)
-            answers = allocation.allocate(
+            allocations = allocation.allocate(
                 {run.experiment: run.model for run in sweep.runs}, sweep.baseline
             )
-            for cell in sweep.runs:
+            for planned in sweep.runs:
                 for number in seeds:
-                    run = sweep.run(cell.experiment, number)
+                    run = sweep.run(planned.experiment, number)
                     noise = sd * (3 if phase == "rank" else 1) * rng.standard_normal(2)
                     _write_run(
-                        log_dir, name, run, answers[cell.experiment], noise, bool(sweep.rates)
+                        log_dir,
+                        name,
+                        run,
+                        allocations[planned.experiment],
+                        noise,
+                        bool(sweep.rates),
                     )
+
+
+def write_study(log_dir: Path, seeds: int, seed: int = 0) -> None:
+    """Four sweeps of so many seeds, a ranking phase of one of them and a sweep of rates."""
+    sweeps = ("frontier", "factorised", "depth_control", "glu_expansion")
+    grid = ("model.total_params=10_485_760", "model.vocab_size=16_384")
+    grid += ("training.batch_size=64", "training.seq_len=512")
+    write(log_dir, sweeps, seeds=range(seeds), overrides=grid, seed=seed)
+    write(log_dir, ["frontier"], phases=["rank"], seed=seed + 1)
+    write(log_dir / "rates", ["miniature_lr"], seed=seed + 2)
 
 
 def _write_run(
     log_dir: Path,
     sweep: str,
     run: config.RunConfig,
-    answer: allocation.Allocation,
+    built: allocation.Allocation,
     noise: np.ndarray,
     rates: bool,
 ) -> None:
-    training, model, params = run.training, answer.model, answer.params
-    share, glu = params.share, answer.glu_expansion
+    training, model, params = run.training, built.model, built.params
+    share, glu = params.share, built.glu_expansion
     best = best_rate(share) if rates else BEST_RATE
     clean = truth(share, glu, model.n_layers, training.learning_rate, best)
     clean += 0.1 if run.phase == "rank" else 0.0
@@ -92,7 +107,7 @@ def _write_run(
         "phase": run.phase,
         "seed": run.seed,
         "config_digest": f"{run.run_name} {training.learning_rate} {tokens}",
-        "model_digest": record.model_digest(answer),
+        "model_digest": run_metrics.model_digest(built),
         "tokenizer_sha256": "0" * 64,
         "corpus": "planted",
         "device_name": "none: planted losses",
@@ -129,14 +144,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    asked = parser.parse_args()
-    sweeps = ("frontier", "factorised", "depth_control", "glu_expansion")
-    grid = ("model.total_params=10_485_760", "model.vocab_size=16_384")
-    grid += ("training.batch_size=64", "training.seq_len=512")
-    seeds = range(asked.seeds)
-    write(asked.output, sweeps, seeds=seeds, overrides=grid, seed=asked.seed)
-    write(asked.output, ["frontier"], seeds=[0], phases=["rank"], seed=asked.seed + 1)
-    write(asked.output / "rates", ["miniature_lr"], seed=asked.seed + 2)
+    args = parser.parse_args()
+    write_study(args.output, args.seeds, args.seed)
 
 
 if __name__ == "__main__":

@@ -88,12 +88,12 @@ def study(rng: np.random.Generator, effect: float, seeds: int, run_sd: float) ->
     against = {name: _interval(runs[name], runs[BASELINE], tokens, noise) for name in finalists}
     truth = {name: gains[BASELINE] - gains[name] for name in finalists}
     covered = {name: one.low <= truth[name] <= one.high for name, one in against.items()}
-    held = intervals.holm({name: one.p for name, one in against.items() if one.p is not None})
-    different = {name for name, p in held.items() if p <= 0.05}
-    untold = _not_told_apart(runs, tokens, noise)
-    found = _winner(runs, tokens, untold)
-    point = _winner(runs, tokens, untold, least_seeds=1)
-    name = found.winner_strict
+    adjusted = intervals.holm({name: one.p for name, one in against.items() if one.p is not None})
+    different = {name for name, p in adjusted.items() if p <= 0.05}
+    ties = _not_told_apart(runs, tokens, noise)
+    decision = _winner(runs, tokens, ties)
+    point = _winner(runs, tokens, ties, least_seeds=1)
+    name = decision.winner_strict
     return Outcome(
         promoted=BETTER in finalists,
         named=name is not None,
@@ -113,9 +113,9 @@ def _ranked(rng: np.random.Generator, gains: Mapping[str, float], run_sd: float)
         name: (5 - gain + rng.normal(0, run_sd, NOISE_SEEDS if name == BASELINE else 1)).tolist()
         for name, gain in gains.items()
     }
-    found = promote(losses, repeats.pooled_noise(losses))
-    chosen = [name for name in found.promoted if name != BASELINE]
-    return chosen or [name for name, _ in found.ranking if name != BASELINE][:1]
+    promotion = promote(losses, repeats.pooled_noise(losses))
+    chosen = [name for name in promotion.promoted if name != BASELINE]
+    return chosen or [name for name, _ in promotion.ranking if name != BASELINE][:1]
 
 
 def _runs(
@@ -148,9 +148,9 @@ def _noise(runs: Mapping[str, Losses], tokens: intervals.Floats) -> repeats.Nois
 
 
 def _interval(
-    ours: Losses, theirs: Losses, tokens: intervals.Floats, noise: repeats.Noise | None
+    first: Losses, second: Losses, tokens: intervals.Floats, noise: repeats.Noise | None
 ) -> intervals.Interval:
-    pairs = repeats.pair(ours, theirs).pairs
+    pairs = repeats.pair(first, second).pairs
     a, b = (np.stack([pair[side] for pair in pairs]) for side in (0, 1))
     return intervals.paired_bootstrap(a, b, tokens, noise=noise, draws=DRAWS)
 
@@ -194,22 +194,22 @@ def _winner(
 def rates(effect: float, seeds: int, run_sd: float, studies: int, seed: int = 0) -> Rates:
     """Shares of `studies` simulated studies."""
     rng = np.random.default_rng([seed, round(1000 * effect), seeds, round(10_000 * run_sd)])
-    found = [study(rng, effect, seeds, run_sd) for _ in range(studies)]
-    winners = [o.winner_covered for o in found if o.winner_covered is not None]
+    outcomes = [study(rng, effect, seeds, run_sd) for _ in range(studies)]
+    winners = [o.winner_covered for o in outcomes if o.winner_covered is not None]
     return Rates(
         effect=effect,
         seeds=seeds,
         run_sd=run_sd,
         studies=studies,
-        better_promoted=_share(o.promoted for o in found),
-        winner_named=_share(o.named for o in found),
-        named_rightly=_share(o.rightly for o in found),
-        better_named=_share(o.best_named for o in found),
-        named_by_point_alone=_share(o.by_point_alone for o in found),
-        named_and_different=_share(o.shown for o in found),
-        coverage=_share(covers for o in found for covers in o.covered),
+        better_promoted=_share(o.promoted for o in outcomes),
+        winner_named=_share(o.named for o in outcomes),
+        named_rightly=_share(o.rightly for o in outcomes),
+        better_named=_share(o.best_named for o in outcomes),
+        named_by_point_alone=_share(o.by_point_alone for o in outcomes),
+        named_and_different=_share(o.shown for o in outcomes),
+        coverage=_share(covers for o in outcomes for covers in o.covered),
         coverage_of_winner=_share(winners) if winners else None,
-        equal_told_apart=_share(o.wrongly_different for o in found),
+        equal_told_apart=_share(o.wrongly_different for o in outcomes),
     )
 
 
@@ -247,7 +247,7 @@ def _share(values: Iterable[bool]) -> float:
     return float(np.mean(list(values)))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m tests.simulated_decisions", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -255,14 +255,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--studies", type=at_least(1), default=1000, help="of each kind (1,000)")
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--output", type=Path, required=True, help="directory of the two tables")
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     kinds = itertools.product(RUN_SDS, EFFECTS, SEEDS)
-    rows = [rates(effect, n, sd, asked.studies, asked.seed) for sd, effect, n in kinds]
-    tied = [ties(sd, asked.studies, asked.seed) for sd in TIE_SDS]
+    rows = [rates(effect, n, sd, args.studies, args.seed) for sd, effect, n in kinds]
+    tied = [ties(sd, args.studies, args.seed) for sd in TIE_SDS]
     try:
-        asked.output.mkdir(parents=True, exist_ok=True)
-        _write(asked.output / "procedure.csv", [asdict(row) for row in rows])
-        _write(asked.output / "ties.csv", [asdict(row) for row in tied])
+        args.output.mkdir(parents=True, exist_ok=True)
+        _write(args.output / "procedure.csv", [asdict(row) for row in rows])
+        _write(args.output / "ties.csv", [asdict(row) for row in tied])
     except OSError as error:
         return refuse(error)
     print(named_table([asdict(row) for row in rows]))

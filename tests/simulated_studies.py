@@ -114,17 +114,17 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
-    found = simulate(asked.studies, asked.seed)
+    args = parser.parse_args()
+    rates = simulate(args.studies, args.seed)
     rows = {}
-    for name, (rate, n) in found.items():
+    for name, (rate, n) in rates.items():
         error = math.sqrt(rate * (1 - rate) / n)
         rows[name] = {"rate": round(rate, 4), "standard_error": round(error, 4), "n": n}
         print(f"{name:<46} {rate:7.4f} +- {error:.4f}  (n = {n:,})")
-    if asked.output is not None:
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"level": 0.95, "studies": asked.studies, "seed": asked.seed, "held": rows}
-        asked.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        content = {"level": 0.95, "studies": args.studies, "seed": args.seed, "held": rows}
+        args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

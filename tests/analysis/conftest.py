@@ -9,19 +9,12 @@ import pytest
 from src.analysis.science import report as science
 from tests import ROOT, planted_study
 
-GRID = ("model.total_params=10_485_760", "model.vocab_size=16_384", "training.batch_size=64",
-        "training.seq_len=512")  # fmt: skip
-SWEEPS = ("frontier", "factorised", "depth_control", "glu_expansion")
-
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory):
-    """Run directories of four sweeps, three seeds, a ranking phase and a sweep of rates; not to be
-    written to."""
+    """The run directories of a planted study; not to be written to."""
     logs = tmp_path_factory.mktemp("planted")
-    planted_study.write(logs, SWEEPS, seeds=[0, 1, 2], overrides=GRID)
-    planted_study.write(logs, ["frontier"], phases=["rank"], seed=1)
-    planted_study.write(logs / "rates", ["miniature_lr"], seed=2)
+    planted_study.write_study(logs, seeds=3)
     return logs
 
 

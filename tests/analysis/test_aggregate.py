@@ -20,7 +20,7 @@ from src.analysis import run_csv, run_table, sweep_figures
 from src.analysis.blocks import blocks
 from src.spec import metric_keys
 from tests import ROOT, python
-from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, Cell, write_run, write_sweep
+from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, Experiment, write_run, write_sweep
 
 SHARE_FILE, GLU_FILE = "configs/embed_ratio.yaml", "configs/glu_expansion.yaml"
 NAMES = ["emb35", "emb25", "emb45"]
@@ -288,18 +288,20 @@ def test_a_vocabulary_sweep_beside_the_share_sweep_is_drawn_in_bits_per_byte(
     tmp_path: Path,
 ) -> None:
     write_sweep(tmp_path / "logs", SHARE_FILE, SHARE_SWEEP)
-    cells = [
-        Cell(name=f"v{v}-{s}", share=s, vocab_size=v) for v in (8_000, 16_000) for s in (0.25, 0.35)
+    experiments = [
+        Experiment(name=f"v{v}-{s}", share=s, vocab_size=v)
+        for v in (8_000, 16_000)
+        for s in (0.25, 0.35)
     ]
-    write_sweep(tmp_path / "logs", "configs/vocab_tying.yaml", cells, baseline="v16000-0.35")
+    write_sweep(tmp_path / "logs", "configs/vocab_tying.yaml", experiments, baseline="v16000-0.35")
     aggregate(tmp_path)
     assert is_png(tmp_path / "bits_per_byte_vs_embedding_ratio.png")
     assert is_png(tmp_path / "ppl_vs_embedding_ratio.png")
 
 
 def test_a_vocabulary_sweep_alone_cannot_be_a_perplexity_figure(tmp_path: Path) -> None:
-    cells = [Cell(name=f"v{v}", vocab_size=v) for v in (8_000, 16_000)]
-    write_sweep(tmp_path / "logs", "configs/vocab_tying.yaml", cells)
+    experiments = [Experiment(name=f"v{v}", vocab_size=v) for v in (8_000, 16_000)]
+    write_sweep(tmp_path / "logs", "configs/vocab_tying.yaml", experiments)
     done = aggregate(tmp_path, code=78)
     assert "dev bits per byte v" in done.stdout and "dev perplexity v" not in done.stdout
 

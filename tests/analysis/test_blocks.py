@@ -22,16 +22,16 @@ def logs(tmp_path: Path) -> list[Path]:
     three seeds at the best. emb25 leads prd/ and, at its own best rate alone, comes second here."""
     prd, rates = tmp_path / "prd", tmp_path / "rates"
     write_sweep(prd, SHARE, SHARE_SWEEP, phase="rank", tokens=5_000_000, **HERE)
-    names = [f"{cell.name}-lr{rate}" for cell in SHARE_SWEEP for rate in RATES]
-    for cell in SHARE_SWEEP:
+    names = [f"{exp.name}-lr{rate}" for exp in SHARE_SWEEP for rate in RATES]
+    for exp in SHARE_SWEEP:
         for label, rate in RATES.items():
-            best = BEST[cell.name] == label
-            gain = {"emb35": -0.1, "emb25": -0.05, "emb45": 0.0}[cell.name] + (not best) * 0.2
+            best = BEST[exp.name] == label
+            gain = {"emb35": -0.1, "emb25": -0.05, "emb45": 0.0}[exp.name] + (not best) * 0.2
             write_sweep(
-                rates, SHARE, [replace(cell, name=f"{cell.name}-lr{label}", gain=gain)],
+                rates, SHARE, [replace(exp, name=f"{exp.name}-lr{label}", gain=gain)],
                 baseline="emb35-lr2e-3", names=names, phase="rank", tokens=5_000_000,
                 seeds=(0, 1, 2) if best else (0,), learning_rate=rate, batch_size=64, steps=611,
-                **(HERE | ({"processors": "AMD EPYC AVX2"} if cell.name == "emb45" else {})),
+                **(HERE | ({"processors": "AMD EPYC AVX2"} if exp.name == "emb45" else {})),
             )  # fmt: skip
     return [prd, rates]
 

@@ -17,12 +17,14 @@ from matplotlib.lines import Line2D
 
 from src.analysis import aggregate, paper
 from src.analysis.run_table import read_rows
-from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, Cell, write_run, write_sweep
+from tests.synthetic_runs import GLU_SWEEP, SHARE_SWEEP, Experiment, write_run, write_sweep
 
 SHARE, GLU = "embed_ratio.yaml", "glu_expansion.yaml"
 LONG = tuple(
-    Cell(name=f"factorised-embedding-of-rank-{64 + 8 * i}-with-an-untied-head-and-attention-{i}",
-         share=0.1 + 0.035 * i, gain=0.02 * math.sin(i), depth=6 + i)
+    Experiment(
+        name=f"factorised-embedding-of-rank-{64 + 8 * i}-with-an-untied-head-and-attention-{i}",
+        share=0.1 + 0.035 * i, gain=0.02 * math.sin(i), depth=6 + i,
+    )
     for i in range(12)
 )  # fmt: skip
 RATES = {"2e-3": 2e-3, "4e-3": 4e-3, "8e-3": 8e-3}
@@ -44,12 +46,12 @@ def twelve_long_names(logs: Path) -> None:
 def killed_and_diverged(logs: Path) -> None:
     write_sweep(logs, SHARE, SHARE_SWEEP, killed={"emb45": 0.5, "emb25": 0.3}, tokens=5_000_000)
     sweep = {"file": SHARE, "experiments": ["emb15"], "baseline": "emb35"}
-    far = Cell(name="emb15", share=0.15, gain=2.5)
+    far = Experiment(name="emb15", share=0.15, gain=2.5)
     write_run(logs / "emb15", far, sweep=sweep, ran=0.4, failure={"kind": "diverged"})
 
 
 def no_baseline(logs: Path) -> None:
-    names = [cell.name for cell in SHARE_SWEEP]
+    names = [exp.name for exp in SHARE_SWEEP]
     write_sweep(
         *(logs, SHARE, SHARE_SWEEP[1:]), baseline="emb35", names=names, seeds=(0, 1, 2),
         loss_largest_rise_nats=2.5,
@@ -63,20 +65,24 @@ def both_sweeps_and_phases(logs: Path) -> None:
 
 
 def factorised(logs: Path) -> None:
-    shares = [Cell(name=f"share{s}", share=s / 100, gain=(s - 33) ** 2 / 3e3) for s in (25, 35, 45)]
-    ranks = [Cell(name=f"rank{s}", share=s / 100, gain=(s - 30) ** 2 / 5e3) for s in (10, 20, 30)]
+    shares = [
+        Experiment(name=f"share{s}", share=s / 100, gain=(s - 33) ** 2 / 3e3) for s in (25, 35, 45)
+    ]
+    ranks = [
+        Experiment(name=f"rank{s}", share=s / 100, gain=(s - 30) ** 2 / 5e3) for s in (10, 20, 30)
+    ]
     write_sweep(logs, "frontier.yaml", shares, baseline="share35")
     write_sweep(logs, "factorised.yaml", ranks, baseline="rank30", embedding_dim=96)
 
 
 def rates(logs: Path) -> None:
     """Three shares at three rates, each with another best one; at one of them emb45 is far off."""
-    names = [f"{cell.name}-lr{rate}" for cell in SHARE_SWEEP for rate in RATES]
-    for cell in SHARE_SWEEP:
+    names = [f"{exp.name}-lr{rate}" for exp in SHARE_SWEEP for rate in RATES]
+    for exp in SHARE_SWEEP:
         for label, rate in RATES.items():
-            best = BEST[cell.name] == label
-            gain = cell.gain + (0.0 if best else 0.05 if label == "4e-3" else 1.5)
-            run = replace(cell, name=f"{cell.name}-lr{label}", gain=gain)
+            best = BEST[exp.name] == label
+            gain = exp.gain + (0.0 if best else 0.05 if label == "4e-3" else 1.5)
+            run = replace(exp, name=f"{exp.name}-lr{label}", gain=gain)
             seeds = (0, 1) if best else (0,)
             write_sweep(
                 *(logs, SHARE, [run]), baseline="emb35-lr2e-3", names=names, phase="rank",
