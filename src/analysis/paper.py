@@ -165,14 +165,19 @@ def finish(
 ) -> None:
     """Title, what the runs share, and one legend below the panels; the figure grows for both.
 
-    handles: of what was drawn, by label each once, configurations first; long labels are broken,
-    never cut."""
+    handles: of what was drawn, by label each once, configurations first; the baseline of one panel
+    alone is named without the word. Long labels are broken, never cut."""
     wide = figure.get_figwidth() > COLUMN + 1
     width = 118 if wide else 54  # characters of the title's size
     texts = (title, "" if runs is None else facts(runs), note)
     head = "\n".join(line for text in texts for line in textwrap.wrap(text, width))
     figure.suptitle(head, x=0.01, ha="left")
-    unique = list({handle.get_label(): handle for handle in handles}.values())
+    by_label = {handle.get_label(): handle for handle in handles}
+    unique = [
+        h
+        for label, h in by_label.items()
+        if label.removesuffix(BASELINE) not in by_label or not label.endswith(BASELINE)
+    ]
     order = {name: index for index, name in enumerate(styles or ())}
     unique.sort(key=lambda h: order.get(h.get_label().removesuffix(BASELINE), len(order)))
     for handle in unique:

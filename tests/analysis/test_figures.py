@@ -236,6 +236,19 @@ def labels(figure: Figure) -> list[str]:
     return [text for ax in figure.axes for text in (ax.get_xlabel(), ax.get_title(loc="left"))]
 
 
+def test_a_baseline_of_one_panel_alone_stands_once_in_the_legend() -> None:
+    figure, _ = paper.grid(1)
+    labels = ["emb35 (baseline)", "emb45", "emb45 (baseline)", "rank96"]
+    paper.finish(figure, [paper.point(label, "o") for label in labels], "title")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "emb35 (baseline)",
+        "emb45",
+        "rank96",
+    ]
+    plt.close(figure)
+
+
 def test_an_interval_that_leaves_its_panel_has_an_arrow(drawn) -> None:
     figure = drawn["twelve_long_names"]["ppl_vs_embedding_ratio.png"]
     assert "interval leaves the panel" in legend(figure)
