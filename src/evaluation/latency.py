@@ -44,6 +44,7 @@ from src.storage.files import open_lock_file, read_json, write_json
 # "Equal latency" is a ratio below this, fixed before any measurement (3 %, set in advance).
 MARGIN = 1.03
 RESAMPLES = 2_000
+_SIDES = ("baseline", "ours")
 
 FloatArray = NDArray[np.float64]
 Step = Callable[[], Tensor]
@@ -310,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         if args.output is not None and args.output.is_file():
+            _check_same_runs(args)
             print(f"{args.output}: measured before, nothing to do")
             return 0
         result = _measure_runs(args)
@@ -334,14 +336,29 @@ def _measure_runs(args: argparse.Namespace) -> dict[str, Any]:
         "device": device, "autocast_dtype": dtype, "lengths": args.lengths, **timing,
     }  # fmt: skip
     if args.run is not None:
-        names = {"run": _name(args.run, args.output)}
         result = measure(models[0], compiled=args.compiled, **options)
     else:
-        baseline, ours = (_name(path, args.output) for path in paths)
-        names = {"baseline": baseline, "ours": ours}
         result = {"comparison": compare(models[1], models[0], **options), "margin": MARGIN}
     conditions = {"trained_weights": all(trained), "precision": precision, **timing}
-    return {**names, **conditions, **result, "environment": runtime.environment_stamp(device)}
+    environment = runtime.environment_stamp(device)
+    return {**_names(args), **conditions, **result, "environment": environment}
+
+
+def _names(args: argparse.Namespace) -> dict[str, str]:
+    """What the output says of the runs: `run`, or `baseline` and `ours`."""
+    runs = {"run": args.run} if args.run else dict(zip(_SIDES, args.compare, strict=True))
+    return {key: _name(run, args.output) for key, run in runs.items()}
+
+
+def _check_same_runs(args: argparse.Namespace) -> None:
+    """ValueError where the output is of other runs."""
+    content, names = read_json(args.output), _names(args)
+    stored = {key: content[key] for key in ("run", *_SIDES) if key in content}
+    if stored != names:
+        raise ValueError(
+            f"{args.output}: found the latency of {' and '.join(map(str, stored.values()))}, "
+            f"expected {' and '.join(names.values())}; name another --output, or delete it"
+        )
 
 
 def _name(run: Path, output: Path | None) -> str:

@@ -21,6 +21,7 @@ TEN, MINIATURE = RESULTS / "study-10m", RESULTS / "miniature"
 STUDY = ROOT / "configs/study_10m.yaml"
 SWEEP = ROOT / "configs/embed_ratio.yaml"
 SHARES = ("emb25", "emb35", "emb45")
+COUNT = {2: "two", 3: "three"}
 A100_BF16_FLOPS = 312e12  # NVIDIA's data sheet
 
 
@@ -73,13 +74,14 @@ def seeds(name: str, rate: str) -> list[Row]:
     return sorted(chosen, key=lambda row: int(row["seed"]))
 
 
-def repeated() -> list[list[Row]]:
-    """The shares that have several seeds, at their own best rates."""
-    return [seeds("emb35", "2e-3"), seeds("emb45", "4e-3")]
+def repeated() -> dict[str, list[Row]]:
+    """The seeds of each share at its own best rate."""
+    best = {"emb25": "2e-3", "emb35": "2e-3", "emb45": "4e-3"}
+    return {name: seeds(name, rate) for name, rate in best.items()}
 
 
 def pooled() -> repeats.Noise:
-    losses = {str(i): [row["dev_loss"] for row in side] for i, side in enumerate(repeated())}
+    losses = {name: [row["dev_loss"] for row in side] for name, side in repeated().items()}
     estimate = repeats.pooled_noise(losses)
     assert estimate is not None
     return estimate
@@ -88,6 +90,18 @@ def pooled() -> repeats.Noise:
 def chance() -> float:
     """Two single runs of one configuration differ by more in one case of twenty."""
     return math.expm1(decisions.by_chance(pooled(), 1, 1))
+
+
+def gap(ours: str, baseline: str, sweep: str) -> blocks.Gap:
+    """Of two configurations of the block of 611 steps of a sweep, each at its own best rate."""
+    (block,) = (
+        block
+        for block in blocks.blocks(run_csv.table(rows(TEN).values()))
+        if block.sweep == sweep and block.steps == run("rates", "emb35-lr2e-3")["steps"]
+    )
+    result = blocks.gap(ours, baseline, blocks.at_own_rates(block.runs), "dev_loss")
+    assert result is not None
+    return result
 
 
 def rates() -> Iterator[str]:
@@ -126,15 +140,14 @@ def rates() -> Iterator[str]:
         a, b = (block[name]["outside_dev_bits_per_byte"] for name in ("emb35", "emb45"))
         dev = [block[name]["dev_perplexity"] for name in ("emb35", "emb45")]
         assert (a < b) != (dev[0] < dev[1]) and abs(a - b) < max(outside) - min(outside)
-    all_blocks = blocks.blocks(run_csv.table(rows(TEN).values()))
-    (small_block,) = (block for block in all_blocks if block.steps == small["emb35"]["steps"])
-    gap = blocks.gap("emb45", "emb35", blocks.at_own_rates(small_block.runs), "dev_loss")
-    assert gap is not None and gap.pairs == 2 and gap.interval.low < 0 < gap.interval.high
-    yield f"emb45 ends {100 * (1 - gap.interval.ratio[1]):.1f} % below the baseline over two pairs"
-    assert math.log(0.95) < gap.interval.estimate
-    above = tried["emb25"][2e-3] / tried["emb35"][2e-3] - 1
-    yield f"emb25 {100 * above:.1f} % above at seed 0"
-    assert above > chance()
+    gaps = {name: gap(name, "emb35", SWEEP.name) for name in ("emb25", "emb45")}
+    assert gaps["emb45"].interval.low < 0 < gaps["emb45"].interval.high
+    assert math.log(0.95) < gaps["emb45"].interval.estimate
+    assert 0 < gaps["emb25"].interval.low
+    below, above = (100 * abs(gaps[name].interval.ratio[1] - 1) for name in ("emb45", "emb25"))
+    pairs = {"emb45": COUNT[gaps["emb45"].pairs], "emb25": COUNT[gaps["emb25"].pairs]}
+    yield f"emb45 ends {below:.1f} % below the baseline over {pairs['emb45']} pairs of seeds"
+    yield f"emb25 {above:.1f} % above, one that does not ({pairs['emb25']} pairs)"
     bundled = content(TEN / "results_bundle.json")["runs"]
     judged = kill_table.judge_runs(list(rows(TEN).values()), bundled)
     wrong = [one for one in judged if one.replayed is not None and one.replayed.false_kill]
@@ -159,9 +172,12 @@ def noise() -> Iterator[str]:
         if row["experiment"] == "mini-emb35" and row["phase"] == "rank"
     ]
     assert len(losses) == 5
-    ppl = [[f"{row['dev_perplexity']:.1f}" for row in side] for side in repeated()]
-    yield f"Three seeds of emb35 end at {ppl[0][0]}, {ppl[0][1]} and {ppl[0][2]}"
-    yield f"two of emb45 at {ppl[1][0]} and {ppl[1][1]}"
+    ends = {
+        name: " / ".join(f"{row['dev_perplexity']:.1f}" for row in side)
+        for name, side in repeated().items()
+    }
+    yield f"The seeds of emb25 end at {ends['emb25']}, of emb35 at {ends['emb35']}"
+    yield f"of emb45 at {ends['emb45']}"
     yield f"(pooled sd {pooled().sd:.3f} nats; in the miniature {sd(losses):.3f})"
     yield f"closer than {100 * chance():.1f} % are not told apart"
     again = run("rates", "emb45-lr4e-3")

@@ -177,3 +177,20 @@ def test_a_run_that_is_not_there_is_bad_input(
 ) -> None:
     assert eval_latency.main(["--run", str(tmp_path / "none"), "--device", "cpu"]) == 78
     assert "expected the directory of a finished run" in capsys.readouterr().err
+
+
+def test_an_output_of_other_runs_is_refused_and_of_the_same_ones_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "latency" / "emb45.json"
+    output.parent.mkdir()
+    output.write_text('{"baseline": "rates/emb35", "ours": "rates/emb45"}')
+    runs = [str(tmp_path / "rates" / name) for name in ("emb35", "emb45", "emb25")]
+    options = ["--output", str(output), "--device", "cpu", "--compare"]
+    assert eval_latency.main([*options, runs[0], runs[1]]) == 0
+    assert "measured before, nothing to do" in capsys.readouterr().out
+    assert eval_latency.main([*options, runs[0], runs[2]]) == 78
+    assert (
+        "found the latency of rates/emb35 and rates/emb45, expected rates/emb35 and rates/emb25"
+        in capsys.readouterr().err
+    )
