@@ -10,7 +10,6 @@ gives the same bytes, whatever the number of cores.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -25,9 +24,9 @@ from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.spec.command_line import Refusal
 from src.spec.progress import say
 from src.storage.files import (
-    fsync_directory,
     locked,
     make_directory,
+    replace_directory,
     sha256_of,
     workshop,
     write_json,
@@ -219,16 +218,3 @@ def encoder(tokenizer: Tokenizer) -> Callable[[str], bytes]:
         return b"".join(map(ids_of.__getitem__, chunks))
 
     return encode
-
-
-def replace_directory(new: Path, final: Path) -> None:
-    """Rename a finished directory to its name; one that has the name already gives way whole."""
-    for path in new.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    fsync_directory(new)
-    with workshop(final.with_name(f".{final.name}.replaced")) as old:
-        if final.exists():
-            os.rename(final, old / final.name)
-        os.rename(new, final)
-    fsync_directory(final.parent)

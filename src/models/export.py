@@ -7,9 +7,7 @@ counts, memory and latency always come from the native model. docs/INTEROP.md li
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import Tensor
 from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.models.transformer import Attention, Block, Embedding, SwiGLU, Transformer
 from src.spec.config import ModelConfig
-from src.storage.files import fsync_directory, write_json
+from src.storage.files import replace_directory, workshop, write_json
 
 
 class NotLoadable(Exception):
@@ -54,8 +52,7 @@ def export(
             "run's tokenizer"
         )
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-    try:
+    with workshop(out_dir.with_name(f".{out_dir.name}-part")) as building:
         save_file(_weights(model), building / "model.safetensors", metadata={"format": "pt"})
         write_json(building / "config.json", _config(model.config, max_position_embeddings, eot))
         generation = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
@@ -65,9 +62,7 @@ def export(
         write_json(building / "tokenizer_config.json", settings)
         (building / "README.md").write_text(_card(out_dir.resolve().parent.name), encoding="utf-8")
         _load_once(building)
-        _replace_directory(building, out_dir)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        replace_directory(building, out_dir)
 
 
 def _load_once(folder: Path) -> None:
@@ -91,20 +86,6 @@ def _load_once(folder: Path) -> None:
             f"the exported checkpoint: found that transformers does not load it ({problem}), "
             "expected a model and a tokenizer; the run's weights are safe in checkpoints/"
         )
-
-
-def _replace_directory(new: Path, final: Path) -> None:
-    """Rename `new` to `final`; a directory that is there is moved away first, then deleted."""
-    new.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from other accounts
-    for path in new.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    old = new.with_name(new.name + "-old")
-    if final.exists():
-        final.rename(old)
-    new.rename(final)
-    fsync_directory(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:

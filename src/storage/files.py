@@ -160,6 +160,19 @@ def workshop(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def replace_directory(new: Path, final: Path) -> None:
+    """Rename a finished directory to its name; one that has the name already gives way whole."""
+    for path in new.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    fsync_directory(new)
+    with workshop(final.with_name(f".{final.name}-replaced")) as old:
+        if final.exists():
+            os.rename(final, old / final.name)
+        os.rename(new, final)
+    fsync_directory(final.parent)
+
+
 def publish(workshop_dir: Path, output: Path, manifest: str) -> None:
     """Move every file of `workshop_dir` into `output`, the manifest last.
 
