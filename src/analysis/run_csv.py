@@ -7,7 +7,6 @@ in the details, the numbers of each SmallBench task and any key that the list do
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pandas as pd
 
 from src.spec.metric_keys import DETAILS, KEYS, SMALLBENCH, SUMMARY
 from src.spec.rates import configuration
+from src.storage.files import write_atomic
 
 Row = dict[str, Any]
 _DTYPES = {"text": "string", "integer": "Int64", "number": "Float64", "true/false": "boolean"}
@@ -64,10 +64,8 @@ def write_csv(rows: Sequence[Row], summary: Path) -> None:
         (summary, SUMMARY),
         (details_path(summary), (*DETAILS, *sorted(tasks), *unlisted(rows))),
     ):
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         fields = frame.reindex(columns=columns).map(_field)
-        fields.to_csv(temporary, index=False, lineterminator="\n")
-        temporary.replace(path)
+        write_atomic(path, fields.to_csv(index=False, lineterminator="\n").encode())
 
 
 def read_csv(summary: Path) -> list[Row]:
