@@ -147,9 +147,9 @@ def rates() -> Iterator[str]:
     assert math.log(0.95) < gaps["emb45"].interval.estimate
     assert 0 < gaps["emb25"].interval.low
     below, above = (100 * abs(gaps[name].interval.ratio[1] - 1) for name in ("emb45", "emb25"))
-    (pairs,) = {found.pairs for found in gaps.values()}
-    yield f"emb45 ends {below:.1f} % below the baseline over {COUNT[pairs]} pairs of seeds"
-    yield f"emb25 {above:.1f} % above, one that does not"
+    pairs = {name: COUNT[found.pairs] for name, found in gaps.items()}
+    yield f"emb45 ends {below:.1f} % below the baseline over {pairs['emb45']} pairs of seeds"
+    yield f"emb25 {above:.1f} % above over {pairs['emb25']}, one that does not"
     suggested = content(TEN / "prd/emb35-sanity/learning_rates.json")["suggested"]
     yield f"Phase 0 passed (its ramp suggests {1000 * suggested:.1f}e-3)"
 
