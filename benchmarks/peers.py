@@ -97,19 +97,19 @@ def ours(connection: Connection, work: Work, facts: dict) -> None:
     import numpy as np
     import torch
 
-    from src.compute.compute_config import LOSS_CHUNK, Machine
+    from src.compute.compute_config import LOSS_CHUNK, ComputeConfig
     from src.data.tokens import Windows
     from src.models.transformer import Transformer
     from src.spec.config import TrainingConfig
     from src.training_step import Stepper, compile_blocks
 
     training = TrainingConfig(batch_size=work.batch_size, seq_len=work.seq_len)
-    machine = Machine(
+    compute = ComputeConfig(
         device=torch.device(work.device), precision=work.precision, micro_batch=work.micro_batch,
         compile=work.compile, threads=work.threads, loss_chunk=LOSS_CHUNK[work.device],
     )  # fmt: skip
-    stepper = Stepper(Transformer(work.model).to(machine.device), training, machine)
-    compile_blocks(stepper.model, machine)
+    stepper = Stepper(Transformer(work.model).to(compute.device), training, compute)
+    compile_blocks(stepper.model, compute)
     count = STREAM_BATCHES * work.batch_size * work.seq_len + 1
     stream = np.random.default_rng(1).integers(work.model.vocab_size, size=count, dtype=np.uint16)
     windows = Windows(stream, batch_size=work.batch_size, seq_len=work.seq_len, seed=0)

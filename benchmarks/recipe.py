@@ -51,7 +51,7 @@ def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str,
     import torch
 
     from src.compute import runtime
-    from src.compute.compute_config import Machine
+    from src.compute.compute_config import ComputeConfig
     from src.data import tokens
     from src.evaluation.stability import Stability
     from src.train import dev_loss
@@ -69,7 +69,7 @@ def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str,
     model = allocate(requests, sweep.baseline)[experiment].model
     model = replace(model, norm_eps=remedy.norm_eps or model.norm_eps)
     run = sweep.run(experiment, seed)
-    machine = Machine(
+    compute = ComputeConfig(
         device=torch.device("cpu"),
         precision=runtime.resolve_precision(run.training.precision, torch.device("cpu")),
         micro_batch=min(16, run.training.batch_size),
@@ -78,8 +78,8 @@ def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str,
     )
     corpus = tokens.load(run.token_dir, run.model.vocab_size)
     training, stability = run.training, Stability()
-    stepper = Stepper(build_model(model, training.init_seed or 0), training, machine)
-    compile_blocks(stepper.model, machine)
+    stepper = Stepper(build_model(model, training.init_seed or 0), training, compute)
+    compile_blocks(stepper.model, compute)
     windows = training_windows(corpus, training)
     embedding, largest_share = stepper.model.head.table, 0.0
     while stepper.step < training.steps:
@@ -92,7 +92,7 @@ def measure(file: Path, experiment: str, seed: int, remedy: Remedy) -> dict[str,
             common = embedding.mean(dim=0).square().sum() * len(embedding)
             share = common / embedding.square().sum()
         largest_share = max(largest_share, float(share))
-    dev = dev_loss(stepper.model, machine, dev_windows(corpus, training))
+    dev = dev_loss(stepper.model, compute, dev_windows(corpus, training))
     return {"dev_loss": dev, **stability.metrics(), "common_share_largest": largest_share}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from src.compute.cores import available_cores
 from src.spec.command_line import Parser, at_least
-from src.storage.run_dir import write_atomic, write_json
+from src.storage.files import write_atomic, write_json
 
 OUTPUT = Path("results/benchmarks")
 

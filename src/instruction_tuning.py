@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from src.compute import compute_config, runtime
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.data.chat_template import chat_template
 from src.data.instructions import END, Batches, Example, collate, encode, read_rows
 from src.evaluation.metrics import computed
@@ -50,23 +50,23 @@ SETTINGS = ("epochs", "batch_size", "learning_rate", "seed")
 
 
 def answer_nats(
-    model: Transformer, examples: Sequence[Example], machine: Machine
+    model: Transformer, examples: Sequence[Example], compute: ComputeConfig
 ) -> tuple[Tensor, int]:
     """Mean nats of the answers' tokens (differentiable) and their number."""
-    tokens, answers = (part.to(machine.device) for part in collate(examples))
+    tokens, answers = (part.to(compute.device) for part in collate(examples))
     # Prompts never reach the head.
-    loss, _ = next_token_loss(model, tokens, machine, 0.0, scored=answers)
+    loss, _ = next_token_loss(model, tokens, compute, 0.0, scored=answers)
     return loss, int(answers.sum())
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: Transformer, examples: Sequence[Example], machine: Machine, batch_size: int = 16
+    model: Transformer, examples: Sequence[Example], compute: ComputeConfig, batch_size: int = 16
 ) -> float:
     """Nats per answer token over all examples, every token weighing the same."""
     total = count = 0.0
     for start in range(0, len(examples), batch_size):
-        nats, tokens = answer_nats(model, examples[start : start + batch_size], machine)
+        nats, tokens = answer_nats(model, examples[start : start + batch_size], compute)
         total, count = total + float(nats) * tokens, count + tokens
     return total / count
 
@@ -132,11 +132,11 @@ def tune(args: argparse.Namespace) -> int:
             print(f"{directory.path}: finished before, nothing to do")
             return OK
         directory.clear_failure()
-        machine = compute_config.choose(training, base.model.config, log_dir, args.device)
-        base.model.to(machine.device)
+        compute = compute_config.choose(training, base.model.config, log_dir, args.device)
+        base.model.to(compute.device)
         before = samples(base, rows["validation"])
         try:
-            tuner = Tuner(base.model, training, batches, directory, machine, digests)
+            tuner = Tuner(base.model, training, batches, directory, compute, digests)
             if not tuner.run(examples["validation"]):
                 print(f"{directory.path}: stopped at step {tuner.step}; run me again")
                 return TRY_AGAIN
@@ -196,9 +196,9 @@ class Tuner(Stepper):
 
     def __init__(
         self, model: Transformer, training: TrainingConfig, batches: Batches, directory: RunDir,
-        machine: Machine, digests: dict[str, str],
+        compute: ComputeConfig, digests: dict[str, str],
     ) -> None:  # fmt: skip
-        super().__init__(model, training, machine)
+        super().__init__(model, training, compute)
         self.batches, self.directory, self.digests = batches, directory, digests
         loaded = checkpoint.load_latest(
             directory.checkpoints, digests=digests, misfit=directory.misfit
@@ -222,7 +222,7 @@ class Tuner(Stepper):
                     saved_at = time.perf_counter()
                 if last or stop.requested:
                     return last
-                nats, count = answer_nats(self.model, self.batches[self.step], self.machine)
+                nats, count = answer_nats(self.model, self.batches[self.step], self.compute)
                 self.scaler.scale(nats).backward()
                 rate = learning_rate(self.training, self.step)
                 loss, _ = self.update(nats.detach(), rate)
@@ -233,7 +233,7 @@ class Tuner(Stepper):
         rows = self.directory.rows("dev")
         if rows and rows[-1]["step"] == self.step:
             return
-        loss = held_out_loss(self.model, held_out, self.machine)
+        loss = held_out_loss(self.model, held_out, self.compute)
         if not math.isfinite(loss):
             raise NonFinite(f"step {self.step}: the held-out answer loss is {loss}")
         self._append("dev", answer_loss=loss)
@@ -288,8 +288,8 @@ def _metrics(
     """metrics.json: what the run is and what it cost. Its losses are answers', not a corpus', so
     they stand in tuning.json alone."""
     base_metrics = read_json(base.path / "metrics.json")
-    stamp = runtime.environment_stamp(tuner.machine.device)
-    device_name = runtime.device_name(tuner.machine.device)
+    stamp = runtime.environment_stamp(tuner.compute.device)
+    device_name = runtime.device_name(tuner.compute.device)
     return complete(
         {
             **{key: base_metrics.get(key) for key in _BASE_KEYS},
@@ -306,7 +306,7 @@ def _metrics(
             "steps": tuner.step,
             "train_loss": final_loss(tuner.directory.rows("train")),
             "train_seconds": tuner.seconds,
-            **computed(tuner.machine, device_name, wall),
+            **computed(tuner.compute, device_name, wall),
         }
     )
 

@@ -249,22 +249,22 @@ def _train_and_measure(
     from src.models.export import export
 
     run, data, allocation = context.run, context.data, context.allocation
-    machine = compute_config.choose(
+    compute = compute_config.choose(
         run.training, allocation.model, context.log_dir, context.device, context.name
     )
-    environment = runtime.environment_stamp(machine.device)
+    environment = runtime.environment_stamp(compute.device)
     write_json(directory.path / "environment.json", environment)
     facts = metrics.facts(run, allocation, context.sweep, data, digests["config"], environment)
     print(
         f"{run.run_name}: {allocation.params.total:,} parameters on "
-        f"{runtime.device_name(machine.device)} ({machine.precision}, {machine.threads} threads, "
-        f"{'compiled at the first step' if machine.compile else 'eager'}), "
+        f"{runtime.device_name(compute.device)} ({compute.precision}, {compute.threads} threads, "
+        f"{'compiled at the first step' if compute.compile else 'eager'}), "
         f"{run.training.steps} steps of "
         f"{run.training.step_tokens:,} tokens, {facts['epochs']:.2f} epochs",
         flush=True,
     )
     outcome = train.train(
-        context, directory, machine, digests,
+        context, directory, compute, digests,
         on_saved=remote.saved(directory), fenced=remote.fenced,
     )  # fmt: skip
     write_json(
@@ -280,7 +280,7 @@ def _train_and_measure(
     if outcome.status == "trained":
         try:
             measured = evaluation.evaluate(
-                run, outcome.model, data, outcome.machine, directory.path
+                run, outcome.model, data, outcome.compute, directory.path
             )
         except ValueError as error:  # its inputs were checked before training: not the user's
             raise RuntimeError(f"evaluation: {error}") from error

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from src.compute import conditions, runtime
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.evaluation import scoring
 from src.evaluation.stability import Stability
 from src.models.transformer import Transformer
@@ -62,7 +62,7 @@ class Outcome:
     reason: str | None
     step: int
     model: Transformer
-    machine: Machine  # as computed with: a resumed run goes on as it began
+    compute: ComputeConfig  # as computed with: a resumed run goes on as it began
     processes: int  # that shared each batch
     conditions: tuple[dict[str, Any], ...]  # several where a resume changed them
     metrics: dict[str, Any]  # by key of metrics.json
@@ -74,7 +74,7 @@ class Outcome:
 def train(
     context: RunContext,
     directory: RunDir,
-    machine: Machine,
+    compute: ComputeConfig,
     digests: dict[str, str],
     *,
     on_saved: Callable[[Path, Path], None] | None = None,
@@ -86,7 +86,7 @@ def train(
     run over: then stop as at a signal. Raises NonFinite, OSError (disk), PeerLost, ValueError (a
     checkpoint that does not fit).
     """
-    trainer = Trainer(context, directory, machine, digests, on_saved)
+    trainer = Trainer(context, directory, compute, digests, on_saved)
     training = context.run.training
     board = EventFile(directory.path / "tensorboard", trainer.step + 1 if trainer.resumed else 0)
     progress = Progress(context.name, training.steps, "steps", done=trainer.step)
@@ -137,13 +137,14 @@ class Trainer(Stepper):
     """A run's step, its batches, its checks, and everything that its checkpoints hold."""
 
     def __init__(
-        self, context: RunContext, directory: RunDir, machine: Machine, digests: dict[str, str],
+        self, context: RunContext, directory: RunDir, compute: ComputeConfig,
+        digests: dict[str, str],
         on_saved: Callable[[Path, Path], None] | None = None,
     ) -> None:  # fmt: skip
         training, data = context.run.training, context.data
         assert training.init_seed is not None
-        model = build_model(context.allocation.model, training.init_seed).to(machine.device)
-        super().__init__(model, training, machine)
+        model = build_model(context.allocation.model, training.init_seed).to(compute.device)
+        super().__init__(model, training, compute)
         self.run, self.group = context.run, context.group
         self.directory, self.digests, self.on_saved = directory, digests, on_saved
         self.windows = training_windows(data, training)
@@ -152,13 +153,13 @@ class Trainer(Stepper):
         self.judged: kill_rule.Verdict | None = None  # at the newest check
         self.peak_before = 0.0  # MiB, of earlier attempts
         self.conditions_before: list[dict[str, Any]] = []  # likewise
-        runtime.reset_peak_memory(machine.device)
+        runtime.reset_peak_memory(compute.device)
         self.resumed = self.restore()
         self.first_step = self.step  # of this attempt
         self.saved_at, self.saved_step = time.perf_counter(), self.step if self.resumed else -1
-        compile_blocks(model, self.machine)
+        compile_blocks(model, self.compute)
         if self.group is not None:
-            choices = asdict(self.machine)
+            choices = asdict(self.compute)
             del choices["device"]
             self.group.announce("begin", choices)
 
@@ -186,12 +187,12 @@ class Trainer(Stepper):
         """Of all attempts that took a step."""
         if self.step == self.first_step:
             return self.peak_before
-        return max(self.peak_before, runtime.peak_memory_mib(self.machine.device))
+        return max(self.peak_before, runtime.peak_memory_mib(self.compute.device))
 
     @property
     def conditions(self) -> list[dict[str, Any]]:
         """What the bits depend on, now and at earlier attempts, each once."""
-        now = conditions.current(self.machine, self.processes)
+        now = conditions.current(self.compute, self.processes)
         return [*self.conditions_before, *([] if now in self.conditions_before else [now])]
 
     # ------------------------------------------------------------------------- save and restore
@@ -217,7 +218,7 @@ class Trainer(Stepper):
             metrics_offset=self.directory.offset(),
             peak_memory_mib=self.peak_memory_mib,
             conditions=self.conditions,
-            machine={**asdict(self.machine), "device": self.machine.device.type},
+            machine={**asdict(self.compute), "device": self.compute.device.type},
         )
 
     def restore(self) -> bool:
@@ -251,11 +252,11 @@ class Trainer(Stepper):
         """Go on as the checkpoint was made (another host may choose otherwise), so that the bits
         agree; on another kind of device keep this one's choices and say so."""
         choices = {key: value for key, value in stored.items() if key != "device"}
-        if stored["device"] != self.machine.device.type:
+        if stored["device"] != self.compute.device.type:
             print(f"{self.run.run_name}: begun on {stored['device']}, so bits differ from here on")
             return
-        self.compute_with(replace(self.machine, **choices))
-        runtime.pin_threads(self.machine.threads)
+        self.compute_with(replace(self.compute, **choices))
+        runtime.pin_threads(self.compute.threads)
 
     # ------------------------------------------------------------------- accumulate and evaluate
 
@@ -272,13 +273,13 @@ class Trainer(Stepper):
     def evaluate(self, board: EventFile) -> kill_rule.Verdict | None:
         """Log the dev loss and the rule's verdict; returns the one that stops the run, if it does.
 
-        A run that comes back to a check says again what it logged there, by the part of the
-        baseline's curve that there was then: it logs nothing twice and changes no verdict.
+        A run resumed at a check that it has logged repeats that verdict, by the part of the
+        baseline's curve that there was then: it logs nothing twice.
         """
         logged = self.directory.rows("dev")
         again = bool(logged) and logged[-1]["step"] == self.step
         if not again:
-            loss = dev_loss(self.model, self.machine, self.dev)
+            loss = dev_loss(self.model, self.compute, self.dev)
             if not loss < LARGEST_LOSS:
                 raise NonFinite(
                     f"step {self.step}: the dev loss is {loss}; the last checkpoint is intact"
@@ -331,13 +332,13 @@ class Trainer(Stepper):
             learning_rate=learning_rate(self.training, self.step - 1),
             tokens_per_s=self.training.step_tokens / seconds,
             elapsed_s=self.seconds,
-            **(runtime.gpu_stats(self.machine.device) if self.step % 10 == 0 else {}),
+            **(runtime.gpu_stats(self.compute.device) if self.step % 10 == 0 else {}),
         )
         _show(board, row)
         perplexity = math.exp(min(loss, LARGEST_LOSS))
         board.add_scalar("train/perplexity", perplexity, self.step)
         board.add_scalar(
-            "device/peak_memory_mib", runtime.peak_memory_mib(self.machine.device), self.step
+            "device/peak_memory_mib", runtime.peak_memory_mib(self.compute.device), self.step
         )
 
     def _append(self, kind: str, **values: Any) -> dict[str, Any]:
@@ -353,7 +354,7 @@ class Trainer(Stepper):
         checks = [row for row in rows if row["kind"] == "kill_rule"]
         usages = [u for row in trained if (u := row.get("gpu_utilisation_percent")) is not None]
         metrics: dict[str, Any] = {
-            "device_name": runtime.device_name(self.machine.device),
+            "device_name": runtime.device_name(self.compute.device),
             "train_loss": final_loss(trained),
             "dev_loss": dev[-1]["dev_loss"] if dev else None,
             "dev_perplexity": dev[-1]["dev_perplexity"] if dev else None,
@@ -378,7 +379,7 @@ class Trainer(Stepper):
             reason=reason,
             step=self.step,
             model=self.model,
-            machine=self.machine,
+            compute=self.compute,
             processes=self.processes,
             conditions=tuple(self.conditions),
             metrics=metrics,
@@ -386,19 +387,19 @@ class Trainer(Stepper):
 
 
 @torch.no_grad()
-def dev_loss(model: Transformer, machine: Machine, windows: Tensor) -> float:
+def dev_loss(model: Transformer, compute: ComputeConfig, windows: Tensor) -> float:
     """Mean nats a token over (B, T + 1) windows. Blocks that training has compiled read whole
     micro-batches; a shorter last one would be compiled for itself alone."""
-    weight = model.head.table.to(machine.dtype)
-    total = torch.zeros((), device=machine.device, dtype=torch.float64)
-    for part in windows.split(machine.micro_batch):
-        part = part.to(machine.device)
-        short = len(part) < machine.micro_batch
-        with machine.autocast(), scoring.uncompiled(model) if short else contextlib.nullcontext():
+    weight = model.head.table.to(compute.dtype)
+    total = torch.zeros((), device=compute.device, dtype=torch.float64)
+    for part in windows.split(compute.micro_batch):
+        part = part.to(compute.device)
+        short = len(part) < compute.micro_batch
+        with compute.autocast(), scoring.uncompiled(model) if short else contextlib.nullcontext():
             hidden = model.hidden(part[:, :-1])
-            states = model.head.head_input(hidden).flatten(0, 1).to(machine.dtype)
-        targets = part[:, 1:].flatten().split(machine.loss_chunk)
-        for chunk, target in zip(states.split(machine.loss_chunk), targets, strict=True):
+            states = model.head.head_input(hidden).flatten(0, 1).to(compute.dtype)
+        targets = part[:, 1:].flatten().split(compute.loss_chunk)
+        for chunk, target in zip(states.split(compute.loss_chunk), targets, strict=True):
             logits = torch.nn.functional.linear(chunk, weight).float()
             total += torch.nn.functional.cross_entropy(logits, target, reduction="sum")
     return float(total / windows[:, 1:].numel())

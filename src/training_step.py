@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from src.compute import runtime
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.compute.process_group import ProcessGroup
 from src.data.tokens import TokenData, Windows, consecutive_windows
 from src.models.loss import chunked_cross_entropy
@@ -98,9 +98,9 @@ def dev_windows(data: TokenData, training: TrainingConfig) -> Tensor:
     )
 
 
-def compile_blocks(model: Transformer, machine: Machine) -> None:
+def compile_blocks(model: Transformer, compute: ComputeConfig) -> None:
     """Compile each block, where that was chosen; one code serves all blocks of a shape."""
-    if machine.compile:
+    if compute.compile:
         torch.compiler.reset()  # or the ninth shape in one process would silently run eager
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -109,13 +109,13 @@ def compile_blocks(model: Transformer, machine: Machine) -> None:
 def next_token_loss(
     model: Transformer,
     tokens: Tensor,
-    machine: Machine,
+    compute: ComputeConfig,
     z_loss: float,
     scored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(B, T + 1) -> objective and mean loss over the targets that `scored` (B, T) picks, or all."""
     targets = tokens[:, 1:]
-    with machine.autocast():
+    with compute.autocast():
         hidden = model.hidden(tokens[:, :-1])  # (B, T, D)
         picked = hidden.flatten(0, 1) if scored is None else hidden[scored]  # (N, D)
         states = model.head.head_input(picked)  # (N, D or E)
@@ -124,14 +124,14 @@ def next_token_loss(
         model.head.table,
         targets.flatten() if scored is None else targets[scored],
         z_loss,
-        chunk=machine.loss_chunk,
-        dtype=machine.dtype,
-        compiled=machine.compile,
+        chunk=compute.loss_chunk,
+        dtype=compute.dtype,
+        compiled=compute.compile,
     )
 
 
 def batch_gradients(
-    model: Transformer, batch: Tensor, machine: Machine, z_loss: float,
+    model: Transformer, batch: Tensor, compute: ComputeConfig, z_loss: float,
     scale: Callable[[Tensor], Tensor], group: ProcessGroup | None = None,
 ) -> Tensor:  # fmt: skip
     """Add the gradients of a batch (all micro-batches of it), or of this process's share; returns
@@ -142,13 +142,13 @@ def batch_gradients(
     """
     if group is not None:
         batch = group.share(batch)
-    if machine.device.type == "cuda":
-        batch = batch.pin_memory().to(machine.device, non_blocking=True)
-    parts = batch.split(math.gcd(len(batch), machine.micro_batch))
+    if compute.device.type == "cuda":
+        batch = batch.pin_memory().to(compute.device, non_blocking=True)
+    parts = batch.split(math.gcd(len(batch), compute.micro_batch))
     count = len(parts) * (1 if group is None else group.size)
-    loss = torch.zeros((), device=machine.device)
+    loss = torch.zeros((), device=compute.device)
     for part in parts:
-        objective, part_loss = next_token_loss(model, part, machine, z_loss)
+        objective, part_loss = next_token_loss(model, part, compute, z_loss)
         scale(objective / count).backward()
         loss += part_loss / count
     return loss
@@ -160,20 +160,22 @@ def batch_gradients(
 class Stepper:
     """Model, optimizer, scaler and clock of one training, their checkpoints, and its step."""
 
-    def __init__(self, model: Transformer, training: TrainingConfig, machine: Machine) -> None:
+    def __init__(
+        self, model: Transformer, training: TrainingConfig, compute: ComputeConfig
+    ) -> None:
         self.model, self.training = model, training
         self.optimizer = build_optimizer(model, training)
-        self.compute_with(machine)
+        self.compute_with(compute)
         self.step = 0
         self.skipped = 0  # consecutive fp16 steps without an update
         self.seconds_before = 0.0  # of earlier attempts
         self.begun = time.perf_counter()
 
-    def compute_with(self, machine: Machine) -> None:
+    def compute_with(self, compute: ComputeConfig) -> None:
         """Before the first step, or as a checkpoint was made."""
-        self.machine = machine
-        enabled = machine.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=enabled)
+        self.compute = compute
+        enabled = compute.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=enabled)
 
     @property
     def seconds(self) -> float:
@@ -183,7 +185,7 @@ class Stepper:
     def gradients(self, batch: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """Add those of (B, T + 1) tokens; returns the mean loss."""
         return batch_gradients(
-            self.model, batch, self.machine, self.training.z_loss, self.scaler.scale, group
+            self.model, batch, self.compute, self.training.z_loss, self.scaler.scale, group
         )
 
     def update(self, batch_loss: Tensor, rate: float) -> tuple[float, float]:
@@ -229,7 +231,7 @@ class Stepper:
             state,
             step=self.step,
             digests=digests,
-            environment=runtime.environment_stamp(self.machine.device),
+            environment=runtime.environment_stamp(self.compute.device),
             on_saved=on_saved,
         )
 
@@ -262,19 +264,19 @@ def serve_gradients(
         kind, content = group.receive()
         if kind == "end":
             return int(content)
-        machine = Machine(device=group.device, **content)
-        runtime.pin_threads(machine.threads)
+        compute = ComputeConfig(device=group.device, **content)
+        runtime.pin_threads(compute.threads)
         if training.deterministic:
             runtime.deterministic()
-        model = build_model(config, training.init_seed).to(machine.device)
-        compile_blocks(model, machine)
+        model = build_model(config, training.init_seed).to(compute.device)
+        compile_blocks(model, compute)
         windows = training_windows(data, training)
         parameters = list(model.parameters())
         while (message := group.receive())[0] == "step":
             _, step, scale = message
             group.broadcast(parameters)
             loss = batch_gradients(
-                model, torch.from_numpy(windows.batch(step)), machine, training.z_loss,
+                model, torch.from_numpy(windows.batch(step)), compute, training.z_loss,
                 partial(torch.mul, other=scale), group,
             )  # fmt: skip
             group.reduce(parameters, loss, stop.requested)

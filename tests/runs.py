@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from src import train
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.data import tokens as data
 from src.evaluation import metrics as record
 from src.preflight import RunContext
@@ -19,7 +19,9 @@ from src.spec.config import RunConfig
 from src.storage.run_dir import RunDir, read_rows
 from src.train import Outcome
 
-CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)
+CPU = ComputeConfig(
+    device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1
+)
 
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
@@ -85,14 +87,14 @@ class Lab:
         return run, self.answers[name], sweep, data.load(run.token_dir, run.model.vocab_size)
 
     def train(
-        self, name: str = "base", *overrides: str, machine: Machine = CPU, under: str = "logs"
+        self, name: str = "base", *overrides: str, compute: ComputeConfig = CPU, under: str = "logs"
     ) -> Outcome:
         run, answer, sweep, tokens = self.plan(name, *overrides)
         resolved, digest = record.resolved(run, self.answers, sweep, tokens)
         with RunDir.open(self.log_dir / under, run.run_name) as directory:
             directory.claim_config(resolved, digest)
             context = self.context(run, sweep, tokens)
-            return train.train(context, directory, machine, record.digests(digest, tokens))
+            return train.train(context, directory, compute, record.digests(digest, tokens))
 
     def context(self, run: RunConfig, sweep: Any, tokens: Any) -> RunContext:
         return RunContext(

@@ -18,7 +18,7 @@ import torch
 
 from src.compute import autotune as probe
 from src.compute import runtime
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.evaluation import latency as eval_latency
 from src.evaluation import perplexity
 from src.models.loss import chunked_cross_entropy
@@ -46,8 +46,8 @@ def needs_native_bf16(request: pytest.FixtureRequest) -> None:
         pytest.skip("this GPU has no bf16")
 
 
-def machine(dtype: torch.dtype, **changes: Any) -> Machine:
-    plain = Machine(
+def compute(dtype: torch.dtype, **changes: Any) -> ComputeConfig:
+    plain = ComputeConfig(
         device=DEVICE, precision=NAMES[dtype], micro_batch=4, compile=False, threads=1,
         loss_chunk=64,
     )  # fmt: skip
@@ -101,7 +101,7 @@ def test_attention_equals_softmax_written_out(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_step_has_the_cpus_loss_and_gradients(dtype: torch.dtype, compiled: bool) -> None:
     model, tokens = model_and_tokens()
-    plain = Machine(
+    plain = ComputeConfig(
         device=torch.device("cpu"), precision="fp32", micro_batch=4, compile=False, threads=1
     )
     objective, expected = next_token_loss(model, tokens, plain, 1e-4)
@@ -113,7 +113,7 @@ def test_a_step_has_the_cpus_loss_and_gradients(dtype: torch.dtype, compiled: bo
     if compiled:
         for block in other.blocks:
             block.compile(dynamic=False)
-    asked = machine(dtype, compile=compiled)
+    asked = compute(dtype, compile=compiled)
     scale = 1024.0 if dtype == torch.float16 else 1.0
     objective, nats = next_token_loss(other, tokens.to(DEVICE), asked, 1e-4)
     (scale * objective).backward()

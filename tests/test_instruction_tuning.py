@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from src import instruction_tuning as tuning
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.data.instructions import Batches, Example
 from src.evaluation.trained_run import TrainedRun, load_run
 from tests import python
 
-CPU = Machine(device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1)
+CPU = ComputeConfig(
+    device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1
+)
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:

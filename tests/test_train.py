@@ -165,14 +165,14 @@ def test_a_rerun_is_equal_to_the_last_bit(reference, lab):
 
 
 def test_micro_batches_add_up_to_the_batch(reference, lab):
-    lab.train(machine=replace(CPU, micro_batch=2))
+    lab.train(compute=replace(CPU, micro_batch=2))
     for ours, theirs in zip(lab.rows(), reference.rows(), strict=True):
         key = "train_loss" if ours["kind"] == "train" else "dev_loss"
         assert ours[key] == pytest.approx(theirs[key], rel=2e-4)
 
 
 def test_bf16_follows_float32(reference, lab):
-    lab.train(machine=replace(CPU, precision="bf16"))
+    lab.train(compute=replace(CPU, precision="bf16"))
     ours, theirs = lab.rows()[-1], reference.rows()[-1]
     assert ours["kind"] == theirs["kind"] == "dev"
     assert ours["dev_loss"] == pytest.approx(theirs["dev_loss"], abs=0.05)
@@ -183,13 +183,13 @@ def test_bf16_follows_float32(reference, lab):
 OTHER = replace(CPU, micro_batch=2, precision="bf16")
 
 
-@pytest.mark.parametrize(("cut_at", "machine"), [(1, CPU), (4, CPU), (11, OTHER), (20, CPU)])
-def test_a_cut_run_resumes_to_the_same_bits(reference, lab, cut_before, cut_at, machine):
+@pytest.mark.parametrize(("cut_at", "compute"), [(1, CPU), (4, CPU), (11, OTHER), (20, CPU)])
+def test_a_cut_run_resumes_to_the_same_bits(reference, lab, cut_before, cut_at, compute):
     """Checkpoints every 5 steps (a cosmetic key); a cut before the first one starts again. A host
     that would choose another micro-batch and precision takes the checkpoint's."""
     cut_before(cut_at)
     assert lab.rows()[-1]["step"] == cut_at - 1
-    again = lab.train("base", "training.checkpoint_every_steps=7", machine=machine)
+    again = lab.train("base", "training.checkpoint_every_steps=7", compute=compute)
     assert again.status == "trained"
     assert_same_run(lab, reference)
 

@@ -1,1 +1,1 @@
-"""Numbers of many runs: decisions and comparison."""
+"""Numbers of many runs: decisions, comparisons, tables and figures."""

@@ -1,4 +1,4 @@
-"""Who is promoted and who wins: pure functions over numbers, signed by tests.
+"""Rules for promotion and for the winner: pure functions over numbers.
 
 Losses are nats per token, so differences are logs of perplexity ratios; lower is better.
 """

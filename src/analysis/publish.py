@@ -22,7 +22,7 @@ from src.analysis import aggregate, bundle
 from src.analysis.run_csv import read_csv, write_csv
 from src.analysis.run_table import read_object
 from src.spec.command_line import Parser, Refusal
-from src.storage.files import workshop, write_atomic, write_json
+from src.storage.files import scratch_directory, write_atomic, write_json
 from src.storage.run_dir import read_rows
 
 SUMMARY = "results_summary.csv"
@@ -50,7 +50,7 @@ def main() -> None:
             "or an earlier publication of this study; name another"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with workshop(output.with_name(f".{output.name}.part")) as staging:  # all of it, or nothing
+    with scratch_directory(output.with_name(f".{output.name}.part")) as staging:
         gather(log_dirs, staging)
         if (output / bundle.NAME).is_file():
             _replace(output, staging)

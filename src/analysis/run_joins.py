@@ -1,4 +1,4 @@
-"""Which rows stand for which run: copies, runs under another name, and what no run provides. Pure.
+"""Fills the table's gaps: drops copies, lends an equal run's numbers, lists missing runs. Pure.
 
 A sweep's run may have been trained under another name (`emb35` and `glu266x` can be one model):
 then its row carries the other's numbers, without its cost. What is one run, and what is not, is

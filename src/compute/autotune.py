@@ -44,7 +44,7 @@ def measure(
     them (`block_us`, `head_us`, by candidate; the best of interleaved rounds, forward and
     backward). The head is measured as it will run, because compiled it prefers larger chunks; the
     block eager: compiling it at every size would take longer than all that could be won, and
-    compiled it hardly cares. Draws nothing from the global generators."""
+    its compiled time hardly depends on the size. Draws nothing from the global generators."""
     head = {chunk: _head(model, chunk, device, dtype, compiled) for chunk in CHUNKS[device.type]}
     sizes = micro_batch_candidates(device, most_tokens)
     blocks = _blocks(model, seq_len, sizes, device, dtype)

@@ -33,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
+class ComputeConfig:
     """How this process computes; equal for everything that is compared."""
 
     device: torch.device
@@ -60,7 +60,7 @@ def choose(
     log_dir: Path,
     requested_device: str,
     name: str = "autotune",
-) -> Machine:
+) -> ComputeConfig:
     """Pin threads and choose; raises ValueError for what this machine cannot do.
 
     name: the run's, for the line that says why it does not begin yet.
@@ -127,7 +127,7 @@ def choose(
         )
         most_tokens, loss_chunk = int(fastest["micro_batch_tokens"]), int(fastest["loss_chunk"])
     most_sequences = max(1, most_tokens // training.seq_len)
-    return Machine(
+    return ComputeConfig(
         device=device,
         precision=precision,
         micro_batch=training.micro_batch or _largest_divisor(training.batch_size, most_sequences),

@@ -18,32 +18,32 @@ import torch
 
 import src
 from src.compute import runtime
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 
 ENTRY = "src.train"  # what it imports, directly or not, is what training runs through
 
 
-def current(machine: Machine, processes: int) -> dict[str, Any]:
+def current(compute: ComputeConfig, processes: int) -> dict[str, Any]:
     """Everything that decides bits and is not in the configuration, as plain JSON values.
 
     The source is a hash of the files' bytes, not the commit: a commit of the docs changes no bits.
     """
-    on_gpu = machine.device.type == "cuda"
+    on_gpu = compute.device.type == "cuda"
     return {
         "source_sha256": source_sha256(Path(src.__path__[0])),
         "torch": str(torch.__version__),  # not a plain string, which checkpoints refuse
         "numpy": np.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
-        "device": machine.device.type,
-        "device_name": runtime.device_name(machine.device),
+        "device": compute.device.type,
+        "device_name": runtime.device_name(compute.device),
         "cpu_capability": None if on_gpu else torch.backends.cpu.get_cpu_capability(),
         # oneDNN multiplies bf16 with it where it is there, in another order
         "amx": None if on_gpu else sorted(f for f in runtime.cpu_flags() if f.startswith("amx")),
-        "precision": machine.precision,
-        "micro_batch": machine.micro_batch,
-        "loss_chunk": machine.loss_chunk,
-        "compile": machine.compile,
-        "threads": machine.threads,
+        "precision": compute.precision,
+        "micro_batch": compute.micro_batch,
+        "loss_chunk": compute.loss_chunk,
+        "compile": compute.compile,
+        "threads": compute.threads,
         "processes": processes,
     }
 

@@ -311,7 +311,7 @@ def pin_threads(threads: int | None = None) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed, and take up to 32 MiB from its heap; whether it agreed.
+    """Make glibc keep freed memory, and up to 32 MiB on its heap; returns whether it does.
 
     By default large tensors go back to the system after every use, and a CPU step of 8,192 tokens
     waits for 100,000 page faults: 5 % of its time (benchmarks/NOTES.md). The peak is the same.

@@ -19,8 +19,8 @@ from src.storage.files import (
     make_directory,
     publish,
     read_json,
+    scratch_directory,
     sha256_of,
-    workshop,
     write_json,
 )
 
@@ -58,7 +58,7 @@ def make_once(
         if not force and is_finished(output, dataset, config, splits):
             print(f"{output}: holds {dataset}, whole and verified; nothing to do")
             return False
-        with workshop(output / ".partial") as partial:
+        with scratch_directory(output / ".partial") as partial:
             (partial / "files").mkdir()
             source: dict[str, Any] = {"dataset": dataset, "config": config}
             source |= {"revision": None, "mirror": False, "licence": None, **make(partial)}

@@ -18,7 +18,7 @@ from src.data.parquet import Split, is_plain
 from src.data.tasks import TASKS_FILE, Task, load_tasks, needed_fields
 from src.spec.command_line import Refusal
 from src.spec.progress import say, track
-from src.storage.files import publish, read_json, sha256_of, workshop, write_json
+from src.storage.files import publish, read_json, scratch_directory, sha256_of, write_json
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def download(
     """Load the missing tasks and publish them beside the others, source.json last."""
     print(f"{len(missing)} tasks from {source_name(mirror)}", flush=True)
     facts = dict(kept)
-    with workshop(output / ".partial") as partial:
+    with scratch_directory(output / ".partial") as partial:
         (partial / "files").mkdir()
         for task in track(missing, str(output), "tasks"):
             loaded, origin = load(task.path, task.config, [task.split], mirror, partial / "cache")

@@ -1,4 +1,4 @@
-"""What is asked of a model about items: pairs of context and continuation, and their token ids.
+"""Turns SmallBench items into pairs of context and continuation, and these into token ids.
 
 The conventions are those of lm-evaluation-harness 0.4.13. Imports no torch, so that a run's
 preflight can encode every item before it trains.

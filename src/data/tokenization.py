@@ -27,8 +27,8 @@ from src.storage.files import (
     locked,
     make_directory,
     replace_directory,
+    scratch_directory,
     sha256_of,
-    workshop,
     write_json,
 )
 
@@ -81,7 +81,7 @@ def main() -> None:
             return
         for split in SPLITS:
             check_split(corpus / f"{split}.jsonl", source["splits"][split]["sha256"])
-        with workshop(output / f".v{vocab_size}.partial") as partial:
+        with scratch_directory(output / f".v{vocab_size}.partial") as partial:
             tokenize(corpus, source, vocab_size, partial)
             replace_directory(partial, final)
     print(f"{final}: done; name it as data.dir: {output} with model.vocab_size: {vocab_size}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.data import leakage
 from src.data.corpus import read_source
 from src.data.tasks import load_tasks
@@ -23,11 +23,11 @@ from src.evaluation.metrics import corpus_name
 from src.models.transformer import Transformer
 from src.spec.config import RunConfig, json_sha256
 from src.spec.metric_keys import KEYS
-from src.storage.run_dir import write_atomic, write_json
+from src.storage.files import write_atomic, write_json
 
 
 def evaluate(
-    run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
+    run: RunConfig, model: Transformer, data: TokenData, compute: ComputeConfig, run_path: Path
 ) -> dict[str, Any]:
     """Measure `model`; writes per-document losses and SmallBench items into `run_path`.
 
@@ -40,30 +40,35 @@ def evaluate(
     if "perplexity" in config.metrics:
         names = ("validation", "test") if config.test else ("validation",)
         for name in names:
-            metrics |= _split(run, model, getattr(data, name), name, machine, run_path)
+            metrics |= _split(run, model, getattr(data, name), name, compute, run_path)
         if config.outside_dir:
             corpus = Path(config.outside_dir)
             metrics["outside_corpus"] = corpus_name(read_source(corpus, []))
             for name in names:
                 split = outside_split(corpus, name, data.tokenizer_path, data.eot_id)
-                metrics |= _split(run, model, split, f"outside_{name}", machine, run_path)
+                metrics |= _split(run, model, split, f"outside_{name}", compute, run_path)
     if "smallbench_accuracy" in config.metrics:
-        metrics |= _smallbench(run, model, data, machine, run_path)
+        metrics |= _smallbench(run, model, data, compute, run_path)
     if config.latency:
         metrics |= latency.measure(
-            model, device=machine.device, autocast_dtype=machine.dtype,
+            model, device=compute.device, autocast_dtype=compute.dtype,
             warmup=config.latency_warmup, repeats=config.latency_repeats,
-            compiled=machine.compile, label=f"{run.run_name}: latency",
+            compiled=compute.compile, label=f"{run.run_name}: latency",
         )  # fmt: skip
     return metrics
 
 
 def _split(
-    run: RunConfig, model: Transformer, split: Split, name: str, machine: Machine, run_path: Path
+    run: RunConfig,
+    model: Transformer,
+    split: Split,
+    name: str,
+    compute: ComputeConfig,
+    run_path: Path,
 ) -> dict[str, Any]:
     result = perplexity.evaluate_split(
         model, split.tokens, split.documents,
-        context=run.training.seq_len, autocast_dtype=machine.dtype, device=machine.device,
+        context=run.training.seq_len, autocast_dtype=compute.dtype, device=compute.device,
         limit_tokens=run.evaluation.perplexity_tokens, label=f"{run.run_name}: {name} perplexity",
     )  # fmt: skip
     arrays: dict[str, Any] = {k: v for k, v in result.items() if isinstance(v, np.ndarray)}
@@ -77,7 +82,7 @@ def _split(
 
 
 def _smallbench(
-    run: RunConfig, model: Transformer, data: TokenData, machine: Machine, run_path: Path
+    run: RunConfig, model: Transformer, data: TokenData, compute: ComputeConfig, run_path: Path
 ) -> dict[str, Any]:
     config = run.evaluation
     directory = Path(config.smallbench_dir)
@@ -85,7 +90,7 @@ def _smallbench(
     tasks = load_tasks(run.smallbench_tasks)
     options: dict[str, Any] = {
         "context": run.training.seq_len,
-        "device": machine.device,
+        "device": compute.device,
         "autocast_dtype": None,  # bf16 makes ties; lm-evaluation-harness scores in float32 too
         "exclude": leakage.contaminated_rows(config.leakage, directory, data.corpus),
     }

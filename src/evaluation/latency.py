@@ -12,8 +12,6 @@ Shapes: B = 1, L prompt tokens, V vocabulary, R repeats.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -21,7 +19,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,8 @@ from src.evaluation.scoring import inference
 from src.evaluation.trained_run import load_shape
 from src.models.transformer import Transformer
 from src.spec import command_line
-from src.spec.progress import Progress, say
-from src.storage.files import open_lock_file, read_json, write_json
+from src.spec.progress import Progress
+from src.storage.files import locked, read_json, write_json
 
 # "Equal latency" is a ratio below this, fixed before any measurement (3 %, set in advance).
 MARGIN = 1.03
@@ -97,20 +96,10 @@ def time_interleaved(
     return dict(zip(steps, rounds[warmup:].T, strict=True))
 
 
-@contextlib.contextmanager
-def _alone_on_this_machine(label: str) -> Iterator[None]:
+def _alone_on_this_machine(label: str) -> AbstractContextManager[None]:
     """Waits until no other process of this user measures here; a dead process's lock is free."""
     path = Path(tempfile.gettempdir()) / f"latency-measurement-{os.getuid()}.lock"
-    lock = open_lock_file(path)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(label, "waiting for another process that measures here")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+    return locked(path, f"{label}: waiting for another process that measures here")
 
 
 def _time_cuda(step: Step) -> float:

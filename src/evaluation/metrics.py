@@ -1,4 +1,4 @@
-"""What is written of a run: the resolved configuration and the values of metrics.json.
+"""Builds a run's config.yaml, the digests that let it resume, and its metrics.json.
 
 The list of keys is src/spec/metric_keys.py; a missing value stays None, never 0.0.
 """
@@ -213,24 +213,24 @@ def metrics(
             **outcome.metrics,
             **measured,
             "eval_seconds": eval_seconds,
-            **computed(outcome.machine, outcome.metrics["device_name"], wall, outcome.processes),
+            **computed(outcome.compute, outcome.metrics["device_name"], wall, outcome.processes),
         }
     )
 
 
-def computed(machine: Any, device_name: str, wall: float, processes: int = 1) -> dict[str, Any]:
+def computed(compute: Any, device_name: str, wall: float, processes: int = 1) -> dict[str, Any]:
     """How a run was computed, and what its `wall` seconds cost.
 
-    `machine` is a `src.compute.compute_config.Machine`.
+    `compute` is a `src.compute.compute_config.ComputeConfig`.
     """
-    on_gpu = machine.device.type == "cuda"
+    on_gpu = compute.device.type == "cuda"
     hours = wall / 3600 * (processes if on_gpu else 1)  # a GPU each; one CPU for all
-    price = costs.price_per_hour(machine.device.type, device_name)
-    machine_keys = ("precision", "micro_batch", "loss_chunk", "compile", "threads")
+    price = costs.price_per_hour(compute.device.type, device_name)
+    compute_keys = ("precision", "micro_batch", "loss_chunk", "compile", "threads")
     return {
-        "device": machine.device.type,
+        "device": compute.device.type,
         "device_name": device_name,
-        **{key: getattr(machine, key) for key in machine_keys},
+        **{key: getattr(compute, key) for key in compute_keys},
         "wall_seconds": wall,
         "gpu_hours": hours if on_gpu else None,
         "cost_usd": None if price is None else hours * price,

@@ -24,7 +24,7 @@ from src.evaluation.scoring import LanguageModel, Reading, score_positions
 from src.evaluation.task_scores import UNSCORED, FloatArray, TaskScores, item_lines, units
 from src.models.transformer import Transformer
 from src.spec.config import ModelConfig
-from src.storage.run_dir import write_atomic
+from src.storage.files import write_atomic
 
 # ----------------------------------------------------------------------------------- log-likelihood
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from src.data.tokenizer import END_OF_TEXT, load_tokenizer
 from src.models.transformer import Attention, Block, Embedding, SwiGLU, Transformer
 from src.spec.config import ModelConfig
-from src.storage.files import replace_directory, workshop, write_json
+from src.storage.files import replace_directory, scratch_directory, write_json
 
 
 class NotLoadable(Exception):
@@ -52,7 +52,7 @@ def export(
             "run's tokenizer"
         )
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with workshop(out_dir.with_name(f".{out_dir.name}-part")) as building:
+    with scratch_directory(out_dir.with_name(f".{out_dir.name}-part")) as building:
         save_file(_weights(model), building / "model.safetensors", metadata={"format": "pt"})
         write_json(building / "config.json", _config(model.config, max_position_embeddings, eot))
         generation = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}

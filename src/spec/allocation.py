@@ -276,7 +276,7 @@ def _ranked(request: ModelRequest, tolerance: Tolerance, n_layers: int) -> list[
             if (fit := _fit(request, f, tolerance))}  # fmt: skip
 
     def preference(frame: _Frame) -> tuple[float, ...]:
-        """GLU error, then what hardware likes where that costs none, then total, then share."""
+        """GLU error, then the usual head_dim and d_model % 32 == 0, then total, then share."""
         model, (glu_error, *others) = fits[frame].model, fits[frame].errors
         usual = 16 if request.total_params < SMALL_MODEL else 32 if model.d_model < 512 else 64
         surplus = abs(model.n_heads * model.head_dim - model.d_model)

@@ -77,7 +77,9 @@ class ModelRequest:
     glu_expansion: float = key(8 / 3, "a factor above 0, at most 64", lambda v: 0 < v <= 64)
     tie_embeddings: bool = key(True, "true or false")
     embedding_dim: int | None = key(None, "a width above 0, or null", lambda v: v > 0)
+    # What takes the slack where the GLU expansion changes: layers, or heads at one depth.
     allocate: str = one_of("depth", "depth", "attention")
+    # RMSNorm of queries and keys before their product.
     qk_norm: bool = key(True, "true or false")
     n_layers: int | None = key(None, "a number of layers above 0, or null", lambda v: v > 0)
     d_model: int | None = key(

@@ -51,7 +51,7 @@ Kind = Literal["kill", "keep", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the rule says of a run, with grace (`kind`, `tokens`) and to the PRD's letter.
+    """What the rule says of a run, with grace (`kind`, `tokens`) and read literally, without.
 
     kind: "kill", "keep", or "none" (the baseline has no check at this point yet).
     tokens: training tokens at which the rule fired, None unless kind is "kill".

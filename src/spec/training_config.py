@@ -21,9 +21,11 @@ class TrainingConfig:
     )
     seq_len: int = key(128, "a number of tokens of at least 2", lambda v: v >= 2)
     learning_rate: float = key(4e-3, "a rate above 0, at most 1", lambda v: 0 < v <= 1)
+    # Of the token table's learning rate to that of all other weights.
     embedding_lr_ratio: float = key(1.0, "a ratio above 0, at most 100", lambda v: 0 < v <= 100)
     warmup_fraction: float = key(0.05, "a fraction from 0 to below 1", lambda v: 0 <= v < 1)
     weight_decay: float = key(0.1, "a number from 0 to 10", lambda v: 0 <= v <= 10)
+    # Weight of (log of the softmax's sum)^2 in the training loss; no part of any loss reported.
     z_loss: float = key(1e-4, "a number from 0 to 1", lambda v: 0 <= v <= 1)
     grad_clip: float = key(1.0, "a norm above 0", lambda v: v > 0)
     init_seed: int | None = key(None, "a seed from 0 to 2^31, or null", lambda v: 0 <= v < 2**31)

@@ -3,7 +3,7 @@
 A checkpoint is an object `step-<step>-g<generation>.pt` and a manifest `step-<step>.json`, which
 is written last and so commits it. Object names never repeat: saving a step again replaces nothing
 that the old manifest points to. `torch.load` notices a flipped bit in one load of 1,500, so the
-SHA-256 in the manifest is what vouches for the bytes, and the manifest carries one of its own.
+SHA-256 in the manifest is the check of the bytes; the manifest carries one of its own.
 The caller holds the run's lock: nobody else writes into the directory.
 """
 

@@ -1,4 +1,5 @@
-"""What the harness chose by itself, once a log directory: `<log_dir>/choices.json`."""
+"""`<log_dir>/choices.json`: precision, threads, micro-batch and loss chunk, chosen once a log
+directory so that its runs compare."""
 
 from __future__ import annotations
 

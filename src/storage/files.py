@@ -129,7 +129,7 @@ def make_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, waiting: str = "") -> Iterator[None]:
     """Hold an exclusive flock on `path` (created); waits for its owner and says so once.
 
     The lock dies with its process, so a killed owner never blocks the next one.
@@ -139,7 +139,8 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{path.parent}: another process is writing here, waiting for it", flush=True)
+            message = waiting or f"{path.parent}: another process is writing here, waiting for it"
+            print(message, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -147,7 +148,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def workshop(path: Path) -> Iterator[Path]:
+def scratch_directory(path: Path) -> Iterator[Path]:
     """An empty directory at `path` for unfinished files; gone afterwards, whatever happened.
 
     Only the owner of the output's lock may ask: what lies at `path` is left from a killed one.
@@ -166,22 +167,22 @@ def replace_directory(new: Path, final: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     fsync_directory(new)
-    with workshop(final.with_name(f".{final.name}-replaced")) as old:
+    with scratch_directory(final.with_name(f".{final.name}-replaced")) as old:
         if final.exists():
             os.rename(final, old / final.name)
         os.rename(new, final)
     fsync_directory(final.parent)
 
 
-def publish(workshop_dir: Path, output: Path, manifest: str) -> None:
-    """Move every file of `workshop_dir` into `output`, the manifest last.
+def publish(scratch: Path, output: Path, manifest: str) -> None:
+    """Move every file of `scratch` into `output`, the manifest last.
 
     An older manifest goes first, so that no reader ever takes half a result for a whole one.
     """
     (output / manifest).unlink(missing_ok=True)
-    names = sorted(path.name for path in workshop_dir.iterdir() if path.name != manifest)
+    names = sorted(path.name for path in scratch.iterdir() if path.name != manifest)
     for name in [*names, manifest]:
-        with (workshop_dir / name).open("rb") as file:
+        with (scratch / name).open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(workshop_dir / name, output / name)
+        os.replace(scratch / name, output / name)
     fsync_directory(output)

@@ -1,6 +1,7 @@
 """Copies of checkpoints in an object store, so that a machine with an empty disk can go on.
 
-One background thread copies; training never waits for it and never dies of it. In `<uri>/<run>/`:
+One background thread copies; training never waits for it, and no error of it stops
+training. In `<uri>/<run>/`:
 
     owner.json                      who may write: token, generation, heartbeat count, released
     objects/g<generation>-<name>-<sha>.pt, .jsonl   a checkpoint's object; its metrics.jsonl
@@ -17,14 +18,14 @@ What is guaranteed, on every store, because it needs only strongly consistent re
 2. Readers take the highest generation, then the highest step, that verifies. What a writer that was
    fenced out still lands has a lower generation and can neither overwrite nor hide the winner's.
 3. Two machines on one run: the one whose token stays in owner.json wins. The other is refused at
-   `open` (Held), or, if both wrote at once or it slept through its own replacement, sees the other
+   `open` (Held), or, if both wrote at once or it was suspended while replaced, sees the other
    token, or a manifest of a higher generation, before its next manifest; it stops pushing and
    `fenced` turns true.
 
 What is not guaranteed: that two never *compute* at the same time. S3 (If-None-Match), GCS
 (generation match) and Azure (ETag) could refuse the second writer of owner.json outright, but
 pyarrow exposes none of the three, so a claim is written, left to settle, and read again. Two
-claimants may both believe in themselves for up to one heartbeat; point 2 holds meanwhile.
+processes may both act as owner until the next heartbeat; point 2 holds meanwhile.
 Uploads that were killed leave objects that no manifest names: a lifecycle rule removes them.
 """
 

@@ -244,7 +244,7 @@ class RunDir:
         self.close()
 
     def _discard(self) -> None:
-        """A refusal leaves nothing behind: what this process made goes, if nothing was learnt."""
+        """Delete the directory if this process made it and it has no rows and no checkpoints."""
         if not self._created or self.offset() or any(self.checkpoints.iterdir()):
             return
         shutil.rmtree(self.path)

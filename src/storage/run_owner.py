@@ -141,7 +141,7 @@ def rank(name: str) -> tuple[int, int, str]:
 def identity_of(local: Path | None) -> str:
     """What names a run directory of this machine since it booted; a new one each time without it.
 
-    An owner of the same name is dead, or the directory's lock would have told. A copy of the
+    An owner of the same name has ended: a live one would hold the directory's lock. A copy of the
     directory, or another machine that sees it on a shared disk, has another name.
     """
     if local is None:

@@ -1,4 +1,4 @@
-"""Sweep files that a study makes of others: at a rate, on another model, over vocabularies. Pure.
+"""The sweep files of later blocks: GLU on the leader, factorised tables, a vocabulary grid. Pure.
 
 `raw` and `entry` are an experiment file's values and one of its experiments.
 """

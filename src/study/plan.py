@@ -305,7 +305,7 @@ class Plan:
             self.task(stage, "tokens", configuration, name, done=False)
 
     def assume(self, what: str) -> None:
-        """From here on everything rests on a guess; the first one is told."""
+        """All that follows is assumed; only the first assumption is reported."""
         if self.decided:
             self.assumptions.append(what)
 

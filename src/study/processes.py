@@ -56,7 +56,7 @@ Start = Callable[[Sequence[str]], Process]
 
 def bound(line: Sequence[str]) -> list[str]:
     """The command line that is asked to end when this process dies. Elsewhere than on Linux it
-    lives on, and whoever comes next finds its run's lock held and waits."""
+    keeps running, and the next start of its run waits for the lock."""
     if sys.platform != "linux":
         return [*line]
     return [sys.executable, "-I", "-S", "-c", _WITH_PARENT, str(os.getpid()), *line]
@@ -77,8 +77,8 @@ def starter(jobs: int, threads: int) -> Start:
 
 
 def progress_of(run: Path) -> tuple[list[str], int]:
-    """Checkpoints and bytes of metrics.jsonl: what another attempt would move, also where the run
-    is locked by a process of somebody else that gets on with it."""
+    """Checkpoints and bytes of metrics.jsonl: what grows while the run makes progress, here or in
+    another process that holds its lock."""
     checkpoints, rows = (run / "checkpoints").glob("step-*.json"), run / "metrics.jsonl"
     return sorted(path.name for path in checkpoints), rows.stat().st_size if rows.exists() else 0
 

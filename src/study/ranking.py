@@ -143,5 +143,5 @@ def kill_decisions(plan: Plan, configurations: Sequence[Configuration]) -> None:
         elif run.kill_rule is not None and not configuration.is_baseline:
             rule = run.kill_rule.in_run(run.training.tokens)
             verdict = kill_rule.verdict(rule, curves[run.baseline], curves[name])
-            text = f"{verdict.kind}; to the PRD's letter {verdict.literal_kind}"
+            text = f"{verdict.kind}; without grace {verdict.literal_kind}"
             plan.decide("1", "kill rule", [f"{name} against {run.baseline}"], text, verdict.reason)

@@ -25,8 +25,8 @@ from src.spec.progress import say
 from src.spec.strict_yaml import read_yaml
 from src.spec.study_file import load_study
 from src.storage import address
-from src.storage.files import make_directory
-from src.storage.run_dir import check_log_dir, locked, write_atomic, write_json
+from src.storage.files import make_directory, write_atomic, write_json
+from src.storage.run_dir import check_log_dir, locked
 from src.study import blocks, costs, engines, speed
 from src.study.plan import Configuration, Decision, Job, Plan, Source, Study
 from src.study.processes import REPOSITORY, Start, Supervisor, progress_of, starter

@@ -16,8 +16,8 @@ from src.preflight import RunContext
 from src.spec import config, costs
 from src.spec.command_line import OK, OUR_FAULT
 from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
-from src.storage.files import read_json
-from src.storage.run_dir import locked, write_json
+from src.storage.files import read_json, write_json
+from src.storage.run_dir import locked
 
 
 def check_all(contexts: Sequence[RunContext]) -> int:
@@ -53,11 +53,11 @@ def check(context: RunContext) -> dict[str, Any]:
         from src.compute import compute_config
         from src.study import sanity_training
 
-        machine = compute_config.choose(
+        compute = compute_config.choose(
             training, model, context.log_dir, context.device, directory.name
         )
         result = {"experiment": context.run.experiment, "config_digest": digest}
-        result |= sanity_training.measure(context, machine, directory, digest)
+        result |= sanity_training.measure(context, compute, directory, digest)
         price = costs.price_per_hour(result["device"], result["device_name"])
         result["cost_usd"] = None if price is None else result["wall_seconds"] / 3600 * price
         write_json(done, result)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from src.compute import runtime
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.data.tokens import Windows
 from src.models.transformer import Transformer
 from src.preflight import RunContext
@@ -27,7 +27,8 @@ from src.spec.config import RunConfig
 from src.spec.metric_keys import EMBEDDING_RATIO, TOTAL_PARAMS
 from src.spec.progress import Progress
 from src.storage import checkpoint
-from src.storage.run_dir import Preemption, write_json
+from src.storage.files import write_json
+from src.storage.run_dir import Preemption
 from src.training_step import (
     NonFinite,
     Stepper,
@@ -51,11 +52,11 @@ SMOOTHING = 0.8  # of the ramp's losses
 DIVERGED = 1.5  # nats above the lowest smoothed loss: the ramp ends
 
 
-def fresh_stepper(run: RunConfig, allocation: Allocation, machine: Machine) -> Stepper:
+def fresh_stepper(run: RunConfig, allocation: Allocation, compute: ComputeConfig) -> Stepper:
     """A fresh model of the run. Not decayed: a ramp and a memorised batch have no schedule."""
     assert run.training.init_seed is not None
-    model = build_model(allocation.model, run.training.init_seed).to(machine.device)
-    return Stepper(model, dataclasses.replace(run.training, weight_decay=0.0), machine)
+    model = build_model(allocation.model, run.training.init_seed).to(compute.device)
+    return Stepper(model, dataclasses.replace(run.training, weight_decay=0.0), compute)
 
 
 def train_once(stepper: Stepper, batch: Tensor, rate: float) -> float:
@@ -72,8 +73,8 @@ def train_once(stepper: Stepper, batch: Tensor, rate: float) -> float:
 def initial_loss(stepper: Stepper, batch: Tensor) -> float:
     """Nats of the untrained model; close to ln V, or the initialisation prefers some tokens."""
     with torch.no_grad():
-        first = batch[: stepper.machine.micro_batch].to(stepper.machine.device)
-        _, nats = next_token_loss(stepper.model, first, stepper.machine, stepper.training.z_loss)
+        first = batch[: stepper.compute.micro_batch].to(stepper.compute.device)
+        _, nats = next_token_loss(stepper.model, first, stepper.compute, stepper.training.z_loss)
     return float(nats)
 
 
@@ -173,7 +174,7 @@ def resumable(
 
 
 def measure(
-    context: RunContext, machine: Machine, directory: Path, config_digest: str
+    context: RunContext, compute: ComputeConfig, directory: Path, config_digest: str
 ) -> dict[str, Any]:
     """All checks of one experiment, as sanity.json has them; the ramp's files are left in
     `directory`. Raises Preempted after a signal, with the ramp's state saved."""
@@ -181,11 +182,11 @@ def measure(
     windows, begun = training_windows(context.data, training), time.perf_counter()
     first = torch.from_numpy(windows.batch(0))
     sequences = min(len(first), math.ceil(OVERFIT_TOKENS / training.seq_len))
-    stepper = fresh_stepper(run, allocation, machine)
+    stepper = fresh_stepper(run, allocation, compute)
     first_loss, params = initial_loss(stepper, first), blocks(stepper.model)
     loss, steps = overfit(stepper, first[:sequences], directory.name)
 
-    memorised, stepper = time.perf_counter(), fresh_stepper(run, allocation, machine)
+    memorised, stepper = time.perf_counter(), fresh_stepper(run, allocation, compute)
     digests = {
         "config": config_digest,
         "tokenizer": context.data.tokenizer_sha256,
@@ -222,8 +223,8 @@ def measure(
         EMBEDDING_RATIO.built: allocation.params.share,
         "tokens_per_s": len(rows) * training.step_tokens / ramp_seconds,
         "wall_seconds": memorised - begun + ramp_seconds,
-        "device": machine.device.type,
-        "device_name": runtime.device_name(machine.device),
+        "device": compute.device.type,
+        "device_name": runtime.device_name(compute.device),
         "reason": f"limits: {OVERFIT_LOSS} nats within {OVERFIT_STEPS} steps; ln V +- "
         f"{INITIAL_TOLERANCE}; tensors counted against the allocator",
     }

@@ -1,4 +1,4 @@
-"""How many runs stand side by side, with how many threads, and how fast one is.
+"""Chooses runs at a time and threads of each; times a few steps for the estimate of cost.
 
 Sums change with the number of threads, so it is the same for every run that is compared: settled
 once, kept by the runs in the log directory's choices.json, and checked by the plan.
@@ -115,10 +115,10 @@ def _measure(configuration: Configuration, device: str, log_dir: Path) -> dict[s
     from src.training_step import compile_blocks
 
     training, model = configuration.run.training, configuration.allocation.model
-    machine = compute_config.choose(training, model, log_dir, device)
-    stepper = fresh_stepper(configuration.run, configuration.allocation, machine)
-    compile_blocks(stepper.model, machine)
-    sequences = max(machine.micro_batch, min(training.batch_size, STEP_TOKENS // training.seq_len))
+    compute = compute_config.choose(training, model, log_dir, device)
+    stepper = fresh_stepper(configuration.run, configuration.allocation, compute)
+    compile_blocks(stepper.model, compute)
+    sequences = max(compute.micro_batch, min(training.batch_size, STEP_TOKENS // training.seq_len))
     generator = torch.Generator().manual_seed(0)
     shape = (sequences, training.seq_len + 1)
     batch = torch.randint(model.vocab_size, shape, generator=generator)
@@ -131,8 +131,8 @@ def _measure(configuration: Configuration, device: str, log_dir: Path) -> dict[s
             progress.advance()
     return {
         "tokens_per_s": sequences * training.seq_len / statistics.median(seconds[1:]),
-        "device": machine.device.type,
-        "device_name": runtime.device_name(machine.device),
+        "device": compute.device.type,
+        "device_name": runtime.device_name(compute.device),
     }
 
 

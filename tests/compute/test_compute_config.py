@@ -72,7 +72,7 @@ def test_more_shapes_than_dynamo_counts_are_all_compiled(monkeypatch: pytest.Mon
 
     compile_with = partialmethod(torch.nn.Module.compile, backend=backend)
     monkeypatch.setattr(Block, "compile", compile_with)
-    chosen = compute_config.Machine(
+    chosen = compute_config.ComputeConfig(
         device=torch.device("cpu"), precision="fp32", micro_batch=1, compile=True, threads=1
     )
     # Not by monkeypatch, whose undoing would take the setting away (findings/pytest-torch-config).

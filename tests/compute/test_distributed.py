@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from src.compute import process_group
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.compute.process_group import ProcessGroup
 from src.data import tokens as data
 from src.spec import allocation, config
@@ -163,7 +163,7 @@ def test_shares_add_up_to_the_gradients_of_the_whole_batch(tiny_sweep, micro_bat
     model_config = allocation.allocate({"base": run.model})["base"].model
     tokens = data.load(run.token_dir, run.model.vocab_size)
     windows = data.Windows(tokens.train.tokens, batch_size=8, seq_len=32, seed=0)
-    machine = Machine(
+    compute = ComputeConfig(
         device=torch.device("cpu"), precision="fp32", micro_batch=micro_batch, compile=False,
         threads=1,
     )  # fmt: skip
@@ -173,12 +173,12 @@ def test_shares_add_up_to_the_gradients_of_the_whole_batch(tiny_sweep, micro_bat
     def gradients(*groups: ProcessGroup | None) -> tuple[list[Any], float]:
         model.zero_grad(set_to_none=True)
         nats = sum(
-            float(batch_gradients(model, batch, machine, 1e-2, lambda x: x, group))
+            float(batch_gradients(model, batch, compute, 1e-2, lambda x: x, group))
             for group in groups
         )
         return [parameter.grad.clone() for parameter in model.parameters()], nats
 
-    groups = [ProcessGroup(rank, size, machine.device) for rank in range(size)]
+    groups = [ProcessGroup(rank, size, compute.device) for rank in range(size)]
     whole, nats = gradients(None)
     shares, shared_nats = gradients(*groups)
     assert shared_nats == pytest.approx(nats, rel=1e-6)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from src.compute.compute_config import Machine
+from src.compute.compute_config import ComputeConfig
 from src.data import tokens as data
 from src.evaluation import evaluate as evaluation
 from src.models.transformer import Transformer
@@ -31,11 +31,11 @@ def measure(run: config.RunConfig, path: Path) -> tuple[dict[str, Any], data.Tok
     torch.manual_seed(0)
     sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "head_dim": 8, "d_ff": 16}
     model = Transformer(ModelConfig(vocab_size=run.model.vocab_size, **sizes))
-    machine = Machine(
+    compute = ComputeConfig(
         device=torch.device("cpu"), precision="fp32", micro_batch=8, compile=False, threads=1
     )
     path.mkdir(exist_ok=True)
-    return evaluation.evaluate(run, model, tokens, machine, path), tokens
+    return evaluation.evaluate(run, model, tokens, compute, path), tokens
 
 
 @pytest.mark.parametrize("limit", [4, None])

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from src.storage.run_dir import Held, Preemption, RunDir, read_rows, write_atomic, write_json
+from src.storage.files import write_atomic, write_json
+from src.storage.run_dir import Held, Preemption, RunDir, read_rows
 from tests import ROOT
 
 HOLDER = """

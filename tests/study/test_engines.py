@@ -260,7 +260,7 @@ def test_only_where_the_tokens_are_and_the_code_is(checkout, tmp_path, monkeypat
     assert "start this command once without --engine" in output
 
 
-class Machine:
+class ComputeConfig:
     """What SkyPilot gives a job: an empty home, the workdir, the mounts, its variables. `setup`
     is left out (it installs torch); the interpreter of this test stands in .venv instead."""
 
@@ -294,8 +294,8 @@ def test_the_run_section_goes_on_from_the_bucket_on_a_machine_with_an_empty_disk
     checkout, bucket, tmp_path, reference
 ):
     (file,) = sky_files(checkout, bucket, more=f"overrides: {list(LONGER)}")
-    machines = [Machine(tmp_path / name, checkout, file) for name in ("first", "second")]
-    first, second = (machine.workdir / "logs" / "base" for machine in machines)
+    machines = [ComputeConfig(tmp_path / name, checkout, file) for name in ("first", "second")]
+    first, second = (compute.workdir / "logs" / "base" for compute in machines)
     process = machines[0].start()
     until(lambda: rows(first) > 60)
     process.send_signal(signal.SIGTERM)

@@ -117,7 +117,7 @@ def test_both_readings_of_the_kill_rule_are_recorded(prd: Study) -> None:
 
     plan, _ = simulate(prd, by_share, curve=curve)
     (decision,) = [r for r in rows(plan, "kill rule") if r["numbers"].startswith("emb45 against")]
-    assert decision["verdict"] == "keep; to the PRD's letter kill"
+    assert decision["verdict"] == "keep; without grace kill"
     assert "1,250,000" in decision["reason"]
 
 

@@ -1,7 +1,7 @@
 """Curves and their optima fitted to a study's losses: pure functions over numbers.
 
 Losses are ln of bits per byte (or nats), so a difference of 0.01 is about 1 %. Lower is better.
-Intervals are signed by simulation: tests/simulated_studies.py measures how often they cover.
+tests/simulated_studies.py measures how often the intervals hold the truth.
 Shapes: n points, p terms, B draws.
 """
 
