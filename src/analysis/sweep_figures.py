@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from scipy import stats
 
-from src.analysis import paper
+from src.analysis import paper, repeats
 from src.analysis.blocks import Block, at_own_rates, blocks
 from src.spec.metric_keys import EMBEDDING_RATIO, GLU_EXPANSION, Request
 from src.spec.rates import spelled
@@ -192,13 +193,17 @@ def _series(best: pd.DataFrame, axis: Axis, many_rates: bool) -> pd.Series:
 
 
 def _points(best: pd.DataFrame, axis: Axis, column: str) -> pd.DataFrame:
-    """A row a configuration and series: x, the mean over seeds and its 95 % t interval."""
+    """A row a configuration and series: x, the mean over seeds and its 95 % interval, by the noise
+    of all of them together: on a scale of logarithms it is taken to be the same."""
     grouped, x = best.groupby(["series", "configuration"]), (axis.quantity.built, "mean")
-    points = grouped.agg(x=x, **{how: (column, how) for how in ("mean", "std", "size")})
-    points = points.rename(columns={"std": "sd", "size": "n"}).reset_index()
+    points = grouped.agg(x=x, mean=(column, "mean"), n=(column, "size")).reset_index()
     points["x"] *= axis.scale
-    half = stats.t.ppf(0.975, (points["n"] - 1).clip(lower=1)) * points["sd"] / points["n"] ** 0.5
-    return points.assign(low=points["mean"] - half, high=points["mean"] + half)
+    logs = {str(key): np.log(seeds).tolist() for key, seeds in grouped[column]}
+    noise, half = repeats.pooled_noise(logs), float("nan")
+    if noise is not None:
+        half = float(stats.t.ppf(0.975, noise.df)) * noise.sd
+    factor = np.exp(half / points["n"] ** 0.5)
+    return points.assign(low=points["mean"] / factor, high=points["mean"] * factor)
 
 
 def _draw_points(
@@ -221,9 +226,10 @@ def _draw_points(
                 beside = [point.x - aside] * len(seeds)  # else the mean would hide the middle seed
                 ring: dict[str, Any] = {"ms": 3.5, "mfc": "none", "mew": 0.7}
                 ax.plot(beside, seeds, "o", color=look.colour, zorder=4, **ring)
-                leaves = paper.draw_interval(ax, point.x, point.low, point.high, look.colour)
                 handles.append(paper.point("one seed", "o", **ring))
-                handles.append(paper.point("mean, 95 % t interval", "_", ms=8))
+            if not math.isnan(point.low):
+                leaves = paper.draw_interval(ax, point.x, point.low, point.high, look.colour)
+                handles.append(paper.point("mean, 95 % interval", "_", ms=8))
                 if leaves:
                     handles.append(paper.point("interval leaves the panel", "^", ms=3.5))
             ax.plot([point.x], [point.mean], look.marker, color=look.colour, zorder=5)
