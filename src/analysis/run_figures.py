@@ -265,7 +265,7 @@ def _draw_front(
         ax.plot(*zip(*edge, strict=True), color="#999999", drawstyle="steps-post", zorder=2)
         handles.append(paper.line("Pareto front", color="#999999"))
     if len(front) < len(points):
-        handles.append(paper.point("hollow: beaten in both", "o", mfc="none"))
+        handles.append(paper.point("hollow: another mean is lower in both", "o", mfc="none"))
     if bar is not None:
         kwargs: dict[str, Any] = {"color": "#009E73", "alpha": 0.13}
         ends = [ax.get_xlim()[0], base[key].mean() * scale]
