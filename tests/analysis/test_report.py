@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
-from src.analysis import blocks, decisions, repeats, run_csv
+from src.analysis import blocks, decisions, intervals, repeats, run_csv
 from src.analysis.run_csv import Row
 from src.analysis.science import predictions
 from src.spec import config
@@ -57,6 +58,9 @@ def set_up() -> Iterator[str]:
     yield f"{' / '.join(map(str, depths))} layers at {shares} %"
     yield f"depth falls from {depths[0]} to {depths[-1]} layers"
     yield f"{first['tokens'] / 1e6:.1f}M tokens of english-50m"
+    assert {row["seq_len"] for row in finished()} == {128}
+    batches = sorted({int(row["batch_size"]) for row in finished()}, reverse=True)
+    yield f"in sequences of 128, {batches[0]} or {batches[1]} a step"
     expansions = config.load_sweep(ROOT / "configs/glu_expansion.yaml").runs
     yield f"({' / '.join(f'{one.model.glu_expansion:g}' for one in expansions)} times d_model)"
     full = sweep.runs[0].training.tokens
@@ -107,62 +111,65 @@ def gap(ours: str, baseline: str, sweep: str) -> blocks.Gap:
     return result
 
 
+def decision() -> Iterator[str]:
+    """No winner: of full runs there is none, and no share is ahead by the bar for sure."""
+    assert not [row for row in finished() if row["phase"] == "full"]
+    gaps = {name: gap(name, "emb35", SWEEP.name) for name in ("emb25", "emb45")}
+    below, above = (100 * abs(gaps[name].interval.ratio[1] - 1) for name in ("emb45", "emb25"))
+    (pairs,) = {found.pairs for found in gaps.values()}
+    assert pairs == 3 and gaps["emb45"].interval.estimate < 0 < gaps["emb25"].interval.low
+    assert gaps["emb45"].interval.low < math.log(0.95) < 0 < gaps["emb45"].interval.high
+    yield f"emb45 ends {below:.1f} % below the baseline over three pairs of seeds"
+    yield f"emb25 ends {above:.1f} % above, further than chance"
+    yield "not 25 % in the table; 35 and 45 % are not told apart"
+    yield "Measured, 25 % is worse"
+
+
 def rates() -> Iterator[str]:
     """Of the block of 611 steps, beside that of 153."""
     large = {name: run("prd", name) for name in SHARES}
-    small = {name: run("rates", f"{name}-lr4e-3") for name in ("emb35", "emb45")}
-    low = {name: run("rates", f"{name}-lr2e-3") for name in SHARES}
-    yield f"on {large['emb35']['steps']} steps"
-    yield f"{small['emb35']['steps']} steps, the same tokens"
-    assert large["emb35"]["tokens"] == pytest.approx(small["emb35"]["tokens"], rel=0.01)
-    assert large["emb35"]["batch_size"] == 4 * small["emb35"]["batch_size"]
-    for name, row in small.items():
-        assert large[name]["dev_perplexity"] == pytest.approx(2 * row["dev_perplexity"], rel=0.15)
-    assert large["emb35"]["dev_perplexity"] < large["emb45"]["dev_perplexity"]
-    ahead = [
-        100 * (block["emb45"]["dev_perplexity"] / block["emb35"]["dev_perplexity"] - 1)
-        for block in (low, small)
-    ]
-    assert ahead[1] < 0 < ahead[0] and max(map(abs, ahead)) < 100 * chance()
     tried = {name: ends(name) for name in SHARES}
+    small = run("rates", "emb35-lr4e-3")
+    yield f"{large['emb35']['batch_size']:.0f} sequences spend a ranking budget on"
+    yield f"{large['emb35']['steps']} steps. With {small['batch_size']:.0f}, {small['steps']} steps"
+    for name in SHARES:
+        half = large[name]["dev_perplexity"] / 2
+        assert tried[name][4e-3] == pytest.approx(half, rel=0.2)
     for name in ("emb25", "emb35"):
         assert min(tried[name], key=tried[name].__getitem__) == 2e-3
         assert min(tried[name]) < 2e-3 < max(tried[name])
-    yield "There, at seed 0, each share's best rate lies inside"
-    yield "its list: 2e-3 for emb25 and emb35; 4e-3 for emb45, level with 8e-3"
-    assert min(tried["emb45"]) < min(tried["emb45"], key=tried["emb45"].__getitem__)
-    assert abs(tried["emb45"][4e-3] / tried["emb45"][8e-3] - 1) < 0.001
-    for rate in {rate for by_rate in tried.values() for rate in by_rate} - {8e-3}:
-        there = {name: by_rate[rate] for name, by_rate in tried.items() if rate in by_rate}
+    assert tried["emb45"][4e-3] == pytest.approx(tried["emb45"][8e-3], rel=0.001)
+    assert max(tried["emb45"], key=tried["emb45"].__getitem__) == 2e-3
+    yield "at seed 0, is 2e-3 for emb25 and emb35, 4e-3 or 8e-3 for emb45"
+    ahead = [tried["emb45"][rate] / tried["emb35"][rate] - 1 for rate in (2e-3, 4e-3)]
+    assert ahead[1] < 0 < ahead[0] and max(map(abs, ahead)) < chance()
+    for rate in (1e-3, 2e-3, 4e-3):
+        there = {name: ppl[rate] for name, ppl in tried.items() if rate in ppl}
         assert max(there, key=there.__getitem__) == "emb25"
     assert max(large, key=lambda name: large[name]["dev_perplexity"]) == "emb25"
-    best = {"emb35": low["emb35"], "emb45": small["emb45"]}
-    outside = [row["outside_dev_bits_per_byte"] for row in seeds("emb35", "2e-3")]
-    for block in (large, best):
-        a, b = (block[name]["outside_dev_bits_per_byte"] for name in ("emb35", "emb45"))
-        dev = [block[name]["dev_perplexity"] for name in ("emb35", "emb45")]
-        assert (a < b) != (dev[0] < dev[1]) and abs(a - b) < max(outside) - min(outside)
-    gaps = {name: gap(name, "emb35", SWEEP.name) for name in ("emb25", "emb45")}
-    assert gaps["emb45"].interval.low < 0 < gaps["emb45"].interval.high
-    assert math.log(0.95) < gaps["emb45"].interval.estimate
-    assert 0 < gaps["emb25"].interval.low
-    below, above = (100 * abs(gaps[name].interval.ratio[1] - 1) for name in ("emb45", "emb25"))
-    pairs = {name: COUNT[found.pairs] for name, found in gaps.items()}
-    yield f"emb45 ends {below:.1f} % below the baseline over {pairs['emb45']} pairs of seeds"
-    yield f"emb25 {above:.1f} % above over {pairs['emb25']}, one that does not"
-    suggested = content(TEN / "prd/emb35-sanity/learning_rates.json")["suggested"]
-    yield f"Phase 0 passed (its ramp suggests {1000 * suggested:.1f}e-3)"
+    key = "outside_dev_bits_per_byte"
+    other = {name: [row[key] for row in side] for name, side in repeated().items()}
+    assert all(a < b for a, b in zip(other["emb35"], other["emb45"], strict=True))
+    found = intervals.seed_interval(other["emb45"], other["emb35"], paired_seeds=True)
+    assert found.low < 0 < found.high
+    means = {name: sum(values) / len(values) for name, values in other.items()}
+    yield (
+        "On WikiText-2 emb35 is ahead of emb45 in all three pairs "
+        f"({means['emb35']:.3f} against {means['emb45']:.3f} bits a byte)"
+    )
 
 
 def expansion() -> Iterator[str]:
     """Of the GLU, on the leading share's model, beside it."""
-    usual, wide = run("rates", "emb45-lr4e-3"), run("glu", "glu4x-emb45-lr4e-3")
+    usual = run("rates", "emb45-lr4e-3")
+    wide = run("glu", "glu4x-emb45-lr4e-3")
     above = wide["dev_perplexity"] / usual["dev_perplexity"] - 1
     assert above > chance()
     built = f"built {wide['glu_expansion_built']:.2f}, {wide['n_layers']} layers"
+    yield f"asked for {wide['glu_expansion_asked']:.0f} ({built})"
     yield (
-        f"asking for {wide['glu_expansion_asked']:.0f} ({built}) ends {100 * above:.1f} % above "
-        f"{usual['glu_expansion_built']:.2f} ({usual['n_layers']} layers)"
+        f"it ends {100 * above:.1f} % above {usual['glu_expansion_built']:.2f} "
+        f"({usual['n_layers']} layers)"
     )
     (left_out,) = (
         decision["numbers"]
@@ -170,7 +177,7 @@ def expansion() -> Iterator[str]:
         if decision["verdict"] == "left out"
     )
     asked, number = re.fullmatch(r".*: asked (.+), built (.+)", left_out).groups()
-    yield f"Asking for {asked} gives {number} on so few layers"
+    yield f"{asked} comes out as {number}: left out"
 
 
 def noise() -> Iterator[str]:
@@ -186,6 +193,8 @@ def noise() -> Iterator[str]:
     log = (RESULTS / "LOG.md").read_text(encoding="utf-8")
     assert f"emb45 at 4e-3 of commit 1170084 had ended at {again['dev_perplexity']!r}" in log
     yield "emb45 at 4e-3, trained again"
+    with np.load(TEN / "runs" / again["run"] / "documents_validation.npz") as documents:
+        yield f"{len(documents['document_nats'])} dev documents"
 
 
 def cost() -> Iterator[str]:
@@ -212,7 +221,7 @@ def laws() -> Iterator[str]:
     yield f"the best share at {100 * sweep['levine_best_share']:.0f} %"
 
 
-CLAIMS = (set_up, rates, expansion, noise, cost, laws)
+CLAIMS = (set_up, decision, rates, expansion, noise, cost, laws)
 
 
 @pytest.mark.parametrize("claims", CLAIMS, ids=lambda claims: claims.__name__)
