@@ -30,7 +30,7 @@ from src.storage.run_dir import check_log_dir, locked
 from src.study import blocks, costs, engines, speed
 from src.study.plan import Configuration, Decision, Job, Plan, Source, Study
 from src.study.processes import REPOSITORY, Start, Supervisor, progress_of, starter
-from src.study.state import Reader, diverged, runbook_spent
+from src.study.state import Reader, diverged, spent_beside
 
 SCHEMA = 1
 LAUNCH = "launch"  # where files for other schedulers go
@@ -292,7 +292,7 @@ def _need_corpus(plan: Plan) -> None:
 def summary(plan: Plan, spent: Mapping[str, float]) -> dict[str, Any]:
     """study.json: decisions, aliases, runs and costs. No clocks, no paths of this machine."""
     settings, total = plan.study.config, sum(spent.values())
-    runbook = runbook_spent(plan.state)
+    runbook = total + spent_beside(plan)
     stages = "; ".join(f"{stage}: {usd:.4f} USD" for stage, usd in spent.items())
     return {
         "schema": SCHEMA,

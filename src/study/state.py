@@ -162,10 +162,12 @@ class Reader:
         return seconds / 3600 * (rate.usd_per_hour or 0.0)
 
 
-def runbook_spent(state: State) -> float:
-    """Dollars of everything in the log directory, tuning and runs by hand included."""
-    results = (*state.results.values(), *state.others.values(), *state.sanity.values())
-    return sum(float(result.get("cost_usd") or 0.0) for result in results)
+def spent_beside(plan: Plan) -> float:
+    """Dollars of what else is in the log directory: tuning, runs by hand."""
+    results = {**plan.state.results, **plan.state.others, **plan.state.sanity}
+    for job in plan.jobs:
+        results.pop(job.name, None)
+    return sum(float(result.get("cost_usd") or 0.0) for result in results.values())
 
 
 def diverged(path: Path) -> bool:

@@ -46,6 +46,14 @@ def test_a_fresh_study_is_counted_whole_and_begins_with_tokens_and_checks(prd: S
     assert [job.kind for job in after.ready()][:2] == ["sanity", "train"]
 
 
+def test_the_whole_runbook_costs_what_the_study_does_and_what_lies_beside_it(prd: Study) -> None:
+    plan = blocks.plan(prd, State(others={"tuned": {"cost_usd": 0.5}}))
+    name = next(job.name for job in plan.jobs if job.kind == "train")
+    plan.state.results[name] = {"cost_usd": 9.0}  # in what its stage has spent
+    costs_of = runner.summary(plan, {"share": 2.0})["costs"]
+    assert (costs_of["total_usd"], costs_of["runbook_usd"]) == (2.0, 2.5)
+
+
 def test_the_glu_sweep_is_made_of_the_share_that_leads(prd: Study) -> None:
     plan, order = simulate(prd, by_share)
     assert row(plan, "loss, block share")["verdict"] == "emb25"
