@@ -209,6 +209,16 @@ def noise() -> Iterator[str]:
         yield f"{len(documents['document_nats'])} dev documents"
 
 
+def speed() -> Iterator[str]:
+    """Interleaved, batch 1, two cores, prompts of 128 tokens."""
+    ratio = {}
+    for name in ("emb45-lr4e-3", "emb25-lr2e-3"):
+        measured = content(TEN / f"latency/{name}.json")
+        assert measured["baseline"].startswith("rates/emb35-lr2e-3-rank")
+        ratio[name[:5]] = measured["comparison"]["l128"]["ratio"]
+    yield f"emb45 takes {ratio['emb45']:.2f} of emb35's time at L = 128, emb25 {ratio['emb25']:.2f}"
+
+
 def cost() -> Iterator[str]:
     runs = finished()
     hours = sum(row["wall_seconds"] for row in runs) / 3600
@@ -233,7 +243,7 @@ def laws() -> Iterator[str]:
     yield f"the best share at {100 * sweep['levine_best_share']:.0f} %"
 
 
-CLAIMS = (set_up, decision, rates, expansion, factorised, noise, cost, laws)
+CLAIMS = (set_up, decision, rates, expansion, factorised, noise, speed, cost, laws)
 
 
 @pytest.mark.parametrize("claims", CLAIMS, ids=lambda claims: claims.__name__)
