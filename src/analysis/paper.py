@@ -173,11 +173,9 @@ def finish(
     head = "\n".join(line for text in texts for line in textwrap.wrap(text, width))
     figure.suptitle(head, x=0.01, ha="left")
     by_label = {handle.get_label(): handle for handle in handles}
-    unique = [
-        h
-        for label, h in by_label.items()
-        if label.removesuffix(BASELINE) not in by_label or not label.endswith(BASELINE)
-    ]
+    for label in [f"{label}{BASELINE}" for label in by_label]:
+        by_label.pop(label, None)
+    unique = list(by_label.values())
     order = {name: index for index, name in enumerate(styles or ())}
     unique.sort(key=lambda h: order.get(h.get_label().removesuffix(BASELINE), len(order)))
     for handle in unique:

@@ -251,6 +251,13 @@ def test_the_report_says_what_the_results_say(claims: Callable[[], Iterator[str]
     assert not lacking(PAGE, claims)
 
 
+def test_the_readme_s_status_is_the_report_s() -> None:
+    above, below = (gap(name, "emb35", SWEEP.name).interval.ratio[1] for name in SHARES[::2])
+    text = prose(ROOT / "README.md")
+    assert f"25 % in the table ends {100 * (above - 1):.1f} % above 35 %" in text
+    assert f"45 % ends {100 * (1 - below):.1f} % below" in text
+
+
 def test_no_number_of_the_report_is_unchecked() -> None:
     assert not unchecked(PAGE, CLAIMS)
 
